@@ -1,0 +1,1 @@
+"""Reconstruction-based industrial anomaly detection."""

@@ -1,0 +1,51 @@
+"""Types that cross the borders between data, methods, metrics and commands.
+
+Nothing heavy is imported here: the commands read these types before they import torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class UserError(ValueError):
+    """Something that the user can mend; the commands print it without a traceback.
+
+    The message names what was found, where, and what to change.
+    """
+
+
+class Sample(NamedTuple):
+    """One image of a data set, before it is read."""
+
+    path: str
+    category: str
+    defect_type: str  # "good" for normal images
+    label: bool  # true where the image is anomalous
+    mask_path: str | None = None  # None: normal image, or no mask was drawn for it
+
+
+class Batch(TypedDict):
+    """What a data loader gives and a method takes. Nobody writes into a batch."""
+
+    image: Tensor  # (B, 3, H, W) in [0, 1], never normalised: the backbone does that
+    index: Tensor  # (B,) position in the split
+    label: Tensor  # (B,) bool, true where the image is anomalous
+    gt_mask: Tensor  # (B, 1, H, W) bool
+    category: list[str]
+    defect_type: list[str]
+    path: list[str]
+    corrupted: NotRequired[Tensor]  # (B, 3, H, W), the image after synthesis
+    corruption: NotRequired[Tensor]  # (B, 1, H, W) bool, true where synthesis changed it
+    prompt: NotRequired[Tensor]  # (B, 3, H, W), a normal image of the same category
+    features: NotRequired[dict[str, list[Tensor]]]  # cached clean features, by backbone
+
+
+class Prediction(NamedTuple):
+    """What a method says of a batch, unbounded; larger is more anomalous."""
+
+    anomaly_map: Tensor  # (B, 1, H, W) float
+    score: Tensor  # (B,) float
