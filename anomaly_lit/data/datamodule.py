@@ -1,0 +1,645 @@
+"""Data modules: which images are trained on, held out and tested, and how they become batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from anomaly_lit.data.cache import HostCache, in_threads
+from anomaly_lit.data.folders import (
+    Listing,
+    list_btad,
+    list_folders,
+    list_mvtec,
+    list_plain,
+    list_visa,
+    read_visa_split,
+)
+from anomaly_lit.data.images import Resize, check_sizes, read_header, read_sample
+from anomaly_lit.types import Batch, Sample, UserError
+
+Item = tuple[int, Sample, Tensor, Tensor | None]  # index, sample, image (h, w, 3), mask (h, w)
+
+
+class Images(Dataset[Item]):
+    """One split: reads, or takes from the cache, what belongs to a sample."""
+
+    def __init__(self, samples: list[Sample], resize: Resize, cache: HostCache | None) -> None:
+        self.samples = samples
+        self.resize = resize
+        self.cache = cache
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Item:
+        sample = self.samples[index]
+        image = None if self.cache is None else self.cache.get(sample.path)
+        if image is not None and self.cache is not None:
+            mask = None if sample.mask_path is None else self.cache.get(sample.mask_path)
+            return index, sample, image, mask
+        pixels, region = read_sample(sample, self.resize)
+        found = None if region is None else torch.from_numpy(np.ascontiguousarray(region))
+        return index, sample, torch.from_numpy(np.ascontiguousarray(pixels)), found
+
+
+def collate(items: list[Item]) -> Batch:
+    """Make a batch; images stay 8-bit until they lie together, then become float at once."""
+    indices, samples, images, masks = zip(*items, strict=True)
+    pixels = torch.stack(images).permute(0, 3, 1, 2)  # (B, 3, h, w) uint8
+    gt_mask = torch.zeros((len(items), 1, *pixels.shape[-2:]), dtype=torch.bool)
+    for row, mask in enumerate(masks):
+        if mask is not None:
+            gt_mask[row, 0] = mask
+    return {
+        "image": pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255),
+        "index": torch.tensor(indices),
+        "label": torch.tensor([sample.label for sample in samples]),
+        "gt_mask": gt_mask,
+        "category": [sample.category for sample in samples],
+        "defect_type": [sample.defect_type for sample in samples],
+        "path": [sample.path for sample in samples],
+    }
+
+
+class AnomalyDataModule(pl.LightningDataModule):
+    """Images of one or several categories: normal ones to learn from, others to test on.
+
+    A subclass says which categories a root folder holds (`find_categories`) and which images a
+    category holds (`list_category`). Everything is chosen by hashing names with the seed, never
+    by the order of files, so that the same folder gives the same splits on every machine.
+
+    After `setup`: `categories`, `train_samples`, `holdout_samples`, `test_samples`, `has_masks`
+    (false: no truth for pixel metrics) and `digest`.
+
+    Args:
+        root: Folder of the data set.
+        categories: Names, or `all`; several are learned by one model.
+        image_size: Height and width that a method sees, or one number for both.
+        resize: `stretch` or `pad`, see `Resize`.
+        interpolation: `bilinear`, `bicubic` or `lanczos`.
+        center_crop: Height and width cut from the middle after resizing.
+        batch_size: Images per training step.
+        eval_batch_size: Images per step of validation and test.
+        num_workers: Processes that read images; 0 is fastest with a cache.
+        holdout: Share of the normal training images of each category, in [0, 1), that is never
+            trained on; at least one image where there are two.
+        shots: Train on this many images of each category only, drawn from what is not held out.
+        balanced: Draw every category equally often, however many images it has.
+        seed: Chooses the held-out images and the shots, and shuffles.
+        masks: `required` (an anomalous image without a mask is an error), `optional` (all or
+            none of them have one) or `none` (masks are not read; no pixel metrics).
+        cache: Where decoded images are kept; None decodes them each time.
+        synthesis: Makes anomalies out of training images; None gives plain batches.
+
+    Raises:
+        UserError: from `setup`, with everything found wrong at once.
+    """
+
+    licence: str | None = None  # one line, shown at setup
+    mask_hint = "ROOT/<category>/ground_truth/<type>/<stem>_mask.png"
+    train_hint = "<category>/train/good"
+
+    def __init__(
+        self,
+        root: str | None,
+        categories: str | list[str] = "all",
+        image_size: int | list[int] = 256,
+        resize: str = "stretch",
+        interpolation: str = "bilinear",
+        center_crop: int | list[int] | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int = 16,
+        num_workers: int = 0,
+        holdout: float = 0.1,
+        shots: int | None = None,
+        balanced: bool = False,
+        seed: int = 0,
+        masks: str = "required",
+        cache: HostCache | None = None,
+        synthesis: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.root = None if root is None else Path(root).expanduser()
+        self.requested = categories
+        self.resize = Resize(image_size, resize, center_crop, interpolation)
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.holdout = holdout
+        self.shots = shots
+        self.balanced = balanced
+        self.seed = seed
+        self.masks = masks
+        self.cache = cache
+        self.synthesis = synthesis
+        self._check_arguments()
+        self.categories: list[str] = []
+        self.train_samples: list[Sample] = []
+        self.holdout_samples: list[Sample] = []
+        self.test_samples: list[Sample] = []
+        self.has_masks = False
+        self.digest = ""
+
+    def find_categories(self, root: Path) -> list[str]:
+        """Name the categories that a root folder holds."""
+        raise NotImplementedError
+
+    def list_category(self, root: Path, category: str) -> Listing:
+        """List the images of one category."""
+        raise NotImplementedError
+
+    def list_samples(self) -> None:
+        """Fill `categories` and the sample lists without judging what is there.
+
+        Raises:
+            UserError: where the root or a named category does not exist.
+        """
+        root = self._existing_root()
+        self.categories = self._chosen_categories(root)
+        self.train_samples, self.holdout_samples, self.test_samples = [], [], []
+        for category in self.categories:
+            train, test = self.list_category(root, category)
+            held = self._draw(train, self._holdout_count(len(train)), "holdout")
+            rest = [sample for sample in train if sample not in held]
+            if self.shots is not None:
+                shots = self._draw(rest, self.shots, "shots")
+                rest = [sample for sample in rest if sample in shots]
+            self.train_samples += rest
+            self.holdout_samples += [sample for sample in train if sample in held]
+            self.test_samples += test
+        if self.masks == "none":
+            self.test_samples = [sample._replace(mask_path=None) for sample in self.test_samples]
+        self.has_masks = any(sample.mask_path is not None for sample in self.test_samples)
+
+    def setup(self, stage: str | None = None) -> None:
+        """List, check and, with a cache, decode the images of a stage; twice costs nothing.
+
+        Args:
+            stage: Lightning's `fit`, `validate`, `test` or `predict`; None is all of them.
+        """
+        if not self.digest:
+            self.list_samples()
+            _raise_all(self.find_gaps())
+            if self.licence is not None:
+                rank_zero_info(self.licence)
+            for note in self.notes():
+                rank_zero_info(note)
+            _raise_all(check_headers(self.samples()))
+            self.digest = self._digest()
+        if stage in (None, "fit") and not self.train_samples:
+            raise UserError(self._no_training_images(self.categories))
+        if self.cache is not None:
+            _raise_all(self.cache.fill(self._samples_of(stage), self.resize))
+
+    def train_dataloader(self) -> DataLoader[Item]:
+        """Give shuffled batches of the same size; what does not fill one is left to the next epoch.
+
+        Where a split is smaller than a batch, the batch shrinks to it.
+        """
+        from anomaly_lit.data.sampler import TrainSampler
+
+        count = len(self.train_samples)
+        batch_size = min(self.batch_size, count)
+        if batch_size < self.batch_size:
+            rank_zero_info(
+                f"{count} training images do not fill dataset.batch_size={self.batch_size}: "
+                f"batches of {batch_size}"
+            )
+        return self._loader(
+            self.train_samples, batch_size, TrainSampler(self._weights(), count, self.seed), True
+        )
+
+    def val_dataloader(self) -> DataLoader[Item]:
+        """Give the held-out normal images, in order."""
+        return self._loader(self.holdout_samples, self.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader[Item]:
+        """Give the test images, in order."""
+        return self._loader(self.test_samples, self.eval_batch_size)
+
+    def samples(self) -> list[Sample]:
+        """All images of all splits."""
+        return [*self.train_samples, *self.holdout_samples, *self.test_samples]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Count images per category: `train`, `holdout`, `test good`, `test <defect type>`."""
+        table: dict[str, Counter[str]] = {category: Counter() for category in self.categories}
+        for name, samples in (("train", self.train_samples), ("holdout", self.holdout_samples)):
+            for sample in samples:
+                table[sample.category][name] += 1
+        for sample in self.test_samples:
+            table[sample.category][f"test {sample.defect_type}"] += 1
+        return {category: dict(counts) for category, counts in table.items()}
+
+    def summary(self) -> str:
+        """Say in one line per category what was found."""
+        lines = [f"{type(self).__name__} in {self.root}, {self.resize}"]
+        for category, counts in self.counts().items():
+            numbers = ", ".join(f"{name} {count}" for name, count in counts.items())
+            lines.append(f"  {category}: {numbers or 'nothing'}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def find_gaps(self) -> list[str]:
+        """Say what the lists lack so that training or evaluation would be wrong."""
+        trained = {sample.category for sample in [*self.train_samples, *self.holdout_samples]}
+        empty = [category for category in self.categories if category not in trained]
+        gaps = [self._no_training_images(empty)] if empty else []
+        anomalous = [sample for sample in self.test_samples if sample.label]
+        without = [sample for sample in anomalous if sample.mask_path is None]
+        if self.masks == "required" or (self.masks == "optional" and len(without) < len(anomalous)):
+            gaps += self._missing_masks(without, len(anomalous))
+        return gaps
+
+    def notes(self) -> list[str]:
+        """Say what is allowed but should be known before training."""
+        notes = []
+        for category in self.categories:
+            labels = {sample.label for sample in self.test_samples if sample.category == category}
+            for label, name in ((True, "anomalous"), (False, "normal")):
+                if label not in labels:
+                    notes.append(
+                        f"{category}: no {name} test image in {self.root}: its metrics over "
+                        "images are undefined" + (", and those over pixels" if label else "")
+                    )
+        return notes
+
+    def _check_arguments(self) -> None:
+        wrong = []
+        if not 0 <= self.holdout < 1:
+            wrong.append(f"dataset.holdout={self.holdout}: give a share from 0 up to, not with, 1")
+        if self.masks not in ("required", "optional", "none"):
+            wrong.append(f"dataset.masks={self.masks}: choose required, optional or none")
+        for name, value, least in (
+            ("batch_size", self.batch_size, 1),
+            ("eval_batch_size", self.eval_batch_size, 1),
+            ("num_workers", self.num_workers, 0),
+            ("shots", 1 if self.shots is None else self.shots, 1),
+        ):
+            if value < least:
+                wrong.append(f"dataset.{name}={value}: give a whole number of at least {least}")
+        _raise_all(wrong)
+
+    def _existing_root(self) -> Path:
+        if self.root is None:
+            raise UserError(
+                "dataset.root is not set; name the folder of the data set with dataset.root=DIR"
+            )
+        if not self.root.is_dir():
+            raise UserError(f"dataset.root={self.root} is not a folder; set dataset.root=DIR")
+        return self.root
+
+    def _chosen_categories(self, root: Path) -> list[str]:
+        found = self.find_categories(root)
+        if self.requested == "all":
+            if not found:
+                raise UserError(
+                    f"no category below dataset.root={root}: no folder {self.train_hint}"
+                    + self._tip(root)
+                )
+            return found
+        wanted = [self.requested] if isinstance(self.requested, str) else list(self.requested)
+        unknown = [name for name in wanted if name not in found and not (root / name).is_dir()]
+        if unknown or not wanted:
+            raise UserError(
+                f"dataset.categories: no {', '.join(unknown) or 'name'} in {root}; it holds "
+                f"{', '.join(found) or 'no category' + self._tip(root)}"
+            )
+        return list(dict.fromkeys(wanted))
+
+    def _tip(self, root: Path) -> str:
+        """Help where a category's own folder was given as the root."""
+        if not (root / "train").is_dir():
+            return ""
+        return (
+            "; for this category alone set "
+            f"dataset.root={root.parent} dataset.categories=[{root.name}]"
+        )
+
+    def _no_training_images(self, categories: Sequence[str]) -> str:
+        places = ", ".join(
+            str((self.root or Path()) / self.train_hint.replace("<category>", category))
+            for category in categories
+        )
+        return (
+            f"no normal training images in {places}; put images there or set dataset.categories "
+            "to others"
+        )
+
+    def _missing_masks(self, without: list[Sample], total: int) -> list[str]:
+        if not without:
+            return []
+        paths = _first(sample.path for sample in without)
+        return [
+            f"{len(without)} of {total} anomalous test images have no mask ({self.mask_hint}): "
+            f"{paths}; add the masks or set dataset.masks=none to do without pixel metrics"
+        ]
+
+    def _holdout_count(self, count: int) -> int:
+        if self.holdout == 0 or count < 2:
+            return 0
+        return min(max(1, round(self.holdout * count)), count - 1)
+
+    def _draw(self, samples: Sequence[Sample], count: int, purpose: str) -> set[Sample]:
+        """Choose samples by the hash of seed, purpose and file name, whatever their order."""
+
+        def rank(sample: Sample) -> bytes:
+            return hashlib.sha256(
+                f"{self.seed}/{purpose}/{self._name(sample.path)}".encode()
+            ).digest()
+
+        return set(sorted(samples, key=rank)[:count])
+
+    def _name(self, path: str) -> str:
+        """Path below the root, the same on every machine."""
+        try:
+            return Path(path).relative_to(self.root or "").as_posix()
+        except ValueError:  # a folder given by an absolute path of its own
+            return Path(path).as_posix()
+
+    def _samples_of(self, stage: str | None) -> list[Sample]:
+        fit = [*self.train_samples, *self.holdout_samples]
+        splits = {"fit": fit, "validate": self.holdout_samples, "test": self.test_samples}
+        return splits.get(stage or "", self.samples())
+
+    def _weights(self) -> Tensor | None:
+        if not self.balanced:
+            return None
+        counts = Counter(sample.category for sample in self.train_samples)
+        return torch.tensor([1 / counts[sample.category] for sample in self.train_samples])
+
+    def _loader(
+        self,
+        samples: list[Sample],
+        batch_size: int,
+        sampler: torch.utils.data.Sampler[int] | None = None,
+        drop_last: bool = False,
+    ) -> DataLoader[Item]:
+        if self.cache is not None and self.num_workers > 0:
+            self.cache.share()
+        return DataLoader(
+            Images(samples, self.resize, self.cache),
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            drop_last=drop_last,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _digest(self) -> str:
+        """SHA-256 over names, sizes, ends and splits of all files."""
+        lines = []
+        for split, samples in (
+            ("train", self.train_samples),
+            ("holdout", self.holdout_samples),
+            ("test", self.test_samples),
+        ):
+            paths = [path for sample in samples for path in (sample.path, sample.mask_path) if path]
+            prints = in_threads(_fingerprint, paths, "Reading the data set's digest")
+            lines += [
+                f"{split} {self._name(path)} {mark}\n"
+                for path, mark in zip(paths, prints, strict=True)
+            ]
+        return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+class MVTecAD(AnomalyDataModule):
+    """MVTec AD (Bergmann et al., 2019), MPDD and every set laid out like them."""
+
+    licence = "MVTec AD and MPDD: CC BY-NC-SA 4.0, not for commercial use; other sets: their own."
+
+    def find_categories(self, root: Path) -> list[str]:
+        """Folders that hold a `train` or `test` folder."""
+        return [
+            folder.name
+            for folder in list_folders(root)
+            if (folder / "train").is_dir() or (folder / "test").is_dir()
+        ]
+
+    def list_category(self, root: Path, category: str) -> Listing:
+        """Images of one category, see `list_mvtec`."""
+        return list_mvtec(root, category)
+
+
+class BTAD(AnomalyDataModule):
+    """BTAD (Mishra et al., 2021): three products, `ok` and `ko` images."""
+
+    licence = "BTAD: CC BY-NC-SA 4.0, not for commercial use."
+    mask_hint = "ROOT/<category>/ground_truth/ko/<stem>.png"
+    train_hint = "<category>/train/ok"
+
+    def find_categories(self, root: Path) -> list[str]:
+        """Folders that hold `train/ok` or `test/ko`."""
+        return [
+            folder.name
+            for folder in list_folders(root)
+            if (folder / "train" / "ok").is_dir() or (folder / "test" / "ko").is_dir()
+        ]
+
+    def list_category(self, root: Path, category: str) -> Listing:
+        """Images of one category, see `list_btad`."""
+        return list_btad(root, category)
+
+
+class VisA(AnomalyDataModule):
+    """VisA (Zou et al., 2022) as published, by its one-class split file."""
+
+    licence = "VisA: CC BY 4.0."
+    split_file = "split_csv/1cls.csv"
+    mask_hint = "the column mask of split_csv/1cls.csv"
+    train_hint = "<category>/Data/Images/Normal"
+
+    def find_categories(self, root: Path) -> list[str]:
+        """Categories named in the split file, in its order."""
+        return list(read_visa_split(root / self.split_file))
+
+    def list_category(self, root: Path, category: str) -> Listing:
+        """Images of one category, see `list_visa`."""
+        rows = read_visa_split(root / self.split_file)
+        return list_visa(root, category, rows.get(category, []))
+
+
+class Folder(AnomalyDataModule):
+    """Any folders of normal and abnormal pictures, as one category.
+
+    Args:
+        root: Folder that the others are relative to.
+        normal_dir: Normal images; searched to any depth, as are the others.
+        abnormal_dir: Anomalous images; a first sub-folder names the defect type. Without it
+            training works and the metrics are undefined.
+        normal_test_dir: Normal images to test on. Without it `test_share` of `normal_dir` is
+            kept for testing.
+        mask_dir: Masks, at the same relative place as their images or all in one folder, named
+            `<stem>_mask` or `<stem>`.
+        test_share: Share of `normal_dir` kept for testing without `normal_test_dir`.
+        category: Name of the one category in tables and checkpoints.
+        image_size: See `AnomalyDataModule`, as for all that follow.
+        resize: See there.
+        interpolation: See there.
+        center_crop: See there.
+        batch_size: See there.
+        eval_batch_size: See there.
+        num_workers: See there.
+        holdout: See there; taken after `test_share`.
+        shots: See there.
+        seed: See there; it also chooses the images of `test_share`.
+        masks: See there.
+        cache: See there.
+        synthesis: See there.
+    """
+
+    train_hint = "dataset.normal_dir"
+    mask_hint = "dataset.mask_dir/<place of the image>/<stem>_mask.png"
+
+    def __init__(
+        self,
+        root: str | None,
+        normal_dir: str = "good",
+        abnormal_dir: str | None = None,
+        normal_test_dir: str | None = None,
+        mask_dir: str | None = None,
+        test_share: float = 0.2,
+        category: str = "product",
+        image_size: int | list[int] = 256,
+        resize: str = "stretch",
+        interpolation: str = "bilinear",
+        center_crop: int | list[int] | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int = 16,
+        num_workers: int = 0,
+        holdout: float = 0.1,
+        shots: int | None = None,
+        seed: int = 0,
+        masks: str = "optional",
+        cache: HostCache | None = None,
+        synthesis: nn.Module | None = None,
+    ) -> None:
+        super().__init__(
+            root=root,
+            categories=[category],
+            image_size=image_size,
+            resize=resize,
+            interpolation=interpolation,
+            center_crop=center_crop,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            holdout=holdout,
+            shots=shots,
+            seed=seed,
+            masks=masks,
+            cache=cache,
+            synthesis=synthesis,
+        )
+        if not 0 <= test_share < 1:
+            raise UserError(f"dataset.test_share={test_share}: give a share from 0 up to 1")
+        self.normal_dir = normal_dir
+        self.abnormal_dir = abnormal_dir
+        self.normal_test_dir = normal_test_dir
+        self.mask_dir = mask_dir
+        self.test_share = test_share
+        self.category = category
+
+    def find_categories(self, root: Path) -> list[str]:
+        """Give the one category, after checking that the named folders exist."""
+        named = {
+            "normal_dir": self.normal_dir,
+            "abnormal_dir": self.abnormal_dir,
+            "normal_test_dir": self.normal_test_dir,
+            "mask_dir": self.mask_dir,
+        }
+        _raise_all(
+            [
+                f"dataset.{key}={name}: {root / name} is not a folder"
+                for key, name in named.items()
+                if name is not None and not (root / name).is_dir()
+            ]
+        )
+        return [self.category]
+
+    def list_category(self, root: Path, category: str) -> Listing:
+        """Images of the folders, see `list_plain`; part of the normal ones may go to the test."""
+        train, test = list_plain(
+            category,
+            root / self.normal_dir,
+            None if self.normal_test_dir is None else root / self.normal_test_dir,
+            None if self.abnormal_dir is None else root / self.abnormal_dir,
+            None if self.mask_dir is None else root / self.mask_dir,
+        )
+        if self.normal_test_dir is None:
+            kept = self._draw(train, round(self.test_share * len(train)), "test")
+            test = [sample for sample in train if sample in kept] + test
+            train = [sample for sample in train if sample not in kept]
+        return Listing(train, test)
+
+    def notes(self) -> list[str]:
+        """Say also which images were kept for testing."""
+        notes = super().notes()
+        if self.normal_test_dir is None:
+            kept = sum(not sample.label for sample in self.test_samples)
+            notes.append(
+                f"{kept} images of {self.normal_dir} are kept for testing (dataset.test_share="
+                f"{self.test_share:g}, dataset.seed={self.seed}); name a folder with "
+                "dataset.normal_test_dir to choose them yourself"
+            )
+        return notes
+
+
+def check_headers(samples: Sequence[Sample]) -> list[str]:
+    """Open all files without decoding them: one line for each that is unreadable or does not fit.
+
+    A mask has to have its image's size. Pixel data that breaks off is found only on decoding.
+    """
+    outcomes = in_threads(_check_header, samples, "Checking files")
+    return [outcome for outcome in outcomes if outcome is not None]
+
+
+def _check_header(sample: Sample) -> str | None:
+    try:
+        size, _ = read_header(sample.path)
+        if sample.mask_path is not None:
+            check_sizes(sample, size, read_header(sample.mask_path)[0])
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _fingerprint(path: str) -> str:
+    """Size and a hash of the first and last 4 KiB of a file."""
+    size, block = Path(path).stat().st_size, 4096
+    with open(path, "rb") as file:
+        ends = file.read(block)
+        if size > block:
+            file.seek(max(block, size - block))
+            ends += file.read(block)
+    return f"{size} {hashlib.sha256(ends).hexdigest()}"
+
+
+def _first(paths: Iterable[str], limit: int = 10) -> str:
+    listed = list(paths)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+def _raise_all(problems: Sequence[str], limit: int = 10) -> None:
+    """Raise one UserError that lists the first problems and counts them all."""
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        more = f"\n  and {len(problems) - limit} more" if len(problems) > limit else ""
+        lines = "".join(f"\n  {problem}" for problem in problems[:limit])
+        raise UserError(f"{len(problems)} problems with the data set:{lines}{more}")

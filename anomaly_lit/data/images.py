@@ -1,0 +1,309 @@
+"""Reading pictures of any kind as 8-bit RGB, and one geometry for images, masks and maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+from scipy import ndimage
+
+from anomaly_lit.types import Sample, UserError
+
+SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange width and height
+
+T = TypeVar("T", bound=np.generic)
+Pixels = npt.NDArray[np.uint8]  # (H, W, 3)
+Region = npt.NDArray[np.bool_]  # (H, W)
+Map = npt.NDArray[np.float32]  # (H, W)
+
+
+def read_image(path: str | Path) -> Pixels:
+    """Read a picture as 8-bit RGB of shape (H, W, 3), as a viewer would show it.
+
+    The EXIF orientation is applied; of several frames the first is read. Bilevel, grey, palette,
+    CMYK and YCbCr pictures become RGB; transparency is dropped, never blended. Grey values of 16
+    (or 32) bits are divided by 257; of a 16-bit colour picture Pillow keeps the upper byte.
+    Floating-point grey pictures are taken as [0, 1], else [0, 255], else [0, 65535], by their
+    largest value.
+
+    Raises:
+        UserError: where the file is absent, damaged, no picture, or of an unknown value range.
+    """
+    try:
+        with Image.open(path) as file:
+            file.load()
+            return _to_rgb(_upright(file))
+    except Exception as error:  # a decoder may raise anything on malformed bytes
+        raise UserError(f"{path}: {_cause(error)}") from error
+
+
+def read_mask(path: str | Path) -> Region:
+    """Read a truth mask as bool of shape (H, W): true where the value is above zero.
+
+    A palette picture counts by its index, a colour picture by any channel; transparency is
+    ignored.
+
+    Raises:
+        UserError: where the file is absent, damaged or no picture.
+    """
+    try:
+        with Image.open(path) as file:
+            file.load()
+            values = np.asarray(_upright(file))
+    except Exception as error:
+        raise UserError(f"{path}: {_cause(error)}") from error
+    if values.ndim == 2:
+        return np.asarray(values > 0)
+    channels = values.shape[2]
+    colours = channels - 1 if channels in (2, 4) else channels  # LA and RGBA end with alpha
+    return np.asarray((values[..., :colours] > 0).any(axis=2))
+
+
+def read_header(path: str | Path) -> tuple[tuple[int, int], str]:
+    """Give the size (H, W) after EXIF orientation and Pillow's mode, without decoding pixels.
+
+    Raises:
+        UserError: where the file is absent or no picture.
+    """
+    try:
+        with Image.open(path) as file:
+            width, height = file.size
+            if file.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):
+                width, height = height, width
+            return (height, width), file.mode
+    except Exception as error:
+        raise UserError(f"{path}: {_cause(error)}") from error
+
+
+def read_sample(sample: Sample, resize: Resize) -> tuple[Pixels, Region | None]:
+    """Read one sample's image (h, w, 3) and, where it has one, its mask (h, w), both resized.
+
+    Raises:
+        UserError: where a file cannot be read or the mask has another size than its image.
+    """
+    image = read_image(sample.path)
+    if sample.mask_path is None:
+        return resize.image(image), None
+    mask = read_mask(sample.mask_path)
+    check_sizes(sample, image.shape[:2], mask.shape)
+    return resize.image(image), resize.mask(mask)
+
+
+def check_sizes(sample: Sample, image: tuple[int, ...], mask: tuple[int, ...]) -> None:
+    """Raise UserError where the sizes (H, W) of an image and its mask differ."""
+    if image != mask:
+        raise UserError(
+            f"{sample.mask_path}: the mask is {mask[1]}x{mask[0]} pixels, "
+            f"its image {sample.path} is {image[1]}x{image[0]}; draw the mask at the image's size"
+        )
+
+
+class Resize:
+    """Geometry from the original picture to what a method sees, and back.
+
+    Args:
+        image_size: Height and width, or one number for both.
+        policy: `stretch` takes the whole picture to `image_size` and may change its proportions;
+            `pad` keeps them and fills what remains, on both sides alike, with black.
+        center_crop: Height and width cut from the middle afterwards; None keeps everything.
+            Defects near the border are lost with it.
+        interpolation: `bilinear`, `bicubic` or `lanczos`, all with antialiasing.
+
+    Raises:
+        UserError: where a size is not positive, the crop exceeds the image, or a name is unknown.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        policy: str = "stretch",
+        center_crop: int | Sequence[int] | None = None,
+        interpolation: str = "bilinear",
+    ) -> None:
+        if policy not in ("stretch", "pad"):
+            raise UserError(f"dataset.resize={policy}: choose stretch or pad")
+        if interpolation not in FILTERS:
+            raise UserError(f"dataset.interpolation={interpolation}: choose {', '.join(FILTERS)}")
+        self.full = _pair(image_size, "image_size")
+        self.size = self.full if center_crop is None else _pair(center_crop, "dataset.center_crop")
+        if self.size[0] > self.full[0] or self.size[1] > self.full[1]:
+            raise UserError(
+                f"dataset.center_crop={list(self.size)} is larger than image_size={list(self.full)}"
+            )
+        self.policy = policy
+        self.interpolation = interpolation
+
+    def __repr__(self) -> str:
+        crop = "" if self.size == self.full else f", center_crop={list(self.size)}"
+        return f"Resize({list(self.full)}, {self.policy}{crop}, {self.interpolation})"
+
+    def image(self, image: Pixels) -> Pixels:
+        """Bring an 8-bit image (H, W, 3) to (h, w, 3)."""
+        height, width = self._inner(image.shape[:2])
+        if image.shape[:2] != (height, width):
+            picture = Image.fromarray(image)
+            image = np.array(picture.resize((width, height), FILTERS[self.interpolation]))
+        return self._cut(self._frame(image, np.uint8(0)))
+
+    def mask(self, mask: Region) -> Region:
+        """Bring a truth mask (H, W) to (h, w) without losing a small defect.
+
+        A pixel is true where at least half of the area it stands for is true. A region (pixels
+        that touch by side or corner, at the original size) which would leave no pixel behind
+        keeps those that it covers at least half as well as the one it covers best. Only a
+        centre crop can remove a region.
+        """
+        return self._cut(self._frame(_shrink_mask(mask, self._inner(mask.shape)), np.False_))
+
+    def restore(self, anomaly_map: npt.NDArray[np.floating], size: Sequence[int]) -> Map:
+        """Lay a map (h, w) back over the original picture of `size` (H, W), bilinearly.
+
+        What a centre crop had cut away gets the map's smallest value.
+        """
+        lowest = anomaly_map.min()
+        whole = np.full(self.full, lowest, dtype=np.float32)
+        top, left = _margins(self.full, self.size)
+        whole[top : top + self.size[0], left : left + self.size[1]] = anomaly_map
+        height, width = self._inner(tuple(size))
+        top, left = _margins(self.full, (height, width))
+        inner = Image.fromarray(whole[top : top + height, left : left + width])
+        return np.asarray(inner.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+    def _inner(self, size: tuple[int, ...]) -> tuple[int, int]:
+        """Size of the resized picture before padding."""
+        if self.policy == "stretch":
+            return self.full
+        scale = min(self.full[0] / size[0], self.full[1] / size[1])
+        height, width = (max(1, round(length * scale)) for length in size)
+        return min(height, self.full[0]), min(width, self.full[1])
+
+    def _frame(self, inner: npt.NDArray[T], value: T) -> npt.NDArray[T]:
+        if inner.shape[:2] == self.full:
+            return inner
+        framed = np.full((*self.full, *inner.shape[2:]), value, dtype=inner.dtype)
+        top, left = _margins(self.full, inner.shape)
+        framed[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
+        return framed
+
+    def _cut(self, array: npt.NDArray[T]) -> npt.NDArray[T]:
+        if self.size == self.full:
+            return array
+        top, left = _margins(self.full, self.size)
+        return array[top : top + self.size[0], left : left + self.size[1]]
+
+
+def _upright(file: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(file)
+
+
+def _to_rgb(picture: Image.Image) -> Pixels:
+    if picture.mode.startswith("I") or picture.mode == "F":
+        grey = _to_8_bits(np.asarray(picture), is_float=picture.mode == "F")
+        return np.repeat(grey[..., None], 3, axis=2)
+    if picture.mode in ("P", "PA", "La", "RGBa"):  # drops transparency after the colours are known
+        picture = picture.convert("LA" if picture.mode == "La" else "RGBA")
+    return np.array(picture.convert("RGB"))
+
+
+def _to_8_bits(values: npt.NDArray[np.generic], is_float: bool) -> Pixels:
+    """Bring grey values of 16 bits, 32 bits or floating point to 8 bits, shape (H, W)."""
+    numbers = values.astype(np.float64)
+    low, high = numbers.min(), numbers.max()
+    if not (low >= 0 and high <= 65535):  # true for NaN as well
+        raise UserError(
+            f"grey values from {low:g} to {high:g}, expected 0 to 65535; convert the file to 8 bits"
+        )
+    if not is_float:
+        scale = 1 / 257
+    elif high <= 1:
+        scale = 255.0
+    else:
+        scale = 1.0 if high <= 255 else 1 / 257
+    return np.rint(numbers * scale).astype(np.uint8)
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return "the file does not exist"
+    if isinstance(error, PermissionError):
+        return "the file may not be read (permissions)"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image that Pillow can read"
+    return f"the image is damaged or not supported ({error})"
+
+
+def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
+    numbers = [value, value] if isinstance(value, int) else list(value)
+    whole = all(isinstance(number, int) and number > 0 for number in numbers)
+    if len(numbers) != 2 or not whole:
+        raise UserError(f"{name}={value}: give one positive whole number or [height, width]")
+    return numbers[0], numbers[1]
+
+
+def _margins(outer: Sequence[int], inner: Sequence[int]) -> tuple[int, int]:
+    return (outer[0] - inner[0]) // 2, (outer[1] - inner[1]) // 2
+
+
+def _shrink_mask(mask: Region, size: tuple[int, int]) -> Region:
+    if mask.shape == size or not mask.any():
+        return mask if mask.shape == size else np.zeros(size, dtype=bool)
+    kept = _coverage(mask, _edges(mask.shape[0], size[0]), _edges(mask.shape[1], size[1])) >= 0.5
+    regions, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    for number, box in enumerate(ndimage.find_objects(regions), start=1):
+        _keep_region(kept, regions[box] == number, box, mask.shape)
+    return kept
+
+
+def _keep_region(
+    kept: Region, region: Region, box: tuple[slice, slice], shape: tuple[int, ...]
+) -> None:
+    """Set the pixels that a region covers best, if `kept` holds none of its pixels."""
+    cells, edges = [], []
+    for axis in range(2):
+        scale = kept.shape[axis] / shape[axis]
+        first = int(box[axis].start * scale + 1e-9)
+        last = int(np.ceil(box[axis].stop * scale - 1e-9))
+        cells.append(slice(first, last))
+        edges.append(_edges(shape[axis], kept.shape[axis])[first : last + 1] - box[axis].start)
+    view = kept[cells[0], cells[1]]
+    covered = _coverage(region, edges[0], edges[1])
+    if not (view & (covered > 1e-6)).any():
+        view |= covered >= covered.max() / 2
+
+
+def _edges(length: int, cells: int) -> npt.NDArray[np.float64]:
+    return np.linspace(0, length, cells + 1)
+
+
+def _coverage(
+    mask: Region, rows: npt.NDArray[np.float64], columns: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """True share of each cell between consecutive edges; exact, and outside the mask false."""
+    by_row = _integrate(mask.astype(np.float64), rows) / np.diff(rows)[:, None]
+    by_cell = _integrate(by_row.T, columns) / np.diff(columns)[:, None]
+    return by_cell.T + 1e-9  # a half stays a half whatever the rounding
+
+
+def _integrate(
+    values: npt.NDArray[np.float64], edges: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Integral of the step function `values` (n, ...) along its first axis between edges."""
+    edges = np.clip(edges, 0, len(values))
+    whole = np.minimum(edges.astype(int), len(values) - 1)
+    sums = np.concatenate([np.zeros_like(values[:1]), values.cumsum(axis=0)])
+    below = sums[whole] + (edges - whole)[:, None] * values[whole]
+    return np.diff(below, axis=0)
