@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from anomaly_lit.data.cache import HostCache, in_threads
 from anomaly_lit.data.folders import (
@@ -25,6 +25,7 @@ from anomaly_lit.data.folders import (
     read_visa_split,
 )
 from anomaly_lit.data.images import Resize, check_sizes, read_header, read_sample
+from anomaly_lit.data.sampler import ShardSampler, TrainBatches
 from anomaly_lit.types import Batch, Sample, UserError
 
 Item = tuple[int, Sample, Tensor, Tensor | None]  # index, sample, image (h, w, 3), mask (h, w)
@@ -206,26 +207,26 @@ class AnomalyDataModule(pl.LightningDataModule):
 
         Where a split is smaller than a batch, the batch shrinks to it.
         """
-        from anomaly_lit.data.sampler import TrainSampler
-
-        count = len(self.train_samples)
-        batch_size = min(self.batch_size, count)
+        count, world_size = len(self.train_samples), self._world()[1]
+        batch_size = max(1, min(self.batch_size, count // world_size))
         if batch_size < self.batch_size:
             rank_zero_info(
-                f"{count} training images do not fill dataset.batch_size={self.batch_size}: "
-                f"batches of {batch_size}"
+                f"{count} training images do not fill dataset.batch_size={self.batch_size} on "
+                f"{world_size} device(s): batches of {batch_size}"
             )
-        return self._loader(
-            self.train_samples, batch_size, TrainSampler(self._weights(), count, self.seed), True
+        rank, _ = self._world()
+        batches = TrainBatches(
+            count, batch_size, self.seed, self._position, self._weights(), rank, world_size
         )
+        return self._loader(self.train_samples, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader[Item]:
         """Give the held-out normal images, in order."""
-        return self._loader(self.holdout_samples, self.eval_batch_size)
+        return self._evaluation_loader(self.holdout_samples)
 
     def test_dataloader(self) -> DataLoader[Item]:
         """Give the test images, in order."""
-        return self._loader(self.test_samples, self.eval_batch_size)
+        return self._evaluation_loader(self.test_samples)
 
     def samples(self) -> list[Sample]:
         """All images of all splits."""
@@ -380,23 +381,34 @@ class AnomalyDataModule(pl.LightningDataModule):
         counts = Counter(sample.category for sample in self.train_samples)
         return torch.tensor([1 / counts[sample.category] for sample in self.train_samples])
 
-    def _loader(
-        self,
-        samples: list[Sample],
-        batch_size: int,
-        sampler: torch.utils.data.Sampler[int] | None = None,
-        drop_last: bool = False,
-    ) -> DataLoader[Item]:
+    def _world(self) -> tuple[int, int]:
+        """Rank and number of the processes that share the work."""
+        return (
+            (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        )
+
+    def _position(self) -> int:
+        """Batches that training has consumed, also before it was interrupted."""
+        if self.trainer is None:
+            return 0
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    def _evaluation_loader(self, samples: list[Sample]) -> DataLoader[Item]:
+        rank, world_size = self._world()
+        batches = BatchSampler(
+            ShardSampler(len(samples), rank, world_size), self.eval_batch_size, drop_last=False
+        )
+        return self._loader(samples, batches)
+
+    def _loader(self, samples: list[Sample], batch_sampler: Sampler[list[int]]) -> DataLoader[Item]:
         if self.cache is not None and self.num_workers > 0:
             self.cache.share()
         return DataLoader(
             Images(samples, self.resize, self.cache),
-            batch_size=batch_size,
-            sampler=sampler,
+            batch_sampler=batch_sampler,
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
-            drop_last=drop_last,
             persistent_workers=self.num_workers > 0,
         )
 

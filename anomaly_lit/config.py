@@ -1,0 +1,271 @@
+"""Composition of the configuration: where it lies, whether it fits the code, how errors look.
+
+The one module besides the commands that knows Hydra. Nothing heavy is imported at the top.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException, InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from anomaly_lit.types import UserError
+
+SAFE_TARGETS = ("anomaly_lit.", "torch.nn.", "torch.optim.")
+SETTINGS_OF_A_PLACE = ("output_dir",)  # the same run in another folder is the same run
+
+
+def config_dir() -> str:
+    """The folder of configurations: inside an installed package, beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    return str(next(path for path in (here / "conf", here.parent / "conf") if path.is_dir()))
+
+
+def job_folder(overrides: str) -> str:
+    """Name of a sweep job's folder: its overrides, short and safe for every file system."""
+    name = re.sub(r"[^\w=.,+-]", "_", overrides) or "default"
+    if len(name) <= 120:
+        return name
+    return f"{name[:100]}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
+
+
+OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+
+
+def run_command(task: Callable[[DictConfig], Any], config_name: str) -> None:
+    """Runs a task under Hydra; what the user can mend is shown in a line, without a traceback.
+
+    ``HYDRA_FULL_ERROR=1`` shows the traceback of every error.
+    """
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of exiting
+    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+    main = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)
+    try:
+        main(task)()
+    except (CompactHydraException, OmegaConfBaseException, UserError, OSError) as error:
+        if full:
+            raise
+        sys.exit(f"error: {message_of(error)}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command with the same output_dir goes on from here")
+    finally:
+        if not full:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+def message_of(error: BaseException) -> str:
+    """What went wrong, in words, with the cause that Hydra keeps apart."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        return message_of(error.__cause__)
+    text = str(error) or type(error).__name__
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        text += f"\n{error.__cause__}"
+    return text
+
+
+def quoted(argument: str) -> str:
+    """Quotes the value of ``key=value`` where Hydra's grammar would stumble over a path.
+
+    >>> quoted("input=/a/b (1).png")
+    "input='/a/b (1).png'"
+    """
+    key, equals, value = argument.partition("=")
+    pathlike = re.search(r"[/\\]", value) and re.search(r"[=(){}:\s]", value)
+    if not equals or not pathlike or value[0] in "'\"[{$" or "," in value or "${" in value:
+        return argument
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'") if "'" in value else value
+    return f"{key}='{escaped}'"
+
+
+def in_sweep() -> bool:
+    """Whether this job is one of a multirun."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def output_folder() -> Path:
+    """The folder of this run or of this job of a sweep."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def plain(config: Any) -> Any:
+    """Dicts, lists and numbers, with every interpolation resolved."""
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def instantiate(config: Any) -> Any:
+    """Builds what a configuration describes; its errors come out as they were raised."""
+    from hydra.utils import instantiate as build
+
+    try:
+        return build(config, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        raise
+
+
+def import_target(path: str) -> Any:
+    """The class or function that a ``_target_`` names.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    try:
+        return hydra.utils.get_object(path)
+    except Exception as error:
+        raise UserError(f"cannot import {path!r}: {error}") from error
+
+
+def check_targets(config: Any, trust: bool = False) -> None:
+    """Refuses code that a checkpoint of unknown origin might smuggle in.
+
+    Raises:
+        UserError: A ``_target_`` lies outside anomaly_lit, torch.nn and torch.optim.
+    """
+    found = [(path, node["_target_"]) for path, node in nodes(config)]
+    foreign = [f"  {path}: {target}" for path, target in found if not _is_safe(target)]
+    if foreign and not trust:
+        raise UserError(
+            "the checkpoint's configuration names code outside "
+            f"{', '.join(name.rstrip('.') for name in SAFE_TARGETS)}:\n" + "\n".join(foreign)
+            + "\nLoad it with trust=true only if you know who made it"
+        )  # fmt: skip
+
+
+def _is_safe(target: Any) -> bool:
+    return isinstance(target, str) and target.startswith(SAFE_TARGETS)
+
+
+def nodes(config: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every node with a ``_target_``, with its path, outermost first."""
+    if isinstance(config, Mapping):
+        if "_target_" in config:
+            yield path, config
+        for key, value in config.items():
+            yield from nodes(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(config, list):
+        for position, value in enumerate(config):
+            yield from nodes(value, f"{path}[{position}]")
+
+
+def validate(config: Mapping[str, Any]) -> None:
+    """Compares every ``_target_`` node with the signature it is meant for.
+
+    Args:
+        config: The composed configuration as plain data.
+
+    Raises:
+        UserError: Lists every unknown, missing or ill-typed parameter with its path.
+    """
+    problems = [problem for path, node in nodes(config) for problem in _misfits(path, node)]
+    hints = {"seed": int, "image_size": int | list[int], "output_dir": str}
+    for key, hint in hints.items():
+        if key in config and not fits(config[key], hint):
+            problems.append(f"{key}: {config[key]!r} is no {_name(hint)}")
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise UserError(f"the config does not fit the code:\n{lines}")
+
+
+def _misfits(path: str, node: Mapping[str, Any]) -> Iterator[str]:
+    try:
+        target = import_target(node["_target_"])
+    except UserError as error:
+        yield f"{path}: {error}"
+        return
+    function = target.__init__ if inspect.isclass(target) else target
+    parameters = dict(inspect.signature(target).parameters)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    given = {key: value for key, value in node.items() if not key.startswith("_")}
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception:  # an annotation that only a type checker can read
+        hints = {}
+    for key, value in given.items():
+        if key not in parameters:
+            if not takes_any:
+                near = difflib.get_close_matches(key, parameters, n=1)
+                mean = f"; did you mean {near[0]!r}?" if near else ""
+                yield f"{path}: {node['_target_']} has no parameter {key!r}{mean}"
+        elif key in hints and not fits(value, hints[key]):
+            yield f"{path}.{key}: {value!r} is no {_name(hints[key])}"
+    if not node.get("_partial_") and "_args_" not in node:
+        for key, parameter in parameters.items():
+            if (
+                parameter.default is parameter.empty
+                and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+                and key not in given
+            ):
+                yield f"{path}: {node['_target_']} needs {key!r}, which the config does not give"
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether plain data may be passed where ``hint`` is expected; unknown hints accept all."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, Mapping) and "_target_" in value:
+        return True  # built before it is passed
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is bool or hint is str:
+        return isinstance(value, hint)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if origin in (list, tuple, Sequence, typing.Sequence):
+        return isinstance(value, list) and (
+            not arguments or all(fits(item, arguments[0]) for item in value)
+        )
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping)
+    if inspect.isclass(hint) and hint.__module__.split(".")[0] in ("torch", "anomaly_lit"):
+        return not isinstance(value, str | int | float | bool | list) and value is not None
+    return True
+
+
+def _name(hint: Any) -> str:
+    return getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint)  # type: ignore[return-value]
+
+
+def differences(before: Any, after: Any, path: str = "") -> list[str]:
+    """The keys in which two plain configurations differ, each with both values."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        keys = list(dict.fromkeys([*before, *after]))
+        absent = object()
+        return [
+            line
+            for key in keys
+            if path or key not in SETTINGS_OF_A_PLACE
+            for line in differences(
+                before.get(key, absent), after.get(key, absent), f"{path}.{key}" if path else key
+            )
+        ]
+    if before == after:
+        return []
+    shown = [json.dumps(v) if _is_plain(v) else "absent" for v in (before, after)]
+    return [f"{path}: {shown[0]} there, {shown[1]} now"]
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool | list | dict)

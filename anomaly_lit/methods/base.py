@@ -1,0 +1,82 @@
+"""What every method shares: prediction steps, logging of losses, the optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from anomaly_lit.nn.backbone import Backbone
+from anomaly_lit.types import Batch, Prediction
+
+OptimizerFn = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+class Method(pl.LightningModule):
+    """Base of all methods. A method writes ``losses`` and ``forward``; the rest is optional.
+
+    Args:
+        optimizer: Builds the optimiser from the trainable parameters.
+    """
+
+    def __init__(self, optimizer: OptimizerFn) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The terms of the loss, each a scalar; ``loss`` is what training lowers."""
+        raise NotImplementedError
+
+    def forward(self, image: Tensor) -> Prediction:
+        """Scores images, (B, 3, H, W) in [0, 1]; the one place that computes anomaly maps."""
+        raise NotImplementedError
+
+    def predict_batch(self, batch: Batch) -> Prediction:
+        """Scores a batch; a method that needs more than the image overrides this."""
+        return self(batch["image"])
+
+    def setup(self, stage: str) -> None:
+        """Reads the weights of backbones that have none yet."""
+        for module in self.modules():
+            if isinstance(module, Backbone):
+                module.load_weights()
+
+    def features(self, backbone: Backbone, batch: Batch, name: str = "backbone") -> list[Tensor]:
+        """Clean features of the batch's images: from the cache where there is one."""
+        cached = batch.get("features", {})
+        return cached[name] if name in cached else backbone(batch["image"])
+
+    def generator(self) -> torch.Generator:
+        """A generator on this module's device, seeded by torch's global state."""
+        seed = int(torch.randint(2**62, ()))
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Logs every term as ``train/<term>``."""
+        losses = self.losses(batch)
+        for name, value in losses.items():
+            self.log(
+                f"train/{name}", value, prog_bar=name == "loss", batch_size=len(batch["image"])
+            )
+        return losses["loss"]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Prediction:
+        """Logs ``val/loss``, the training loss on held-out normal images."""
+        loss = self.losses(batch)["loss"]
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["image"]))
+        return self.predict_batch(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Prediction:
+        """Predicts; the ``Evaluation`` callback scores what comes back."""
+        return self.predict_batch(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
+        """Predicts."""
+        return self.predict_batch(batch)
+
+    def configure_optimizers(self) -> Optimizer:
+        """One optimiser over all parameters that take a gradient."""
+        return self.optimizer([p for p in self.parameters() if p.requires_grad])

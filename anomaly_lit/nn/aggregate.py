@@ -1,0 +1,64 @@
+"""From the maps of several stages to one map, and from the map's scale to the image's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def aggregate(features: Sequence[Tensor], grid: Sequence[int], average: bool = False) -> Tensor:
+    """Brings every stage to one grid and joins the channels.
+
+    Args:
+        features: Maps (B, C_i, h_i, w_i), finest first.
+        grid: Height and width of the result.
+        average: Mean over 3 x 3 neighbours after resizing; the zero padding counts in the
+            mean, so borders are attenuated, as in PatchCore's lineage.
+
+    Returns:
+        (B, sum of C_i, *grid), resized bilinearly with aligned corners.
+    """
+    size = (grid[0], grid[1])
+    maps = [
+        F.interpolate(feature, size, mode="bilinear", align_corners=True) for feature in features
+    ]
+    if average:
+        maps = [F.avg_pool2d(map_, 3, stride=1, padding=1) for map_ in maps]
+    return torch.cat(maps, dim=1)
+
+
+def resize(anomaly_map: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear resizing with aligned corners of a (B, C, h, w) map to ``size``."""
+    return F.interpolate(anomaly_map, (size[0], size[1]), mode="bilinear", align_corners=True)
+
+
+def smooth(anomaly_map: Tensor, sigma: float) -> Tensor:
+    """Gaussian filter that equals ``scipy.ndimage.gaussian_filter`` (cut at 4 sigma, reflected).
+
+    Args:
+        anomaly_map: (B, C, H, W) float.
+        sigma: Standard deviation in pixels; 0 returns the map as it is.
+    """
+    radius = int(4 * sigma + 0.5)
+    if radius == 0:
+        return anomaly_map
+    offsets = torch.arange(-radius, radius + 1, device=anomaly_map.device, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).to(anomaly_map.dtype)
+    batch, channels, height, width = anomaly_map.shape
+    flat = anomaly_map.reshape(batch * channels, 1, height, width)
+    with torch.autocast(flat.device.type, enabled=False):  # a map of 8 bits ranks nothing
+        flat = F.conv2d(
+            flat[..., _reflected(height, radius, flat.device), :], kernel.view(1, 1, -1, 1)
+        )
+        flat = F.conv2d(flat[..., _reflected(width, radius, flat.device)], kernel.view(1, 1, 1, -1))
+    return flat.view(batch, channels, height, width)
+
+
+def _reflected(length: int, radius: int, device: torch.device) -> Tensor:
+    """Indices -radius .. length + radius, mirrored about the edges (the edge is repeated)."""
+    index = torch.arange(-radius, length + radius, device=device) % (2 * length)
+    return torch.where(index < length, index, 2 * length - 1 - index)

@@ -1,0 +1,186 @@
+"""A frozen feature extractor: any timm model that gives intermediate maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from anomaly_lit.nn.weights import find_weights
+from anomaly_lit.types import UserError
+
+
+class Backbone(nn.Module):
+    """Describes an image by the maps of some stages of a frozen, pretrained network.
+
+    Frozen for good: no parameter takes a gradient and the buffers stay as they are, whatever
+    mode the surrounding module is put in. The backbone owns the normalisation of its input.
+
+    The constructor builds the network with random weights and reaches for no file;
+    ``load_weights`` reads them, once, unless a state dict was loaded before.
+
+    Args:
+        name: timm's name with the tag of the weights, such as ``resnet18.tv_in1k``.
+        out_indices: Stages to return, counted as timm counts them.
+        weights: ``pretrained`` (the folder in ``ANOMALY_LIT_WEIGHTS``, else timm's hub),
+            ``random``, or a file with a timm state dict (``.safetensors`` or ``.pth``).
+        file_stem: Name under which that folder holds the file; default: the architecture.
+        mean: Mean of each channel, for pixels in [0, 1]; default: that of the weights.
+        std: Standard deviation likewise.
+        options: More arguments for ``timm.create_model``.
+
+    Attributes:
+        channels: Channels of each returned map.
+        strides: Pixels of the image per position of each returned map.
+
+    Raises:
+        UserError: timm does not know the name, or the network has no such stage.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        out_indices: Sequence[int] = (1, 2, 3),
+        weights: str = "pretrained",
+        file_stem: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.weights = weights
+        self.file_stem = file_stem
+        self.out_indices = tuple(out_indices)
+        self.options = dict(options or {})
+        self.network = self._build()
+        self.channels: list[int] = self.network.feature_info.channels()
+        self.strides: list[int] = self.network.feature_info.reduction()
+        if mean is None or std is None:
+            mean, std = _statistics(name)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        self.loaded = weights == "random"
+        self.requires_grad_(False)
+        self.train(False)
+
+    def _build(self) -> Any:
+        architecture = self.name.split(".")[0]
+        if not timm.is_model(architecture):
+            near = timm.list_models(f"*{architecture[:8]}*")[:8]
+            raise UserError(f"timm has no model {architecture!r}; near: {', '.join(near) or '-'}")
+        try:
+            return timm.create_model(
+                architecture, features_only=True, out_indices=self.out_indices, **self.options
+            )
+        except (IndexError, AssertionError) as error:
+            stages = timm.create_model(architecture, features_only=True, **self.options)
+            last = len(stages.feature_info) - 1
+            raise UserError(
+                f"the backbone {self.name} has no stage among out_indices="
+                f"{list(self.out_indices)} that it lacks: its stages are 0 to {last}; "
+                "set method.backbone.out_indices"
+            ) from error
+
+    def load_weights(self) -> None:
+        """Reads the weights; a second call, or one after a state dict was loaded, does nothing.
+
+        Raises:
+            UserError: No weights are in reach, or they do not fit the requested stages.
+        """
+        if self.loaded:
+            return
+        file = find_weights(self.name, self.weights, self.file_stem)
+        state = _hub_state(self.name, self.out_indices, self.options) if file is None else None
+        self._load(_read_state(file) if file else state, source=str(file or f"hub: {self.name}"))
+
+    def _load(self, state: Any, source: str) -> None:
+        prefix = "model." if hasattr(self.network, "model") else ""
+        wanted = self.network.state_dict()
+        given = {prefix + key.removeprefix(prefix): value for key, value in state.items()}
+        missing = [
+            key for key in wanted if key not in given and not key.endswith("num_batches_tracked")
+        ]
+        if missing:
+            stages = sorted({".".join(key.removeprefix(prefix).split(".")[:2]) for key in missing})
+            raise UserError(
+                f"{source} holds no weights for {len(missing)} of the {len(wanted)} tensors that "
+                f"{self.name} with out_indices={list(self.out_indices)} needs: "
+                f"{', '.join(stages[:6])}{' ...' if len(stages) > 6 else ''}. Ask for other stages "
+                "(method.backbone.out_indices) or give another file (method.backbone.weights)"
+            )
+        wrong = [key for key in wanted if key in given and given[key].shape != wanted[key].shape]
+        if wrong:
+            key = wrong[0]
+            raise UserError(
+                f"{source} does not fit {self.name}: {key} is {tuple(given[key].shape)} in the "
+                f"file and {tuple(wanted[key].shape)} in the network ({len(wrong)} such tensors); "
+                "method.backbone.weights names a file of another model"
+            )
+        kept = {key: given[key].float() for key in wanted if key in given}
+        self.network.load_state_dict(kept, strict=False)
+        self.loaded = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.loaded = True  # a checkpoint holds the backbone: neither file nor hub is needed
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stays in evaluation mode, so that no buffer moves."""
+        return super().train(False)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Maps of the requested stages, finest first.
+
+        Args:
+            image: (B, 3, H, W) float in [0, 1].
+
+        Returns:
+            One (B, channels[i], H / strides[i], W / strides[i]) map per stage.
+        """
+        return list(self.network((image - self.mean) / self.std))
+
+
+def _statistics(name: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of the pixels that the weights were trained on."""
+    try:
+        config = timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        architecture = name.split(".")[0]
+        tags = ", ".join(timm.list_pretrained(f"{architecture}.*"))
+        raise UserError(
+            f"timm has no weights {name!r} (known: {tags or 'none'}); name one of these, or give "
+            "mean and std with a file of your own"
+        ) from error
+    if config is None:  # an architecture for which timm has no weights: ImageNet's statistics
+        return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return config.mean, config.std
+
+
+def _read_state(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"the weights file {file} cannot be read: {error}") from error
+    return state.get("state_dict", state)
+
+
+def _hub_state(name: str, out_indices: Sequence[int], options: Mapping[str, Any]) -> Any:
+    try:
+        network = timm.create_model(
+            name, pretrained=True, features_only=True, out_indices=tuple(out_indices), **options
+        )
+    except Exception as error:
+        raise UserError(
+            f"the hub gave no weights for {name} ({type(error).__name__}: {error}); "
+            "set method.backbone.weights=FILE"
+        ) from error
+    return network.state_dict()

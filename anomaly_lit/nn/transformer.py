@@ -1,0 +1,72 @@
+"""Parts of vision transformers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a bias on queries, keys and values.
+
+    Args:
+        dim: Width of a token; a multiple of ``heads``.
+        heads: Number of heads.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, dim) to (B, N, dim)."""
+        batch, length, dim = tokens.shape
+        qkv = self.qkv(tokens).view(batch, length, 3, self.heads, dim // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, dim / heads)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, length, dim))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm transformer block with GELU and no dropout (ViT).
+
+    Args:
+        dim: Width of a token.
+        heads: Number of heads.
+        mlp_ratio: Width of the hidden layer over ``dim``.
+        eps: Added to the variance in both layer norms.
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, eps: float = 1e-5) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attention = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, dim) to (B, N, dim)."""
+        tokens = tokens + self.attention(self.norm1(tokens))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+def sincos_positions(dim: int, height: int, width: int) -> Tensor:
+    """Fixed 2-D sine-cosine code, half of the channels for each axis (temperature 10000).
+
+    Args:
+        dim: Channels, a multiple of 4.
+        height: Rows of tokens.
+        width: Columns of tokens.
+
+    Returns:
+        (height * width, dim) float, row by row; the first half codes the column.
+    """
+    assert dim % 4 == 0
+    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = [axis.flatten().double()[:, None] * frequency for axis in (columns, rows)]
+    return torch.cat([code for a in angles for code in (a.sin(), a.cos())], dim=1).float()
