@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -25,7 +26,7 @@ from anomaly_lit.data.folders import (
     read_visa_split,
 )
 from anomaly_lit.data.images import Resize, check_sizes, read_header, read_sample
-from anomaly_lit.data.sampler import ShardSampler, TrainBatches
+from anomaly_lit.data.sampler import ShardSampler, TrainBatches, mixed_seed
 from anomaly_lit.types import Batch, Sample, UserError
 
 Item = tuple[int, Sample, Tensor, Tensor | None]  # index, sample, image (h, w, 3), mask (h, w)
@@ -100,7 +101,8 @@ class AnomalyDataModule(pl.LightningDataModule):
         masks: `required` (an anomalous image without a mask is an error), `optional` (all or
             none of them have one) or `none` (masks are not read; no pixel metrics).
         cache: Where decoded images are kept; None decodes them each time.
-        synthesis: Makes anomalies out of training images; None gives plain batches.
+        synthesis: Makes anomalies out of training images, `(image, generator)` to `(corrupted,
+            corruption)` with the batch's shapes; None gives plain batches.
 
     Raises:
         UserError: from `setup`, with everything found wrong at once.
@@ -115,8 +117,8 @@ class AnomalyDataModule(pl.LightningDataModule):
         root: str | None,
         categories: str | list[str] = "all",
         image_size: int | list[int] = 256,
-        resize: str = "stretch",
-        interpolation: str = "bilinear",
+        resize: Literal["stretch", "pad"] = "stretch",
+        interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear",
         center_crop: int | list[int] | None = None,
         batch_size: int = 8,
         eval_batch_size: int = 16,
@@ -125,7 +127,7 @@ class AnomalyDataModule(pl.LightningDataModule):
         shots: int | None = None,
         balanced: bool = False,
         seed: int = 0,
-        masks: str = "required",
+        masks: Literal["required", "optional", "none"] = "required",
         cache: HostCache | None = None,
         synthesis: nn.Module | None = None,
     ) -> None:
@@ -190,15 +192,15 @@ class AnomalyDataModule(pl.LightningDataModule):
         """
         if not self.digest:
             self.list_samples()
-            _raise_all(self.find_gaps())
+            _raise_all(self.find_gaps(stage))
             if self.licence is not None:
                 rank_zero_info(self.licence)
             for note in self.notes():
                 rank_zero_info(note)
             _raise_all(check_headers(self.samples()))
             self.digest = self._digest()
-        if stage in (None, "fit") and not self.train_samples:
-            raise UserError(self._no_training_images(self.categories))
+        elif stage in (None, "fit"):
+            _raise_all(self.find_gaps(stage))
         if self.cache is not None:
             _raise_all(self.cache.fill(self._samples_of(stage), self.resize))
 
@@ -228,6 +230,22 @@ class AnomalyDataModule(pl.LightningDataModule):
         """Give the test images, in order."""
         return self._evaluation_loader(self.test_samples)
 
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Add `corrupted` and `corruption` in training and validation, where synthesis is on.
+
+        The draw depends on seed, training step and images alone; a validation is the same each
+        time.
+        """
+        if self.synthesis is None or self.trainer is None:
+            return batch
+        if not (self.trainer.training or self.trainer.validating or self.trainer.sanity_checking):
+            return batch
+        image, step = batch["image"], self._position() if self.trainer.training else 0
+        seed = mixed_seed(self.seed, step, *batch["index"].tolist())
+        generator = torch.Generator(image.device).manual_seed(seed)
+        corrupted, corruption = self.synthesis(image, generator)
+        return {**batch, "corrupted": corrupted, "corruption": corruption}
+
     def samples(self) -> list[Sample]:
         """All images of all splits."""
         return [*self.train_samples, *self.holdout_samples, *self.test_samples]
@@ -253,10 +271,15 @@ class AnomalyDataModule(pl.LightningDataModule):
     def __str__(self) -> str:
         return self.summary()
 
-    def find_gaps(self) -> list[str]:
-        """Say what the lists lack so that training or evaluation would be wrong."""
-        trained = {sample.category for sample in [*self.train_samples, *self.holdout_samples]}
-        empty = [category for category in self.categories if category not in trained]
+    def find_gaps(self, stage: str | None = None) -> list[str]:
+        """Say what the lists lack so that training or evaluation would be wrong.
+
+        Args:
+            stage: As for `setup`; only for `fit` and None are training images needed.
+        """
+        needed = self.train_samples if stage in (None, "fit") else self.samples()
+        present = {sample.category for sample in needed}
+        empty = [category for category in self.categories if category not in present]
         gaps = [self._no_training_images(empty)] if empty else []
         anomalous = [sample for sample in self.test_samples if sample.label]
         without = [sample for sample in anomalous if sample.mask_path is None]
@@ -269,13 +292,22 @@ class AnomalyDataModule(pl.LightningDataModule):
         notes = []
         for category in self.categories:
             labels = {sample.label for sample in self.test_samples if sample.category == category}
-            for label, name in ((True, "anomalous"), (False, "normal")):
+            for label, name, metrics in (
+                (True, "anomalous", "image and pixel metrics are"),
+                (False, "normal", "image AUROC is"),
+            ):
                 if label not in labels:
                     notes.append(
-                        f"{category}: no {name} test image in {self.root}: its metrics over "
-                        "images are undefined" + (", and those over pixels" if label else "")
+                        f"{category}: no {name} test image in {self.root}, so its {metrics} "
+                        "undefined"
                     )
+        if not self.has_masks and any(sample.label for sample in self.test_samples):
+            notes.append("no masks: pixel metrics are left out")
         return notes
+
+    def folders(self) -> list[Path]:
+        """Folders whose pictures should all belong to a split or be a mask."""
+        return [Path(self.root or "") / category for category in self.categories]
 
     def _check_arguments(self) -> None:
         wrong = []
@@ -391,7 +423,8 @@ class AnomalyDataModule(pl.LightningDataModule):
         """Batches that training has consumed, also before it was interrupted."""
         if self.trainer is None:
             return 0
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        total = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return int(total.processed)  # type: ignore[attr-defined]
 
     def _evaluation_loader(self, samples: list[Sample]) -> DataLoader[Item]:
         rank, world_size = self._world()
@@ -527,8 +560,8 @@ class Folder(AnomalyDataModule):
         test_share: float = 0.2,
         category: str = "product",
         image_size: int | list[int] = 256,
-        resize: str = "stretch",
-        interpolation: str = "bilinear",
+        resize: Literal["stretch", "pad"] = "stretch",
+        interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear",
         center_crop: int | list[int] | None = None,
         batch_size: int = 8,
         eval_batch_size: int = 16,
@@ -536,7 +569,7 @@ class Folder(AnomalyDataModule):
         holdout: float = 0.1,
         shots: int | None = None,
         seed: int = 0,
-        masks: str = "optional",
+        masks: Literal["required", "optional", "none"] = "optional",
         cache: HostCache | None = None,
         synthesis: nn.Module | None = None,
     ) -> None:
@@ -597,6 +630,10 @@ class Folder(AnomalyDataModule):
             test = [sample for sample in train if sample in kept] + test
             train = [sample for sample in train if sample not in kept]
         return Listing(train, test)
+
+    def folders(self) -> list[Path]:
+        """None: the root may hold anything besides the folders that are named."""
+        return []
 
     def notes(self) -> list[str]:
         """Say also which images were kept for testing."""

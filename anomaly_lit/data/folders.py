@@ -114,12 +114,12 @@ def list_plain(
     The first sub-folder below `abnormal` names the defect type. A mask lies below `masks` at the
     same relative place, named `<stem>_mask` or `<stem>`, or directly in `masks`.
     """
-    train = [_normal(path, category) for path in _walk(normal)]
-    test = [_normal(path, category) for path in _walk(normal_test)] if normal_test else []
+    train = [_normal(path, category) for path in walk_images(normal)]
+    test = [_normal(path, category) for path in walk_images(normal_test)] if normal_test else []
     if abnormal is None:
         return Listing(train, test)
     by_folder: dict[Path, list[Path]] = {}
-    for path in _walk(abnormal):
+    for path in walk_images(abnormal):
         by_folder.setdefault(path.parent.relative_to(abnormal), []).append(path)
     for folder, paths in by_folder.items():
         defect_type = folder.parts[0] if folder.parts else abnormal.name
@@ -145,7 +145,8 @@ def _by_stem(folder: Path) -> dict[str, str]:
     return {path.stem: str(path) for path in list_images(folder)}
 
 
-def _walk(folder: Path) -> list[Path]:
+def walk_images(folder: Path) -> list[Path]:
+    """Pictures at any depth below a folder, by path, without hidden files and folders."""
     paths = (path for path in folder.rglob("*") if is_image(path))
     hidden = (path for path in paths if not _is_hidden(path.relative_to(folder)))
     return sorted(hidden)
