@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from anomaly_lit.metrics import PixelMetrics, functional
+from anomaly_lit.types import UserError
+
+LIMITS = {0.3: "pixel_aupro", 0.1: "pixel_aupro_0.1", 0.05: "pixel_aupro_0.05"}
+
+
+def maps_and_masks(seed: int = 0, images: int = 7, size: int = 32, tied: bool = False):
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.rand(images, 1, size, size, generator=generator) < 0.05
+    masks[::3] = False
+    maps = torch.randn(masks.shape, generator=generator) + 1.5 * masks
+    return (maps.mul(2).round() if tied else maps), masks
+
+
+def run(metric: PixelMetrics, maps, masks, batch: int = 3) -> dict[str, torch.Tensor]:
+    for part, mask in zip(maps.split(batch), masks.split(batch), strict=True):
+        metric.update(part, mask)
+    return metric.compute()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_exact_engine_gives_the_values_of_the_functions(tied: bool) -> None:
+    maps, masks = maps_and_masks(tied=tied)
+    values = run(PixelMetrics(tuple(LIMITS), engine="exact"), maps, masks)
+    assert abs(values["pixel_auroc"] - functional.auroc(maps, masks)) < 1e-12
+    assert abs(values["pixel_ap"] - functional.average_precision(maps, masks)) < 1e-12
+    f1, threshold = functional.f1_max(maps, masks)
+    assert abs(values["pixel_f1max"] - f1) < 1e-12
+    assert values["pixel_f1max_threshold"] == threshold
+    for limit, key in LIMITS.items():
+        assert abs(values[key] - functional.aupro(maps, masks, limit)) < 1e-12
+    assert not any(key.endswith("_bound") for key in values)
+
+
+@pytest.mark.parametrize("engine", ["exact", "streaming"])
+@pytest.mark.parametrize("batch", [1, 7])
+def test_batches_do_not_matter(engine: str, batch: int) -> None:
+    maps, masks = maps_and_masks()
+    first = run(PixelMetrics(engine=engine), maps, masks, 2)
+    second = run(PixelMetrics(engine=engine), maps, masks, batch)
+    for key, value in first.items():
+        assert torch.equal(value, second[key]) or (value.isnan() and second[key].isnan()), key
+
+
+@pytest.mark.parametrize("engine", ["exact", "streaming"])
+def test_one_class_is_undefined_and_never_zero(engine: str) -> None:
+    maps, masks = maps_and_masks()
+    for mask in (torch.zeros_like(masks), torch.ones_like(masks)):
+        metric = PixelMetrics(engine=engine)
+        assert all(value.isnan() for value in run(metric, maps, mask).values())
+        assert all(len(part) == 0 for pair in metric.curves().values() for part in pair)
+        metric.reset()
+        assert all(value.isnan() for value in metric.compute().values())
+
+
+@pytest.mark.parametrize("engine", ["exact", "streaming"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_map_names_its_image(engine: str, bad: float) -> None:
+    maps, masks = maps_and_masks()
+    maps[2, 0, 5, 5] = bad
+    with pytest.raises(UserError, match=r"maps of: c\.png;"):
+        PixelMetrics(engine=engine).update(
+            maps[:4], masks[:4], ["a.png", "b.png", "c.png", "d.png"]
+        )
+
+
+def test_user_mistakes_are_named() -> None:
+    maps, masks = maps_and_masks()
+    with pytest.raises(UserError, match="resolution"):
+        PixelMetrics().update(maps[:, 0], masks[:, 0])
+    with pytest.raises(UserError, match="boolean"):
+        PixelMetrics().update(maps, masks.float())
+    with pytest.raises(UserError, match="1 names for 7 maps"):
+        PixelMetrics().update(maps, masks, ["a"])
+    with pytest.raises(UserError, match="no engine 'fast'"):
+        PixelMetrics(engine="fast")
+    with pytest.raises(UserError, match="limit is 0"):
+        PixelMetrics(limits=[0])
+    with pytest.raises(UserError, match="centre is nan"):
+        PixelMetrics(center=torch.nan)
+    metric = PixelMetrics()
+    metric.center = 3.0
+    metric.update(maps, masks)
+    with pytest.raises(UserError, match="after an update"):
+        metric.center = 4.0
+    metric.reset()
+    metric.center = 4.0
+
+
+def test_maps_with_huge_sums_are_finite() -> None:
+    maps, masks = maps_and_masks()
+    values = run(PixelMetrics(engine="exact"), maps * 1e37, masks)
+    assert abs(values["pixel_auroc"] - functional.auroc(maps, masks)) < 1e-6
