@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from anomaly_lit.data.folders import (
+    list_btad,
+    list_images,
+    list_mvtec,
+    list_plain,
+    list_visa,
+    read_visa_split,
+)
+from anomaly_lit.types import UserError
+
+
+def test_mvtec_masks_are_found_with_and_without_suffix(mvtec: Path) -> None:
+    bolt, cloth = list_mvtec(mvtec, "bolt"), list_mvtec(mvtec, "cloth")
+    assert len(bolt.train) == 12
+    kinds = [sample.defect_type for sample in bolt.test]
+    assert kinds == ["bent", "bent", "good", "good", "scratch"]
+    bent = bolt.test[0]
+    assert bent.label
+    assert Path(str(bent.mask_path)).name == "000_mask.png"
+    assert Path(str(cloth.test[1].mask_path)).parts[-3:] == ("ground_truth", "hole", "000.png")
+    assert not any(sample.label or sample.mask_path for sample in bolt.train)
+
+
+def test_hidden_and_foreign_files_are_no_images(mvtec: Path) -> None:
+    folder = mvtec / "bolt" / "train" / "good"
+    (folder / "._000.png").write_bytes(b"resource fork")
+    (folder / "Thumbs.db").write_bytes(b"")
+    (folder / "000.txt").write_text("")
+    (folder / "nested.png").mkdir()
+    assert len(list_images(folder)) == 12
+    assert list_images(folder / "absent") == []
+
+
+def test_suffixes_in_capitals_are_images(mvtec: Path) -> None:
+    folder = mvtec / "bolt" / "train" / "good"
+    (folder / "000.png").rename(folder / "000.PNG")
+    assert len(list_images(folder)) == 12
+
+
+def test_btad_masks_are_matched_by_stem(btad: Path) -> None:
+    train, test = list_btad(btad, "01")
+    assert len(train) == 4
+    assert [sample.defect_type for sample in test] == ["good", "ko"]
+    assert Path(str(test[1].mask_path)).name == "0001.png"
+
+
+def test_visa_follows_its_split_file(visa: Path) -> None:
+    rows = read_visa_split(visa / "split_csv" / "1cls.csv")
+    train, test = list_visa(visa, "candle", rows["candle"])
+    assert [len(train), len(test)] == [4, 2]
+    assert [sample.label for sample in test] == [False, True]
+    assert Path(str(test[1].mask_path)).is_file()
+
+
+def test_visa_without_split_file_says_what_to_set(visa: Path) -> None:
+    (visa / "split_csv" / "1cls.csv").unlink()
+    with pytest.raises(UserError, match=r"1cls\.csv.*dataset\.root"):
+        read_visa_split(visa / "split_csv" / "1cls.csv")
+
+
+def test_visa_with_other_columns_names_them(visa: Path) -> None:
+    (visa / "split_csv" / "1cls.csv").write_text("object,image\n")
+    with pytest.raises(UserError, match="label, mask, split"):
+        read_visa_split(visa / "split_csv" / "1cls.csv")
+
+
+def test_plain_folders_take_the_defect_type_from_the_first_sub_folder(plain: Path) -> None:
+    train, test = list_plain("p", plain / "good", None, plain / "bad", plain / "masks")
+    assert len(train) == 10
+    assert [sample.defect_type for sample in test] == ["chip", "stain"]
+    masks = [Path(str(sample.mask_path)).relative_to(plain).as_posix() for sample in test]
+    assert masks == ["masks/chip/b0.png", "masks/stain/b0.png"]
+
+
+def test_plain_masks_may_lie_in_one_folder(plain: Path) -> None:
+    (plain / "masks" / "chip" / "b0.png").rename(plain / "masks" / "b0_mask.png")
+    (plain / "masks" / "stain" / "b0.png").unlink()
+    _, test = list_plain("p", plain / "good", None, plain / "bad", plain / "masks")
+    assert {Path(str(sample.mask_path)).name for sample in test} == {"b0_mask.png"}
+
+
+def test_plain_folder_without_sub_folders_names_the_defect_type(plain: Path) -> None:
+    _, test = list_plain("p", plain / "good", None, plain / "bad" / "chip", None)
+    assert [(sample.defect_type, sample.mask_path) for sample in test] == [("chip", None)]
