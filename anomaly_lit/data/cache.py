@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
@@ -70,7 +71,7 @@ class HostCache:
             return None
 
         outcomes = in_threads(decode, list(enumerate(kept)), "Decoding images")
-        problems = [outcome for outcome in outcomes if outcome is not None]
+        problems = sorted(outcome for outcome in outcomes if outcome is not None)
         if not problems:
             self._keep(kept, masked, images, masks)
         if len(kept) < len(fresh):
@@ -125,7 +126,7 @@ def _watched(results: Iterable[R], total: int, title: str) -> Iterable[R]:
             yield result
             done += 1
             if bar is None and not hidden and time.monotonic() - start > PATIENCE:
-                bar = Progress(transient=True)
+                bar = Progress(transient=True, console=Console(stderr=True))
                 bar.start()
                 task = bar.add_task(title, total=total)
             if bar is not None:

@@ -654,7 +654,7 @@ def check_headers(samples: Sequence[Sample]) -> list[str]:
     A mask has to have its image's size. Pixel data that breaks off is found only on decoding.
     """
     outcomes = in_threads(_check_header, samples, "Checking files")
-    return [outcome for outcome in outcomes if outcome is not None]
+    return sorted(outcome for outcome in outcomes if outcome is not None)
 
 
 def _check_header(sample: Sample) -> str | None:
