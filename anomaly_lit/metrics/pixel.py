@@ -95,16 +95,20 @@ class PixelMetrics(Metric):
             raise UserError(f"the centre is {center}; give a finite number")
         self._center = float(center)
         self.bins = Bins(center)
-        zero = torch.zeros(1, dtype=torch.int64, device=self.device)  # takes no memory until used
-        columns = 0 if self.engine == "exact" else self.bins.count
-        self.add_state("histogram", zero.expand(ROWS, columns), dist_reduce_fx="sum")
+        self.add_state("histogram", torch.zeros(0, dtype=torch.int64), dist_reduce_fx="sum")
+        self._clear_histogram()
 
     def reset(self) -> None:
         """Forget all scores and free their memory."""
         super().reset()
-        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.histogram = zero.expand(*self.histogram.shape)
+        self._clear_histogram()
         self._forget()
+
+    def _clear_histogram(self) -> None:
+        """One zero, expanded: it takes no memory until the bins are used."""
+        columns = 0 if self.engine == "exact" else self.bins.count
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.histogram = zero.expand(ROWS, columns)
 
     def update(
         self, anomaly_map: Tensor, gt_mask: Tensor, names: Sequence[str] | None = None

@@ -178,13 +178,13 @@ def test_intervals_match_a_loop_of_resamples() -> None:
     found = functional.bootstrap_interval(scores, labels, resamples=4000)
     numbers = np.random.default_rng(0)
     areas, precisions = [], []
-    for _ in range(2000):
+    for _ in range(600):
         drawn = np.concatenate([numbers.choice(20, 20), 20 + numbers.choice(22, 22)])
         areas.append(sklearn_metrics.roc_auc_score(labels[drawn], scores[drawn]))
         precisions.append(sklearn_metrics.average_precision_score(labels[drawn], scores[drawn]))
     for name, values in (("auroc", areas), ("ap", precisions)):
         low, high = found[name]
-        np.testing.assert_allclose([low, high], np.quantile(values, [0.025, 0.975]), atol=0.015)
+        np.testing.assert_allclose([low, high], np.quantile(values, [0.025, 0.975]), atol=0.03)
 
 
 def test_intervals_do_not_depend_on_the_order_of_items_or_on_global_seeds() -> None:
@@ -197,3 +197,49 @@ def test_intervals_do_not_depend_on_the_order_of_items_or_on_global_seeds() -> N
     assert first == functional.bootstrap_interval(scores[order], labels[order], resamples=50)
     assert torch.equal(state, torch.get_rng_state())
     assert first != functional.bootstrap_interval(scores, labels, resamples=50, seed=1)
+
+
+def grid(rows: list[str]) -> torch.Tensor:
+    """A (1, 1, H, W) tensor of one digit each."""
+    return torch.tensor([[[[int(cell) for cell in row] for row in rows]]])
+
+
+def test_the_limit_is_cut_by_linear_interpolation() -> None:
+    # the one region is tied with 2 of 5 normal pixels: the curve rises from (0, 0) to (0.4, 1)
+    maps, masks = grid(["110", "100"]), grid(["100", "000"]) > 0
+    slope = 1 / (2 / 5)
+    assert functional.aupro(maps, masks, 0.3) == pytest.approx(0.5 * 0.3 * slope)
+    assert functional.aupro(maps, masks, 0.4) == pytest.approx(0.5)
+    assert functional.aupro(maps, masks, 1.0) == pytest.approx(0.4 * 0.5 + 0.6)
+
+
+def test_diagonal_neighbours_are_one_region() -> None:
+    maps = grid(["900", "070", "000", "005"])
+    masks = grid(["100", "010", "000", "001"]) > 0
+    # two regions: {9, 7} and {5}, all above the normal pixels
+    overlap = functional.curves(maps, masks)["pro"][1]
+    assert sorted(set(overlap.tolist())) == [0.0, 0.25, 0.5, 1.0]
+
+
+def test_regions_weigh_the_same_whatever_their_size() -> None:
+    masks = grid(["11110", "11110", "00000", "00001"]) > 0
+    found_large = grid(["22220", "22220", "11111", "11110"])
+    found_small = grid(["00000", "00000", "11111", "11112"])
+    assert functional.curves(found_large, masks)["pro"][1][2] == 0.5
+    assert functional.curves(found_small, masks)["pro"][1][2] == 0.5
+
+
+def test_images_without_defects_count_for_false_positives_alone() -> None:
+    maps, masks = sample(7, tied=False)
+    noisy = torch.cat([maps, maps[:1] + 10])
+    more = torch.cat([masks, masks[:1]])
+    assert not masks[0].any()
+    assert functional.aupro(noisy, more) < functional.aupro(maps, masks)
+    expected = official_aupro(noisy[:, 0].numpy(), more[:, 0].numpy(), 0.3)
+    assert abs(functional.aupro(noisy, more) - expected) < 1e-9
+
+
+def test_perfect_maps_score_one_at_every_limit() -> None:
+    _, masks = sample(8, tied=False)
+    for limit in (0.3, 0.01):
+        assert functional.aupro(masks.float(), masks, limit) == pytest.approx(1)
