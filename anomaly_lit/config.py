@@ -54,11 +54,21 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str) -> None:
     ``HYDRA_FULL_ERROR=1`` shows the traceback of every error.
     """
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+    def guarded(cfg: DictConfig) -> Any:
+        try:
+            return task(cfg)
+        except (UserError, OSError) as error:
+            if full or in_sweep():  # the other jobs of a sweep go on
+                raise
+            sys.exit(f"error: {message_of(error)}")
+
+    guarded.__module__ = task.__module__  # Hydra names the job after it
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of exiting
     sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
     main = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)
     try:
-        main(task)()
+        main(guarded)()
     except (CompactHydraException, OmegaConfBaseException, UserError, OSError) as error:
         if full:
             raise

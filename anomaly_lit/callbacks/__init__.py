@@ -1,1 +1,20 @@
-"""Lightning callbacks."""
+"""Lightning callbacks; imported when first asked for, so that the package stays light."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anomaly_lit.callbacks.evaluation import Evaluation
+    from anomaly_lit.callbacks.outputs import LossCurves, Outputs
+    from anomaly_lit.callbacks.run import ResumeCheckpoint, StepSeeds, StopAtNaN
+
+__all__ = ["Evaluation", "LossCurves", "Outputs", "ResumeCheckpoint", "StepSeeds", "StopAtNaN"]
+FILES = {"Evaluation": "evaluation", "LossCurves": "outputs", "Outputs": "outputs"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{FILES.get(name, 'run')}"), name)

@@ -1,1 +1,19 @@
-"""Methods, one file each."""
+"""Methods, one file each; imported when first asked for, so that the package stays light."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anomaly_lit.methods.ami_net import AMINet
+    from anomaly_lit.methods.base import Method
+
+__all__ = ["AMINet", "Method"]
+FILES = {"AMINet": "ami_net", "Method": "base"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{FILES[name]}"), name)

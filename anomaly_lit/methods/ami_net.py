@@ -169,6 +169,8 @@ class InpaintingNetwork(nn.Module):
     and there is no decoder.
     """
 
+    positions: Tensor
+
     def __init__(self, token_dim: int, dim: int, heads: int, depth: int, positions: Tensor) -> None:
         super().__init__()
         self.embed = nn.Linear(token_dim, dim)
@@ -189,6 +191,8 @@ class InpaintingNetwork(nn.Module):
 
 class ClusterBranch(nn.Module):
     """Forms the cluster centres of each image by attention over its patches."""
+
+    positions: Tensor
 
     def __init__(
         self, token_dim: int, dim: int, heads: int, depth: int, clusters: int, positions: Tensor

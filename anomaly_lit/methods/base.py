@@ -63,19 +63,24 @@ class Method(pl.LightningModule):
             )
         return losses["loss"]
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Prediction:
+    def validation_step(self, batch: Batch, batch_idx: int) -> Prediction:  # type: ignore[override]
         """Logs ``val/loss``, the training loss on held-out normal images."""
         loss = self.losses(batch)["loss"]
         self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["image"]))
-        return self.predict_batch(batch)
+        return self.score_batch(batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Prediction:
+    def test_step(self, batch: Batch, batch_idx: int) -> Prediction:  # type: ignore[override]
         """Predicts; the ``Evaluation`` callback scores what comes back."""
-        return self.predict_batch(batch)
+        return self.score_batch(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
         """Predicts."""
-        return self.predict_batch(batch)
+        return self.score_batch(batch)
+
+    def score_batch(self, batch: Batch) -> Prediction:
+        """Predicts in float32, whatever precision training has, so that thresholds carry over."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.predict_batch(batch)
 
     def configure_optimizers(self) -> Optimizer:
         """One optimiser over all parameters that take a gradient."""

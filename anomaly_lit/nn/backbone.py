@@ -41,6 +41,9 @@ class Backbone(nn.Module):
         UserError: timm does not know the name, or the network has no such stage.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         name: str,
@@ -78,7 +81,7 @@ class Backbone(nn.Module):
                 architecture, features_only=True, out_indices=self.out_indices, **self.options
             )
         except (IndexError, AssertionError) as error:
-            stages = timm.create_model(architecture, features_only=True, **self.options)
+            stages: Any = timm.create_model(architecture, features_only=True, **self.options)
             last = len(stages.feature_info) - 1
             raise UserError(
                 f"the backbone {self.name} has no stage among out_indices="

@@ -14,7 +14,9 @@ WEIGHTS_FOLDER = "ANOMALY_LIT_WEIGHTS"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
-def find_weights(name: str, weights: str, stem: str | None = None) -> Path | None:
+def find_weights(
+    name: str, weights: str, stem: str | None = None, key: str = "method.backbone.weights"
+) -> Path | None:
     """The file to read, or None where the weights are random or come from the hub.
 
     Args:
@@ -22,6 +24,7 @@ def find_weights(name: str, weights: str, stem: str | None = None) -> Path | Non
         weights: ``pretrained``, ``random``, ``demo`` (the file in this package) or a path.
         stem: The name of the option, which a file of the folder in ``ANOMALY_LIT_WEIGHTS``
             bears; by default the architecture's name.
+        key: What to set, for the error's text.
 
     Raises:
         UserError: A named file is absent, two files of the folder fit, or ``pretrained``
@@ -32,26 +35,26 @@ def find_weights(name: str, weights: str, stem: str | None = None) -> Path | Non
     if weights == "demo":
         return Path(__file__).parent.parent / "weights" / "demo_backbone.safetensors"
     if weights != "pretrained":
-        return _existing(Path(weights).expanduser(), name)
+        return _existing(Path(weights).expanduser(), name, key)
     found = _search_folder(name, stem or name.split(".")[0])
     if found is None and not (_in_hub_cache(name) or _hub_answers()):
         folder = os.environ.get(WEIGHTS_FOLDER)
         looked = f"the folder {folder} ({WEIGHTS_FOLDER})" if folder else f"{WEIGHTS_FOLDER} unset"
         raise UserError(
             f"no weights for the backbone {name}: {looked}, nothing in the hub's cache, and the "
-            "hub does not answer. Set method.backbone.weights=FILE (timm state dict, .safetensors "
+            f"hub does not answer. Set {key}=FILE (timm state dict, .safetensors "
             f"or .pth), or {WEIGHTS_FOLDER}=DIR with a file named {stem or name.split('.')[0]}"
-            ".safetensors, or method.backbone.weights=random to train on random features"
+            f".safetensors, or {key}=random to train on random features"
         )
     return found
 
 
-def _existing(path: Path, name: str) -> Path:
+def _existing(path: Path, name: str, key: str) -> Path:
     if path.is_file():
         return path
     raise UserError(
         f"the weights file {path} for the backbone {name} does not exist; "
-        "method.backbone.weights takes a file, 'pretrained' or 'random'"
+        f"{key} takes a file, 'pretrained' or 'random'"
     )
 
 

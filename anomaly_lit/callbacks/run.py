@@ -1,0 +1,150 @@
+"""What keeps a run repeatable and resumable: seeds, checkpoints, a stop at the first NaN."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from anomaly_lit.data.sampler import mixed_seed
+from anomaly_lit.types import UserError
+
+FORMAT_VERSION = 1
+
+
+class StepSeeds(pl.Callback):
+    """Seeds torch anew at every step from (seed, stage, step, rank).
+
+    Masks, jitter, dropout and synthesis then depend on nothing that came before, and a run that
+    was interrupted anywhere goes on exactly as if it had not been.
+
+    Args:
+        seed: Any integer.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Seeds by the number of batches consumed in all epochs."""
+        step = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+        torch.manual_seed(mixed_seed(self.seed, 0, step, trainer.global_rank))
+
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Seeds by the batch, so that every validation draws the same masks."""
+        torch.manual_seed(mixed_seed(self.seed, 1, batch_idx, trainer.global_rank))
+
+    def on_test_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Seeds by the batch."""
+        torch.manual_seed(mixed_seed(self.seed, 2, batch_idx, trainer.global_rank))
+
+
+class ResumeCheckpoint(pl.Callback):
+    """Writes the whole state of training to ``checkpoints/last.ckpt`` from time to time.
+
+    The file is replaced at once, never half written; a run that dies loses what came since.
+
+    Args:
+        directory: Where ``last.ckpt`` lies.
+        every_minutes: Least time between two writes.
+        every_steps: Batches between two writes instead; None leaves it to the time.
+    """
+
+    def __init__(
+        self, directory: str, every_minutes: float = 2.0, every_steps: int | None = None
+    ) -> None:
+        self.path = Path(directory) / "last.ckpt"
+        self.every_seconds = 60 * every_minutes
+        self.every_steps = every_steps
+        self.written = time.monotonic()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock."""
+        self.written = time.monotonic()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Writes where it is time; rank 0's clock decides for all."""
+        if self.every_steps is not None:
+            due = trainer.global_step % self.every_steps == 0
+        else:
+            due = time.monotonic() - self.written >= self.every_seconds
+            due = trainer.strategy.broadcast(due)
+        if due:
+            self.written = time.monotonic()
+            trainer.save_checkpoint(self.path)
+
+
+class WholeCheckpoint(pl.Callback):
+    """Puts into every checkpoint what ``anomaly_lit.load`` needs: the format and the config.
+
+    Args:
+        config: The composed configuration as plain data.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds plain data only, so that the file loads with ``weights_only=True``."""
+        entry = checkpoint.setdefault("anomaly_lit", {})
+        entry["format_version"] = FORMAT_VERSION
+        entry["config"] = self.config
+
+
+class StopAtNaN(pl.Callback):
+    """Ends training with a clear error when a loss is no longer finite.
+
+    Args:
+        every_steps: Batches between two looks; each waits for the device.
+    """
+
+    def __init__(self, every_steps: int = 10) -> None:
+        self.every_steps = every_steps
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Looks at the loss."""
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if trainer.global_step % self.every_steps or not isinstance(loss, Tensor):
+            return
+        if not torch.isfinite(loss).all():
+            raise UserError(
+                f"the loss is {float(loss)} at step {trainer.global_step}: lower "
+                "method.optimizer.lr, or set trainer.precision=32-true, or clip gradients with "
+                f"trainer.gradient_clip_val=1. Last images: {', '.join(batch['path'][:3])}"
+            )

@@ -1,0 +1,191 @@
+"""From a checkpoint to a detector, without Hydra, a hub or the files of the training machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from anomaly_lit.callbacks.evaluation import limits_of, verdict
+from anomaly_lit.callbacks.run import FORMAT_VERSION
+from anomaly_lit.config import check_targets, instantiate
+from anomaly_lit.data.images import Resize, read_image
+from anomaly_lit.methods.base import Method
+from anomaly_lit.types import Batch, UserError
+
+Picture = str | Path | np.ndarray | Image.Image
+
+
+class Finding(NamedTuple):
+    """What a detector says of one image."""
+
+    score: float
+    threshold: float  # NaN without held-out images in training
+    verdict: str  # good, defect, or unknown without a threshold
+    anomaly_map: np.ndarray  # (H, W) float32 at the picture's own size
+    image: np.ndarray  # (H, W, 3) uint8, the picture as it was read
+
+
+class Detector:
+    """A trained method with the geometry and the thresholds that belong to it.
+
+    Args:
+        method: The trained method.
+        resize: Geometry of its input.
+        calibration: Thresholds by category; empty if there were no held-out images.
+    """
+
+    def __init__(self, method: Method, resize: Resize, calibration: dict[str, Any]) -> None:
+        self.method = method.eval().requires_grad_(False)
+        self.resize = resize
+        self.calibration = calibration
+
+    @property
+    def categories(self) -> list[str]:
+        """Categories that have a threshold of their own."""
+        return list(self.calibration.get("categories", {}))
+
+    def to(self, device: str | torch.device) -> Detector:
+        """Moves the network."""
+        self.method.to(device)
+        return self
+
+    def predict(
+        self,
+        images: Picture | Sequence[Picture],
+        category: str | None = None,
+        batch_size: int = 16,
+    ) -> list[Finding]:
+        """Scores pictures of any size.
+
+        Args:
+            images: Paths, (H, W, 3) uint8 arrays, Pillow images, or one of them.
+            category: Whose threshold to use; None takes the only one, else that of all together.
+            batch_size: Images scored at once.
+
+        Raises:
+            UserError: A picture cannot be read, or the category is unknown.
+        """
+        if category is not None and category not in self.categories:
+            known = ", ".join(self.categories) or "none"
+            raise UserError(f"no threshold for category={category}; known: {known}")
+        if category is None and len(self.categories) == 1:
+            category = self.categories[0]
+        pictures = [images] if isinstance(images, Picture) else list(images)
+        findings: list[Finding] = []
+        for start in range(0, len(pictures), batch_size):
+            read = [_pixels(picture) for picture in pictures[start : start + batch_size]]
+            findings += self._predict_batch(read, category)
+        return findings
+
+    def _predict_batch(self, pictures: list[np.ndarray], category: str | None) -> list[Finding]:
+        pixels = np.stack([self.resize.image(picture) for picture in pictures])
+        image = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.method.device)
+        count = len(pictures)
+        batch: Batch = {
+            "image": image.float().div(255).contiguous(),
+            "index": torch.arange(count),
+            "label": torch.zeros(count, dtype=torch.bool),
+            "gt_mask": torch.zeros(count, 1, *image.shape[-2:], dtype=torch.bool),
+            "category": [category or ""] * count,
+            "defect_type": [""] * count,
+            "path": [""] * count,
+        }
+        with torch.inference_mode():
+            prediction = self.method.score_batch(batch)
+        threshold = limits_of(self.calibration, category).get("threshold", math.nan)
+        maps = prediction.anomaly_map[:, 0].float().cpu().numpy()
+        return [
+            Finding(
+                score,
+                threshold,
+                verdict(score, threshold)["verdict"],
+                self.resize.restore(anomaly_map, picture.shape[:2]),
+                picture,
+            )
+            for score, anomaly_map, picture in zip(
+                prediction.score.tolist(), maps, pictures, strict=True
+            )
+        ]
+
+
+def load(path: str | Path, device: str | None = None, trust: bool = False) -> Detector:
+    """Loads a detector from a checkpoint that ``anomaly-train`` wrote.
+
+    Args:
+        path: The checkpoint.
+        device: Such as ``cpu`` or ``cuda``; None takes a GPU if there is one.
+        trust: Allow the checkpoint to name code outside anomaly_lit, torch.nn and torch.optim.
+
+    Raises:
+        UserError: The file is absent, damaged, of another kind, or names foreign code.
+    """
+    checkpoint = read_checkpoint(path)
+    entry = checkpoint["anomaly_lit"]
+    method = build_method(entry["config"], trust)
+    method.load_state_dict(checkpoint["state_dict"])
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    detector = Detector(method, geometry_of(entry["config"]), entry.get("calibration", {}))
+    return detector.to(device)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The plain content of a checkpoint; runs no code that it might hold.
+
+    Raises:
+        UserError: The file is absent, damaged, or lacks the configuration.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"the checkpoint {path} does not exist; set ckpt_path=FILE")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"the checkpoint {path} cannot be read: {error}") from error
+    entry = checkpoint.get("anomaly_lit", {}) if isinstance(checkpoint, dict) else {}
+    if "config" not in entry:
+        raise UserError(
+            f"{path} holds no configuration: only checkpoints of anomaly-train can be loaded so; "
+            "for others use the method's load_from_checkpoint"
+        )
+    if entry["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format {entry['format_version']}, this version reads up to "
+            f"{FORMAT_VERSION}: update anomaly_lit"
+        )
+    return checkpoint
+
+
+def build_method(config: dict[str, Any], trust: bool = False) -> Method:
+    """The untrained method of a plain configuration, after a look at the code it names."""
+    check_targets(config["method"], trust)
+    return instantiate(config["method"])
+
+
+def geometry_of(config: dict[str, Any]) -> Resize:
+    """The geometry with which the images of a run were read."""
+    dataset = config["dataset"]
+    return Resize(
+        dataset["image_size"],
+        dataset.get("resize", "stretch"),
+        dataset.get("center_crop"),
+        dataset.get("interpolation", "bilinear"),
+    )
+
+
+def _pixels(picture: Picture) -> np.ndarray:
+    if isinstance(picture, str | Path):
+        return read_image(picture)
+    if isinstance(picture, Image.Image):
+        return np.asarray(picture.convert("RGB"))
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+        raise UserError(
+            f"an array of shape {picture.shape} and type {picture.dtype} is no picture; "
+            "needed: (H, W, 3) uint8"
+        )
+    return picture

@@ -1,0 +1,115 @@
+"""Writing files whole or not at all, and saying what made them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+PACKAGES = ("anomaly-lit", "torch", "timm", "pytorch-lightning", "hydra-core", "numpy")
+
+
+@contextmanager
+def replace_file(path: str | Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
+    """Opens a file beside ``path`` that takes its place once it is written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, mode, **options) as file:
+            yield file
+        os.chmod(draft, 0o666 & ~_umask())
+        os.replace(draft, path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Strict JSON: what is NaN or infinite is written as null."""
+    with replace_file(path, "w", encoding="utf-8") as file:
+        json.dump(_strict(content), file, indent=2)
+        file.write("\n")
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on besides the configuration: versions, commit, machine, command."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "versions": {name: _version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "commit": code_commit(),
+        "hardware": gpu
+        or f"CPU, {cores} cores ({platform.machine()}), {torch.get_num_threads()} threads",
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def code_commit() -> str | None:
+    """Commit of the checkout that this code runs from, with ``+changes``; None if there is none."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder.parent:
+            return None  # installed inside somebody else's repository
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", "anomaly_lit", "conf")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def peak_memory_mb() -> dict[str, float]:
+    """Most memory this process has held: in main memory and, where used, on the GPU."""
+    import torch
+
+    peak = {}
+    try:
+        import resource
+    except ImportError:  # Windows
+        pass
+    else:
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        peak["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if torch.cuda.is_available():
+        peak["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return peak

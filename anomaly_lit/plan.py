@@ -1,0 +1,64 @@
+"""What a run will need, told before it starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from anomaly_lit.data.datamodule import AnomalyDataModule
+    from anomaly_lit.methods.base import Method
+
+BACKWARD_SHARE = 2.0  # a backward pass costs about twice its forward pass
+
+
+def plan_of(trainer: pl.Trainer, method: Method, datamodule: AnomalyDataModule) -> Iterator[str]:
+    """Lines on parameters, memory and time; the time is measured on one batch, without training."""
+    trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in method.parameters()) - trainable
+    state = 4 * (4 * trainable + frozen) / 2**20  # weights, gradients, two moments of AdamW
+    yield (
+        f"{type(method).__name__}: {trainable / 1e6:.2f} M trainable and {frozen / 1e6:.2f} M "
+        f"frozen parameters; about {state:.0f} MB for weights, gradients and AdamW's moments, "
+        "activations apart"
+    )
+    steps = steps_of(trainer, len(datamodule.train_dataloader()))
+    if steps is None:
+        return
+    device = trainer.strategy.root_device.type
+    text = f"{steps} steps of {datamodule.batch_size} images, {trainer.precision}, on {device}"
+    if device == "cpu":
+        seconds = steps * seconds_per_step(trainer, method, datamodule)
+        text += f": roughly {seconds / 60:.1f} minutes of training"
+    yield text
+
+
+def steps_of(trainer: pl.Trainer, steps_per_epoch: int) -> int | None:
+    """Steps until the end; None where nothing bounds them."""
+    limits = []
+    if trainer.max_steps is not None and trainer.max_steps >= 0:
+        limits.append(trainer.max_steps)
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        limits.append(trainer.max_epochs * steps_per_epoch)
+    return min(limits) if limits else None
+
+
+def seconds_per_step(trainer: pl.Trainer, method: Method, datamodule: AnomalyDataModule) -> float:
+    """Forward pass of the loss on one batch, in evaluation mode, twice; the second one counts."""
+    batch = next(iter(datamodule.train_dataloader()))
+    training = method.training
+    state = torch.get_rng_state()
+    method.eval()
+    with torch.no_grad(), trainer.precision_plugin.forward_context():
+        for _ in range(2):
+            start = time.perf_counter()
+            method.losses(batch)
+            duration = time.perf_counter() - start
+    method.train(training)
+    torch.set_rng_state(state)
+    return duration * (1 + BACKWARD_SHARE / 2)  # about half of the pass is frozen

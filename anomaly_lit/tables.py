@@ -1,0 +1,58 @@
+"""Tables of results for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel AP",
+    "pixel_f1max": "pixel F1-max",
+    "pixel_aupro": "AUPRO",
+    "false_positive_rate": "false alarms",
+    "true_positive_rate": "found",
+}
+
+
+def results_table(results: Mapping[str, float], selection: str) -> Table:
+    """One row per category and their mean; ``-`` where a metric is undefined.
+
+    Args:
+        results: ``<category>/<metric>`` and ``<metric>``, fractions.
+        selection: The rule by which the weights were chosen.
+    """
+    table = Table(title=f"Test images, per cent; weights: {selection}", title_justify="left")
+    table.add_column("category")
+    for title in COLUMNS.values():
+        table.add_column(title, justify="right")
+    categories = list(dict.fromkeys(key.rpartition("/")[0] for key in results if "/" in key))
+    for category in categories:
+        cells = [_cell(results, f"{category}/{key}", with_interval=key) for key in COLUMNS]
+        table.add_row(category, *cells)
+    if len(categories) > 1:
+        table.add_section()
+        table.add_row("mean", *[_cell(results, key) for key in COLUMNS], style="bold")
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Prints it; as wide as it needs where the output goes to a file."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)
+
+
+def _cell(results: Mapping[str, float], key: str, with_interval: str = "") -> str:
+    value = results.get(key, math.nan)
+    if math.isnan(value):
+        return "-"
+    low, high = (results.get(f"{key}_{end}", math.nan) for end in ("low", "high"))
+    interval = "" if math.isnan(low) else f" [{100 * low:.0f}-{100 * high:.0f}]"
+    return f"{100 * value:.1f}{interval}"

@@ -1,0 +1,77 @@
+"""``anomaly-test``: tests a checkpoint on the data set it was trained for, or on another."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from anomaly_lit import config as configuration
+from anomaly_lit.types import UserError
+
+
+def main() -> None:
+    """Entry point of the command."""
+    configuration.run_command(test, "test")
+
+
+def test(cfg: DictConfig) -> None:
+    """Loads the checkpoint, tests it, and writes what ``anomaly-train`` writes of a test."""
+    config = configuration.plain(cfg)
+    directory = configuration.output_folder()
+    if config["ckpt_path"] is None:
+        raise UserError("ckpt_path is not set: anomaly-test ckpt_path=FILE")
+    if (directory / "metrics.json").exists():
+        raise UserError(f"{directory / 'metrics.json'} exists; choose another output_dir")
+
+    import pytorch_lightning as pl
+
+    from anomaly_lit.callbacks.evaluation import Evaluation
+    from anomaly_lit.callbacks.outputs import Outputs
+    from anomaly_lit.callbacks.progress import progress_bar
+    from anomaly_lit.callbacks.run import StepSeeds
+    from anomaly_lit.checkpoint import build_method, read_checkpoint
+    from anomaly_lit.files import environment, write_json
+    from anomaly_lit.train import SELECTIONS, print_results, quiet
+
+    quiet()
+    checkpoint = read_checkpoint(config["ckpt_path"])
+    trained = checkpoint["anomaly_lit"]["config"]
+    method = build_method(trained, config["trust"])
+    method.load_state_dict(checkpoint["state_dict"])
+    changes = {key: value for key, value in config["dataset"].items() if value is not None}
+    dataset = trained["dataset"] | changes
+    configuration.check_targets(dataset, config["trust"])
+    configuration.validate({"dataset": dataset})
+    datamodule = configuration.instantiate(dataset)
+    datamodule.prepare_data()
+    datamodule.setup("test")
+    evaluation = configuration.instantiate(trained["callbacks"]["evaluation"])
+    assert isinstance(evaluation, Evaluation)
+    evaluation.calibration = checkpoint["anomaly_lit"].get("calibration", {})
+    outputs = Outputs(str(directory), config["max_images"])
+    trainer = pl.Trainer(
+        accelerator=config["accelerator"],
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[evaluation, outputs, StepSeeds(trained["seed"]), progress_bar()],
+    )
+    trainer.test(method, datamodule=datamodule, verbose=False)
+    selection = SELECTIONS[trained["selection"]]
+    metrics = {f"test/{key}": value for key, value in evaluation.results.items()}
+    write_json(
+        directory / "metrics.json",
+        {
+            **metrics,
+            "selection": selection,
+            "seed": trained["seed"],
+            "ckpt_path": str(config["ckpt_path"]),
+            "data_digest": datamodule.digest,
+            **environment(),
+        },
+    )
+    print_results(evaluation, directory, selection)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+"""``anomaly-train``: trains, calibrates and tests one method on one data set."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from anomaly_lit import config as configuration
+from anomaly_lit.types import UserError
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from anomaly_lit.callbacks.evaluation import Evaluation
+    from anomaly_lit.data.datamodule import AnomalyDataModule
+    from anomaly_lit.methods.base import Method
+
+SELECTIONS = {
+    "last": "last step",
+    "best": "lowest loss on held-out normal images",
+    "oracle": "ORACLE: best image + pixel AUROC on the test set",
+}
+
+
+def main() -> None:
+    """Entry point of the command."""
+    configuration.run_command(train, "train")
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Runs what the configuration describes, or goes on where an earlier run of it stopped.
+
+    Returns:
+        The metric that ``optimized_metric`` names, for a sweeper; None without one.
+    """
+    config = configuration.plain(cfg)
+    directory = configuration.output_folder()
+    config["output_dir"] = str(directory)
+    state = state_of(directory, config)
+    if state == "finished":
+        print(f"already finished: {directory / 'metrics.json'}")
+        return objective(config, read_metrics(directory))
+    if state == "new":
+        find_all_weights(config)
+    metrics = run(config, directory, state)
+    return objective(config, metrics)
+
+
+def state_of(directory: Path, config: dict[str, Any]) -> str:
+    """``new``, ``unfinished`` or ``finished``; what another run left is never touched.
+
+    Raises:
+        UserError: The folder holds a run of another configuration, or one without its config.
+    """
+    from omegaconf import OmegaConf
+
+    noted, checkpoint = directory / "config.yaml", directory / "checkpoints" / "last.ckpt"
+    if not noted.is_file():
+        if checkpoint.exists() or (directory / "metrics.json").exists():
+            raise UserError(
+                f"output_dir={directory} holds results but no config.yaml that says of what; "
+                "choose another output_dir"
+            )
+        return "new"
+    before = OmegaConf.to_container(OmegaConf.load(noted))
+    changes = configuration.differences(before, config)
+    finished = (directory / "metrics.json").is_file()
+    if changes and (finished or checkpoint.is_file()):
+        lines = "\n".join(f"  {line}" for line in changes)
+        raise UserError(
+            f"output_dir={directory} holds a run with another configuration:\n{lines}\n"
+            "choose another output_dir, or repeat the old command to resume"
+        )
+    if finished:
+        return "finished"
+    return "unfinished" if checkpoint.is_file() else "new"
+
+
+def find_all_weights(config: dict[str, Any]) -> None:
+    """Looks for the weights of every backbone before anything heavy is imported."""
+    from anomaly_lit.nn.weights import find_weights
+
+    for path, node in configuration.nodes(config["method"], "method"):
+        if node["_target_"] == "anomaly_lit.nn.backbone.Backbone" and "name" in node:
+            weights = node.get("weights", "pretrained")
+            if isinstance(weights, str):
+                find_weights(node["name"], weights, node.get("file_stem"), f"{path}.weights")
+
+
+def run(config: dict[str, Any], directory: Path, state: str) -> dict[str, Any]:
+    """Trains, calibrates, tests and writes the results.
+
+    Raises:
+        UserError: The configuration does not fit the code, or the data cannot be used.
+    """
+    import pytorch_lightning as pl
+
+    from anomaly_lit.files import replace_file
+
+    quiet()
+    configuration.validate(config)
+    pl.seed_everything(config["seed"], workers=True, verbose=False)
+    datamodule, method = build(config)
+    if is_first_process():
+        import yaml
+
+        with replace_file(directory / "config.yaml", encoding="utf-8") as file:
+            yaml.safe_dump(config, file, sort_keys=False)
+    trainer, evaluation = build_trainer(config, directory)
+    if trainer.is_global_zero:
+        print_plan(trainer, method, datamodule, directory, state)
+    try:
+        return fit_and_test(config, directory, trainer, evaluation, method, datamodule)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        batch = config["dataset"].get("batch_size")
+        raise UserError(
+            f"out of memory: lower dataset.batch_size (now {batch}) or image_size (now "
+            f"{config['image_size']}); the same command with another output_dir starts anew"
+        ) from error
+    finally:
+        finish_loggers(trainer)
+
+
+def build(config: dict[str, Any]) -> tuple[AnomalyDataModule, Method]:
+    """The data module, checked, and the method, with its backbones' weights."""
+    datamodule = configuration.instantiate(config["dataset"])
+    if is_first_process():
+        datamodule.prepare_data()
+    datamodule.setup("fit")
+    datamodule.validate_on_test = config["selection"] == "oracle"
+    if not datamodule.holdout_samples and config["selection"] == "best":
+        raise UserError("selection=best needs held-out images: set dataset.holdout above 0")
+    method = configuration.instantiate(config["method"])
+    method.setup("fit")
+    return datamodule, method
+
+
+def build_trainer(config: dict[str, Any], directory: Path) -> tuple[pl.Trainer, Evaluation]:
+    """The trainer with the callbacks that every run has and those of the configuration."""
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    from anomaly_lit.callbacks.evaluation import Evaluation
+    from anomaly_lit.callbacks.outputs import LossCurves
+    from anomaly_lit.callbacks.progress import progress_bar
+    from anomaly_lit.callbacks.run import ResumeCheckpoint, StepSeeds, StopAtNaN, WholeCheckpoint
+
+    folder = str(directory / "checkpoints")
+    named = config["callbacks"] or {}
+    callbacks = [configuration.instantiate(node) for node in named.values()]
+    evaluation = next(callback for callback in callbacks if isinstance(callback, Evaluation))
+    callbacks += [
+        StepSeeds(config["seed"]),
+        StopAtNaN(),
+        WholeCheckpoint(config),
+        LossCurves(str(directory)),
+        ResumeCheckpoint(folder, **config["checkpoint"]),
+        progress_bar(),
+    ]
+    criterion = {"best": ("val/loss", "min"), "oracle": ("oracle/criterion", "max")}
+    if config["selection"] in criterion:
+        monitor, mode = criterion[config["selection"]]
+        callbacks.append(
+            ModelCheckpoint(
+                folder,
+                filename=config["selection"],
+                monitor=monitor,
+                mode=mode,
+                enable_version_counter=False,
+            )
+        )
+    loggers = [configuration.instantiate(node) for node in (config["logger"] or {}).values()]
+    settings = dict(config["trainer"])
+    if settings.get("precision") is None:
+        settings["precision"] = default_precision(settings.get("accelerator", "auto"))
+    make = configuration.instantiate({**settings, "_partial_": True})
+    keeps_best = config["selection"] in criterion  # else Lightning would add files of its own
+    trainer = make(callbacks=callbacks, logger=loggers or False, enable_checkpointing=keeps_best)
+    return trainer, evaluation
+
+
+def fit_and_test(
+    config: dict[str, Any],
+    directory: Path,
+    trainer: pl.Trainer,
+    evaluation: Evaluation,
+    method: Method,
+    datamodule: AnomalyDataModule,
+) -> dict[str, Any]:
+    """Fits from the last checkpoint, calibrates the chosen weights, saves them and tests them."""
+    from anomaly_lit.files import environment, peak_memory_mb, write_json
+
+    last = directory / "checkpoints" / "last.ckpt"
+    start = time.perf_counter()
+    resumed = last.is_file()
+    trainer.fit(method, datamodule=datamodule, ckpt_path=str(last) if resumed else None)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    training_time = time.perf_counter() - start
+    chosen = last
+    if config["selection"] != "last":
+        chosen = directory / "checkpoints" / f"{config['selection']}.ckpt"
+        take_weights(method, chosen)
+    if datamodule.holdout_samples:
+        trainer.validate(method, datamodule=datamodule, verbose=False)
+    trainer.save_checkpoint(chosen)
+    start = time.perf_counter()
+    trainer.test(method, datamodule=datamodule, verbose=False)
+    testing_time = time.perf_counter() - start
+    trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    metrics: dict[str, Any] = {f"test/{key}": value for key, value in evaluation.results.items()}
+    metrics |= {
+        "selection": SELECTIONS[config["selection"]],
+        "seed": config["seed"],
+        "method": config["method"]["_target_"],
+        "steps": trainer.global_step,
+        "precision": str(trainer.precision),
+        "resumed": resumed,
+        "training_seconds": training_time,
+        "test_seconds_per_image": testing_time / max(1, len(datamodule.test_samples)),
+        **peak_memory_mb(),
+        "trainable_parameters": trainable,
+        "frozen_parameters": sum(p.numel() for p in method.parameters()) - trainable,
+        "images": {
+            "train": len(datamodule.train_samples),
+            "holdout": len(datamodule.holdout_samples),
+            "test": len(datamodule.test_samples),
+        },
+        "data_digest": datamodule.digest,
+        "threshold_fpr": evaluation.fpr,
+        **environment(),
+    }
+    if trainer.is_global_zero:
+        write_json(directory / "metrics.json", metrics)
+        print_results(evaluation, directory, SELECTIONS[config["selection"]])
+    return metrics
+
+
+def take_weights(method: Method, checkpoint: Path) -> None:
+    """Loads the weights of another step into the method."""
+    from anomaly_lit.checkpoint import read_checkpoint
+
+    method.load_state_dict(read_checkpoint(checkpoint)["state_dict"])
+
+
+def default_precision(accelerator: str) -> str:
+    """bf16 where the device multiplies it natively, else float32."""
+    import torch
+
+    if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda"):
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    native = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return "bf16-mixed" if native and accelerator in ("auto", "cpu") else "32-true"
+
+
+def print_plan(
+    trainer: pl.Trainer,
+    method: Method,
+    datamodule: AnomalyDataModule,
+    directory: Path,
+    state: str,
+) -> None:
+    """What is about to happen: data, parameters, memory, time."""
+    from anomaly_lit.plan import plan_of
+
+    print(datamodule.summary())
+    for line in plan_of(trainer, method, datamodule):
+        print(line)
+    print(f"{'Resuming in' if state == 'unfinished' else 'Writing to'} {directory}", flush=True)
+
+
+def print_results(evaluation: Evaluation, directory: Path, selection: str) -> None:
+    """The table of results and where the files are."""
+    from anomaly_lit.tables import print_table, results_table
+
+    print_table(results_table(evaluation.results, selection))
+    print(f"Pictures: {directory / 'images'}")
+    print(f"Numbers:  {directory / 'metrics.json'}, {directory / 'predictions.csv'}")
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device or the machine had no memory left."""
+    import torch
+
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(t in str(error) for t in texts)
+
+
+def finish_loggers(trainer: pl.Trainer) -> None:
+    """Closes wandb's run, which a later job of the same process would else write into."""
+    import sys
+
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
+
+
+def quiet() -> None:
+    """Keeps Lightning's hints and known harmless warnings out of the way."""
+    import logging
+    import warnings
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for text in (
+        ".*treespec.*",
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*dataloader is not resumable.*",
+        ".*smaller than the logging interval.*",
+        ".*in eval mode at the start of training.*",
+        ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+    ):
+        warnings.filterwarnings("ignore", text)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes: rank 0 of its node, or the only one."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def read_metrics(directory: Path) -> dict[str, Any]:
+    """The results of a finished run."""
+    import json
+
+    return json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
+
+
+def objective(config: dict[str, Any], metrics: dict[str, Any]) -> float | None:
+    """The value that a sweeper optimises.
+
+    Raises:
+        UserError: ``optimized_metric`` names none of the metrics.
+    """
+    name = config.get("optimized_metric")
+    if name is None:
+        return None
+    if name not in metrics:
+        known = ", ".join(key for key in metrics if "/" in key)
+        raise UserError(f"optimized_metric={name} is no metric of this run; known: {known}")
+    return float(metrics[name])
+
+
+if __name__ == "__main__":
+    main()
