@@ -50,6 +50,7 @@ class Report:
 
     dataset: str
     root: str
+    licence: str | None = None
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)  # "WxH" by category
     modes: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -96,7 +97,8 @@ def check_data(datamodule: AnomalyDataModule, output_dir: str | Path, columns: i
         UserError: where there is no such data set at all or the folder cannot be written.
     """
     datamodule.list_samples()
-    report = Report(type(datamodule).__name__, str(datamodule.root), datamodule.counts())
+    name, root, licence = type(datamodule).__name__, str(datamodule.root), datamodule.licence
+    report = Report(name, root, licence, datamodule.counts())
     for gap in datamodule.find_gaps():
         report.add("error", "incomplete", gap)
     for note in datamodule.notes():
@@ -132,6 +134,8 @@ def show(report: Report, folder: Path, limit: int = 10) -> None:
             table.add_row(first[0], split, str(count), *first[1:])
         table.add_section()
     console.print(table)
+    if report.licence:
+        console.print(f"licence: {report.licence}")
     colours = {"error": "bold red", "warning": "yellow"}
     for finding in sorted(report.findings, key=lambda finding: finding.level):
         console.print(f"{finding.level}: ", style=colours[finding.level], end="")

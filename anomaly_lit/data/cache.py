@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from anomaly_lit.data.images import Resize, read_sample
 from anomaly_lit.types import Sample, UserError
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -75,7 +77,7 @@ class HostCache:
         if not problems:
             self._keep(kept, masked, images, masks)
         if len(kept) < len(fresh):
-            rank_zero_info(
+            tell(
                 f"{len(kept)} of {len(fresh)} images fit into dataset.cache.max_gb={self.max_gb:g}"
                 "; the others are decoded each time"
             )
@@ -110,6 +112,12 @@ class HostCache:
         self._places |= {
             str(sample.mask_path): (block + 1, row) for row, sample in enumerate(masked)
         }
+
+
+@rank_zero_only
+def tell(text: str) -> None:
+    """Say something that should be known, once for all processes."""
+    log.warning(text)
 
 
 def in_threads(work: Callable[[T], R], items: Sequence[T], title: str) -> list[R]:

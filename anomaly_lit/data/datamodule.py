@@ -11,11 +11,10 @@ from typing import Literal
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from anomaly_lit.data.cache import HostCache, in_threads
+from anomaly_lit.data.cache import HostCache, in_threads, tell
 from anomaly_lit.data.folders import (
     Listing,
     list_btad,
@@ -81,7 +80,8 @@ class AnomalyDataModule(pl.LightningDataModule):
     by the order of files, so that the same folder gives the same splits on every machine.
 
     After `setup`: `categories`, `train_samples`, `holdout_samples`, `test_samples`, `has_masks`
-    (false: no truth for pixel metrics) and `digest`.
+    (false: no truth for pixel metrics) and `digest`. With `validate_on_test` set, a validation
+    sees the test images too, as its second loader: an oracle, for comparison only.
 
     Args:
         root: Folder of the data set.
@@ -108,7 +108,7 @@ class AnomalyDataModule(pl.LightningDataModule):
         UserError: from `setup`, with everything found wrong at once.
     """
 
-    licence: str | None = None  # one line, shown at setup
+    licence: str | None = None  # one line
     mask_hint = "ROOT/<category>/ground_truth/<type>/<stem>_mask.png"
     train_hint = "<category>/train/good"
 
@@ -152,6 +152,8 @@ class AnomalyDataModule(pl.LightningDataModule):
         self.test_samples: list[Sample] = []
         self.has_masks = False
         self.digest = ""
+        self.validate_on_test = False
+        self._shrunk = False
 
     def find_categories(self, root: Path) -> list[str]:
         """Name the categories that a root folder holds."""
@@ -193,10 +195,8 @@ class AnomalyDataModule(pl.LightningDataModule):
         if not self.digest:
             self.list_samples()
             _raise_all(self.find_gaps(stage))
-            if self.licence is not None:
-                rank_zero_info(self.licence)
             for note in self.notes():
-                rank_zero_info(note)
+                tell(note)
             _raise_all(check_headers(self.samples()))
             self.digest = self._digest()
         elif stage in (None, "fit"):
@@ -211,8 +211,9 @@ class AnomalyDataModule(pl.LightningDataModule):
         """
         count, world_size = len(self.train_samples), self._world()[1]
         batch_size = max(1, min(self.batch_size, count // world_size))
-        if batch_size < self.batch_size:
-            rank_zero_info(
+        if batch_size < self.batch_size and not self._shrunk:
+            self._shrunk = True
+            tell(
                 f"{count} training images do not fill dataset.batch_size={self.batch_size} on "
                 f"{world_size} device(s): batches of {batch_size}"
             )
@@ -222,9 +223,10 @@ class AnomalyDataModule(pl.LightningDataModule):
         )
         return self._loader(self.train_samples, batch_sampler=batches)
 
-    def val_dataloader(self) -> DataLoader[Item]:
-        """Give the held-out normal images, in order."""
-        return self._evaluation_loader(self.holdout_samples)
+    def val_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
+        """Give the held-out normal images, in order; with `validate_on_test` the test's as well."""
+        held_out = self._evaluation_loader(self.holdout_samples)
+        return [held_out, self.test_dataloader()] if self.validate_on_test else held_out
 
     def test_dataloader(self) -> DataLoader[Item]:
         """Give the test images, in order."""
@@ -261,11 +263,13 @@ class AnomalyDataModule(pl.LightningDataModule):
         return {category: dict(counts) for category, counts in table.items()}
 
     def summary(self) -> str:
-        """Say in one line per category what was found."""
+        """Say what was found: a line per category, and the licence of a public data set."""
         lines = [f"{type(self).__name__} in {self.root}, {self.resize}"]
         for category, counts in self.counts().items():
             numbers = ", ".join(f"{name} {count}" for name, count in counts.items())
             lines.append(f"  {category}: {numbers or 'nothing'}")
+        if self.licence is not None:
+            lines.append(f"  licence: {self.licence}")
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -465,7 +469,7 @@ class AnomalyDataModule(pl.LightningDataModule):
 class MVTecAD(AnomalyDataModule):
     """MVTec AD (Bergmann et al., 2019), MPDD and every set laid out like them."""
 
-    licence = "MVTec AD and MPDD: CC BY-NC-SA 4.0, not for commercial use; other sets: their own."
+    licence = "MVTec AD and MPDD are CC BY-NC-SA 4.0 (non-commercial); other sets have their own"
 
     def find_categories(self, root: Path) -> list[str]:
         """Folders that hold a `train` or `test` folder."""
@@ -483,7 +487,7 @@ class MVTecAD(AnomalyDataModule):
 class BTAD(AnomalyDataModule):
     """BTAD (Mishra et al., 2021): three products, `ok` and `ko` images."""
 
-    licence = "BTAD: CC BY-NC-SA 4.0, not for commercial use."
+    licence = "BTAD is listed as CC BY-NC-SA 4.0 (non-commercial)"
     mask_hint = "ROOT/<category>/ground_truth/ko/<stem>.png"
     train_hint = "<category>/train/ok"
 
@@ -503,7 +507,7 @@ class BTAD(AnomalyDataModule):
 class VisA(AnomalyDataModule):
     """VisA (Zou et al., 2022) as published, by its one-class split file."""
 
-    licence = "VisA: CC BY 4.0."
+    licence = "VisA is CC BY 4.0"
     split_file = "split_csv/1cls.csv"
     mask_hint = "the column mask of split_csv/1cls.csv"
     train_hint = "<category>/Data/Images/Normal"

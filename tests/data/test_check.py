@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from anomaly_lit.check import Report, check_data
+from anomaly_lit.config import config_dir
 from anomaly_lit.data import BTAD, Folder, MVTecAD, VisA
 
 Write = Callable[..., Path]
@@ -179,6 +180,12 @@ def test_command_exits_with_1_and_names_the_file(mvtec: Path, tmp_path: Path) ->
     assert result.returncode == 1
     assert str(path) in result.stdout
     assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_help_names_every_data_set() -> None:
+    help_text = command("--help").stdout
+    options = Path(config_dir()) / "dataset"
+    assert all(f"dataset={path.stem} " in help_text for path in options.glob("*.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -379,6 +379,19 @@ def test_lightning_trains_validates_and_tests_on_it(mvtec: Path) -> None:
     assert all("corrupted" not in batch for _, batch in seen)
 
 
+def test_the_oracle_validates_on_the_test_images_too(mvtec: Path) -> None:
+    datamodule = ready(mvtec)
+    datamodule.validate_on_test = True
+    held_out, test = datamodule.val_dataloader()
+    assert [len(held_out.dataset), len(test.dataset)] == [2, 7]
+
+
+def test_summary_names_the_licence_of_a_public_set(visa: Path) -> None:
+    datamodule = VisA(str(visa))
+    datamodule.setup()
+    assert "licence: VisA is CC BY 4.0" in datamodule.summary()
+
+
 def test_synthesis_changes_only_where_it_says_and_repeats_with_the_seed(mvtec: Path) -> None:
     def run(seed: int) -> list[tuple[str, dict]]:
         return fit(MVTecAD(str(mvtec), **SMALL, seed=seed, synthesis=Inverted()))  # type: ignore[arg-type]
