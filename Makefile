@@ -1,0 +1,32 @@
+# Two commands for newcomers: `make demo` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+
+.PHONY: setup demo test test-more lint clean
+
+setup: .venv/installed
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ...')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch .venv/installed
+
+demo: setup
+	$(BIN)/anomaly-train output_dir=outputs/demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu and not real_data"
+
+# What is slow, and what needs ANOMALY_LIT_DATA and ANOMALY_LIT_WEIGHTS.
+test-more: setup
+	$(BIN)/python -m pytest -m "(slow or real_data) and not gpu"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf outputs multirun build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
