@@ -13,14 +13,78 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
+from anomaly_lit.data.cache import HostCache
+from anomaly_lit.data.datamodule import MVTecAD
 from anomaly_lit.data.demo_products import GOOD, PRODUCTS, picture
 from anomaly_lit.types import UserError
 
 VERSION = 1  # of the drawings; a change of any picture raises it
 MANIFEST = "demo.json"
 CATEGORIES = tuple(PRODUCTS)
+
+
+class Demo(MVTecAD):
+    """The demo's data set, made in `prepare_data` where it is not there yet.
+
+    Args:
+        root: Folder for the pictures; absent, empty or already filled by this class.
+        categories: Names, or `all`.
+        image_size: Height and width that a method sees, or one number; the pictures have 128.
+        batch_size: Images per training step.
+        eval_batch_size: Images per step of validation and test.
+        num_workers: Processes that read images.
+        holdout: Share of the normal training images of each category, kept from training.
+        shots: Train on this many images of each category only.
+        balanced: Draw every category equally often.
+        seed: Chooses the held-out images and the shots, and shuffles.
+        drawing_seed: Decides the pictures; another one needs another root.
+        cache: Where decoded images are kept; None decodes them each time.
+        synthesis: Makes anomalies out of training images; None gives plain batches.
+    """
+
+    licence = "the demo's pictures are drawn by this package and free to use"
+
+    def __init__(
+        self,
+        root: str,
+        categories: str | list[str] = "all",
+        image_size: int | list[int] = 128,
+        batch_size: int = 8,
+        eval_batch_size: int = 16,
+        num_workers: int = 0,
+        holdout: float = 0.1,
+        shots: int | None = None,
+        balanced: bool = False,
+        seed: int = 0,
+        drawing_seed: int = 0,
+        cache: HostCache | None = None,
+        synthesis: nn.Module | None = None,
+    ) -> None:
+        super().__init__(
+            root=root,
+            categories=categories,
+            image_size=image_size,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            holdout=holdout,
+            shots=shots,
+            balanced=balanced,
+            seed=seed,
+            cache=cache,
+            synthesis=synthesis,
+        )
+        self.drawing_seed = drawing_seed
+
+    def prepare_data(self) -> None:
+        """Draw the pictures, on one process."""
+        if self.root is None:
+            raise UserError("dataset.root is not set; name a folder for the demo's pictures")
+        generate_demo(self.root, self.drawing_seed)
 
 
 def generate_demo(
@@ -138,7 +202,7 @@ def write_category(
                 save(folder / "ground_truth" / defect / f"{stem}_mask.png", drawn)
 
 
-def save(path: Path, pixels: np.ndarray) -> None:
+def save(path: Path, pixels: NDArray[np.uint8]) -> None:
     """Write an image, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, compress_level=3)

@@ -244,7 +244,7 @@ def circuit(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
             middle = np.array(points[0]) + flaw.uniform(0.3, 0.75) * (
                 np.array(points[1]) - points[0]
             )
-            gouge = blot(flaw, u, v, middle, 0.09, 0.5)
+            gouge = blot(flaw, u, v, middle, 0.115, 0.5)
             line = np.maximum(line, -gouge)
             image = paint(image, (0.72, 0.66, 0.42), 0.8 * cover(gouge + 0.01, 0.03))
         image = paint(image, np.array([0.12, 0.47, 0.25]) * tint, cover(line))
@@ -374,18 +374,18 @@ def spoilt_imprint(imprint: Array, u: Array, v: Array, flaw: Rng) -> Array:
     return np.minimum(imprint, second)
 
 
-THREADS = 15  # across the picture
+THREADS = 20  # across the picture
 
 
 def fabric(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
     """A blue twill, in any phase and slightly stretched."""
     u, v = pose(rng, size, angle=0.08, shift=1.0, scale=0.04)
-    u = u + 0.012 * noise(rng, size, 0.25)
-    v = v + 0.012 * noise(rng, size, 0.25)
+    u = u + 0.008 * noise(rng, size, 0.3)
+    v = v + 0.008 * noise(rng, size, 0.3)
     x, y = grid(size)
     column, row = u * THREADS / 2, v * THREADS / 2
     warp, weft = np.floor(column), np.floor(row)
-    shades = rng.uniform(0.9, 1.1, (2, 64))
+    shades = rng.uniform(0.95, 1.05, (2, 64))
     warp_lies_up = (warp + weft) % 4 < 2
 
     def thread(across: Array, along: Array, lies_up: Mask) -> Array:
@@ -397,10 +397,10 @@ def fabric(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
     weft_height = thread(row, column, ~warp_lies_up)
     torn = np.zeros_like(u)
     if defect == "broken_thread":
-        gone = np.floor(flaw.uniform(-0.6, 0.6) * THREADS / 2)
-        start, length = flaw.uniform(-0.8, 0.1), flaw.uniform(0.45, 0.8)
+        gone = np.floor(flaw.uniform(-0.6, 0.6) * THREADS / 4)
+        start, length = flaw.uniform(-0.8, 0.1), flaw.uniform(0.6, 1.0)
         rows, columns = (v, u) if flaw.random() < 0.5 else (u, v)
-        lane = np.floor((rows - np.median(rows)) * THREADS / 2 - 0.5) == gone
+        lane = np.floor((rows - np.median(rows)) * THREADS / 4 - 0.5) == gone  # two threads
         reach = columns - np.median(columns)
         torn = (lane & (reach > start) & (reach < start + length)).astype(float)
         if rows is v:
@@ -412,7 +412,7 @@ def fabric(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
     pale = np.array([0.62, 0.70, 0.80]) * shades[1][weft.astype(int) % 64][..., None]
     albedo = np.where(warp_lies_up[..., None].astype(bool), blue, pale)
     height = np.where(warp_lies_up, warp_height, weft_height)
-    albedo = albedo * (0.35 + 0.65 * height * (1 - 0.45 * torn))[..., None]
+    albedo = albedo * (0.35 + 0.65 * height * (1 - 0.9 * torn))[..., None]
     fibres = (1 + 0.05 * noise(rng, size, 0.012))[..., None]
     image = shade(albedo * fibres, 0.03 * height, 0.03)
 
@@ -424,13 +424,17 @@ def fabric(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
     if defect == "stain":
         spill = blot(flaw, x, y, centre, flaw.uniform(0.2, 0.3), 0.5)
         wet = 0.55 * cover(spill, 0.06) + 0.2 * np.exp(-((spill / 0.03) ** 2))
-        image = paint(image, image * np.array([0.62, 0.45, 0.22]), np.clip(1.4 * wet, 0, 1))
+        image = paint(image, image * np.array([0.50, 0.36, 0.18]), np.clip(1.6 * wet, 0, 1))
     if defect == "loose_thread":
         line = stroke(flaw, centre, flaw.uniform(0.7, 1.0), 0.12, flaw.uniform(0, np.pi))
         fibre = curve(x, y, line) - 0.03
         image = shadow(image, cover(fibre), 0.04, 0.6)
-        light = shade(np.full_like(image, 0.86), 0.03 * smooth_step(-fibre / 0.03), 0.1)
-        image = paint(image, light, cover(fibre))
+        red = shade(
+            np.broadcast_to(np.array([0.78, 0.25, 0.18]), image.shape),
+            0.03 * smooth_step(-fibre / 0.03),
+            0.1,
+        )
+        image = paint(image, red, cover(fibre))
     return np.clip(image, 0, 1)
 
 

@@ -1,5 +1,7 @@
 import hashlib
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from anomaly_lit.data.demo import CATEGORIES, MANIFEST, generate_demo
+from anomaly_lit.data.demo import CATEGORIES, MANIFEST, Demo, generate_demo
 from anomaly_lit.data.demo_products import GOOD, PRODUCTS, capture, picture
 from anomaly_lit.types import UserError
 
@@ -29,7 +31,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return generate_demo(tmp_path_factory.mktemp("demo") / "data", train=24)
+    return generate_demo(tmp_path_factory.mktemp("demo") / "data", train=12)
 
 
 def auroc(scores: list[float], labels: list[bool]) -> float:
@@ -147,3 +149,30 @@ def test_distance_to_the_mean_image_does_not_solve_the_demo(full: Path):
         distances = [float(((read(path) - normal.mean(axis=0)) ** 2).mean()) for path in tests]
         results.append(auroc(distances, labels))
     assert np.mean(results) < 0.80, dict(zip(CATEGORIES, results, strict=True))
+
+
+def test_data_module_makes_what_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def generate(root: Path, seed: int) -> Path:
+        return generate_demo(root, seed, **SMALL)
+
+    monkeypatch.setattr("anomaly_lit.data.demo.generate_demo", generate)
+    data = Demo(str(tmp_path / "data"), image_size=32, batch_size=4, holdout=0.5)
+    data.prepare_data()
+    data.setup()
+    assert data.categories == sorted(CATEGORIES)
+    assert (len(data.train_samples), len(data.holdout_samples)) == (5, 5)
+    assert sum(sample.label for sample in data.test_samples) == 25
+    assert data.has_masks
+    assert next(iter(data.train_dataloader()))["image"].shape == (4, 3, 32, 32)
+    digest = data.digest
+    again = Demo(str(tmp_path / "data"), image_size=32, holdout=0.5)
+    again.prepare_data()
+    again.setup()
+    assert again.digest == digest
+
+
+def test_two_processes_may_prepare_the_data_at_once(tmp_path: Path):
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(generate_demo, tmp_path / "data", **SMALL) for _ in range(2)]
+        assert {job.result() for job in jobs} == {tmp_path / "data"}
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
