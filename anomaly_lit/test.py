@@ -57,20 +57,16 @@ def test(cfg: DictConfig) -> None:
         callbacks=[evaluation, outputs, StepSeeds(trained["seed"]), progress_bar()],
     )
     trainer.test(method, datamodule=datamodule, verbose=False)
-    selection = SELECTIONS[trained["selection"]]
-    metrics = {f"test/{key}": value for key, value in evaluation.results.items()}
-    write_json(
-        directory / "metrics.json",
-        {
-            **metrics,
-            "selection": selection,
-            "seed": trained["seed"],
-            "ckpt_path": str(config["ckpt_path"]),
-            "data_digest": datamodule.digest,
-            **environment(),
-        },
-    )
-    print_results(evaluation, directory, selection)
+    metrics = {
+        **{f"test/{key}": value for key, value in evaluation.results.items()},
+        "selection": SELECTIONS[trained["selection"]],
+        "seed": trained["seed"],
+        "ckpt_path": str(config["ckpt_path"]),
+        "data_digest": datamodule.digest,
+        **environment(),
+    }
+    write_json(directory / "metrics.json", metrics)
+    print_results(metrics, directory)
 
 
 if __name__ == "__main__":

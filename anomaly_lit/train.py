@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -42,8 +43,10 @@ def train(cfg: DictConfig) -> float | None:
     config["output_dir"] = str(directory)
     state = state_of(directory, config)
     if state == "finished":
-        print(f"already finished: {directory / 'metrics.json'}")
-        return objective(config, read_metrics(directory))
+        metrics = read_metrics(directory)
+        print_results(metrics, directory)
+        print("already finished; choose another output_dir to train again")
+        return objective(config, metrics)
     if state == "new":
         find_all_weights(config)
     metrics = run(config, directory, state)
@@ -174,7 +177,7 @@ def build_trainer(config: dict[str, Any], directory: Path) -> tuple[pl.Trainer, 
                 enable_version_counter=False,
             )
         )
-    loggers = [configuration.instantiate(node) for node in (config["logger"] or {}).values()]
+    loggers = build_loggers(config)
     settings = dict(config["trainer"])
     if settings.get("precision") is None:
         settings["precision"] = default_precision(settings.get("accelerator", "auto"))
@@ -182,6 +185,27 @@ def build_trainer(config: dict[str, Any], directory: Path) -> tuple[pl.Trainer, 
     keeps_best = config["selection"] in criterion  # else Lightning would add files of its own
     trainer = make(callbacks=callbacks, logger=loggers or False, enable_checkpointing=keeps_best)
     return trainer, evaluation
+
+
+def build_loggers(config: dict[str, Any]) -> list[Any]:
+    """The loggers, opened before hours are spent, with the configuration written to each.
+
+    Raises:
+        UserError: A logger's package is missing, or its service refuses.
+    """
+    loggers = []
+    for name, node in (config["logger"] or {}).items():
+        try:
+            logger = configuration.instantiate(node)
+            logger.log_hyperparams(config)
+        except Exception as error:
+            raise UserError(
+                f"logger={name} does not start: {configuration.message_of(error)}. Use "
+                "logger=csv or logger=wandb_offline, run `wandb login`, or install "
+                "anomaly-lit[loggers] for tensorboard and mlflow"
+            ) from error
+        loggers.append(logger)
+    return loggers
 
 
 def fit_and_test(
@@ -202,9 +226,9 @@ def fit_and_test(
     if trainer.interrupted:
         raise KeyboardInterrupt
     training_time = time.perf_counter() - start
-    chosen = last
-    if config["selection"] != "last":
-        chosen = directory / "checkpoints" / f"{config['selection']}.ckpt"
+    chosen = directory / "checkpoints" / f"{config['selection']}.ckpt"
+    if chosen != last:
+        trainer.save_checkpoint(last)
         take_weights(method, chosen)
     if datamodule.holdout_samples:
         trainer.validate(method, datamodule=datamodule, verbose=False)
@@ -223,6 +247,7 @@ def fit_and_test(
         "resumed": resumed,
         "training_seconds": training_time,
         "test_seconds_per_image": testing_time / max(1, len(datamodule.test_samples)),
+        "latency_seconds": latency(method, datamodule),
         **peak_memory_mb(),
         "trainable_parameters": trainable,
         "frozen_parameters": sum(p.numel() for p in method.parameters()) - trainable,
@@ -237,8 +262,25 @@ def fit_and_test(
     }
     if trainer.is_global_zero:
         write_json(directory / "metrics.json", metrics)
-        print_results(evaluation, directory, SELECTIONS[config["selection"]])
+        print_results(metrics, directory)
     return metrics
+
+
+def latency(method: Method, datamodule: AnomalyDataModule) -> float:
+    """Median time from one prepared image on the device to its map and score, in seconds."""
+    import torch
+
+    image = torch.rand(1, 3, *datamodule.resize.size, device=method.device)
+    batch: Any = {"image": image, "index": torch.zeros(1, dtype=torch.long), "label": [False],
+                  "category": [datamodule.categories[0]], "path": [""]}  # fmt: skip
+    times = []
+    method.eval()
+    with torch.inference_mode():
+        for _ in range(7):
+            start = time.perf_counter()
+            float(method.score_batch(batch).score)  # waits for the device
+            times.append(time.perf_counter() - start)
+    return sorted(times[2:])[2]
 
 
 def take_weights(method: Method, checkpoint: Path) -> None:
@@ -274,11 +316,16 @@ def print_plan(
     print(f"{'Resuming in' if state == 'unfinished' else 'Writing to'} {directory}", flush=True)
 
 
-def print_results(evaluation: Evaluation, directory: Path, selection: str) -> None:
+def print_results(metrics: dict[str, Any], directory: Path) -> None:
     """The table of results and where the files are."""
     from anomaly_lit.tables import print_table, results_table
 
-    print_table(results_table(evaluation.results, selection))
+    results = {
+        key.removeprefix("test/"): math.nan if value is None else value
+        for key, value in metrics.items()
+        if key.startswith("test/")
+    }
+    print_table(results_table(results, metrics["selection"]))
     print(f"Pictures: {directory / 'images'}")
     print(f"Numbers:  {directory / 'metrics.json'}, {directory / 'predictions.csv'}")
 

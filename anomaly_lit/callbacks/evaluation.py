@@ -149,7 +149,7 @@ class Evaluation(pl.Callback):
             metrics.update(scores[category], labels[category])
             values = {key: float(value) for key, value in metrics.compute().items()}
             values |= self._at_threshold(category, scores[category], labels[category])
-            pixel = records.pixel.pop(category, None)
+            pixel = records.take_pixel_metrics(category)
             curves = metrics.curves()
             if pixel is not None:
                 pixel_values = {key: float(value) for key, value in pixel.compute().items()}
@@ -227,6 +227,15 @@ class Records:
                 self.pixel[category] = self.new_pixel_metrics(category).to(maps.device)
             names = [batch["path"][row] for row in rows]
             self.pixel[category].update(maps[rows], batch["gt_mask"][rows], names)
+
+    def take_pixel_metrics(self, category: str) -> PixelMetrics | None:
+        """The pixel metrics of a category, which are forgotten here; None without truth.
+
+        A rank that saw none of the category has empty ones, since all ranks compute together.
+        """
+        if self.new_pixel_metrics is None:
+            return None
+        return self.pixel.pop(category, None) or self.new_pixel_metrics(category)
 
     def _joined(self) -> tuple[Tensor, list[dict[str, Any]], list[Tensor]]:
         """Scores, samples and pixels of all ranks, on the CPU, in the order of the data set."""
