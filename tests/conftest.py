@@ -1,0 +1,163 @@
+"""What tests of several parts share: a small data set on disk, and two ways to run a command."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = (
+    "method=ami_net_small",
+    "method.backbone.weights=random",
+    "method.grid=8",
+    "method.dim=32",
+    "method.heads=2",
+    "method.depth=1",
+    "dataset=mvtec_ad",
+    "dataset.batch_size=2",
+    "image_size=64",
+    "trainer=cpu",
+    "trainer.max_steps=6",
+    "trainer.val_check_interval=3",
+    "trainer.precision=32-true",
+    "logger=none",
+)
+
+
+class Outcome(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def write_picture(path: Path, seed: int, size: tuple[int, int] = (64, 64)) -> None:
+    """Stripes with a little noise, so that images of a category resemble each other."""
+    generator = np.random.default_rng(seed)
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    stripes = 128 + 60 * np.sin((rows + 2 * columns) / 6)
+    pixels = stripes[..., None] + generator.normal(0, 6, (*size, 3))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+
+
+def write_defect(path: Path, mask_path: Path, seed: int, size: tuple[int, int] = (64, 64)) -> None:
+    """The same with a bright square, and its mask."""
+    write_picture(path, seed, size)
+    pixels = np.array(Image.open(path))
+    mask = np.zeros(size, dtype=np.uint8)
+    mask[20:36, 24:40] = 255
+    pixels[mask > 0] = (250, 240, 30)
+    Image.fromarray(pixels).save(path)
+    mask_path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(mask).save(mask_path)
+
+
+def write_category(folder: Path, size: tuple[int, int] = (64, 64)) -> None:
+    """Six training images, two normal and two anomalous test images in MVTec's layout."""
+    first = sum(folder.name.encode())
+    for number in range(6):
+        write_picture(folder / "train" / "good" / f"{number:03d}.png", first + number, size)
+    for number in range(2):
+        write_picture(folder / "test" / "good" / f"{number:03d}.png", first + 10 + number, size)
+        write_defect(
+            folder / "test" / "scratch" / f"{number:03d}.png",
+            folder / "ground_truth" / "scratch" / f"{number:03d}_mask.png",
+            first + 20 + number,
+            size,
+        )
+
+
+@pytest.fixture(scope="session")
+def new_category() -> Callable[..., None]:
+    """Writes a category, ``new_category(folder, size)``, for a test to spoil."""
+    return write_category
+
+
+@pytest.fixture(scope="session")
+def mvtec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small categories, ``bolt`` and ``cloth``. Shared: nobody writes into it."""
+    root = tmp_path_factory.mktemp("mvtec")
+    for category in ("bolt", "cloth"):
+        write_category(root / category)
+    return root
+
+
+@pytest.fixture(scope="session")
+def settings() -> tuple[str, ...]:
+    """Overrides of ``anomaly-train`` for a tiny model and a run of six steps."""
+    return SETTINGS
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """Variables for a command of its own: one thread, no hub, none of the machine's weights."""
+    names = os.environ.keys() - {"ANOMALY_LIT_WEIGHTS", "ANOMALY_LIT_DATA", "PL_GLOBAL_SEED"}
+    changes = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return {name: os.environ[name] for name in names} | changes
+
+
+@pytest.fixture(scope="session")
+def run_command(environment: dict[str, str]) -> Callable[..., Outcome]:
+    """Runs ``python -m anomaly_lit.<command> ARGUMENTS`` and waits for its end."""
+
+    def run(command: str, *arguments: str, cwd: Path | None = None) -> Outcome:
+        line = [sys.executable, "-m", f"anomaly_lit.{command}", *arguments]
+        done = subprocess.run(
+            line, env=environment, cwd=cwd or ROOT, capture_output=True, text=True, timeout=240
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_here() -> Callable[..., int | str]:
+    """Runs a command in this process, which saves the seconds that imports take.
+
+    Gives the exit code, or the message that the command ends with.
+    """
+
+    def run(command: str, *arguments: str) -> int | str:
+        main = importlib.import_module(f"anomaly_lit.{command}").main
+        with pytest.MonkeyPatch.context() as patch, _logging_kept():
+            patch.setattr(sys, "argv", [f"anomaly-{command}", *arguments])
+            patch.setenv("HF_HUB_OFFLINE", "1")
+            patch.delenv("ANOMALY_LIT_WEIGHTS", raising=False)
+            try:
+                main()
+            except SystemExit as end:
+                return end.code or 0
+        return 0
+
+    return run
+
+
+class _logging_kept:  # noqa: N801
+    """Takes back what Hydra does to the root logger, whose handlers hold on to pytest's streams."""
+
+    def __enter__(self) -> None:
+        self.before = logging.root.handlers[:], logging.root.level
+
+    def __exit__(self, *error: object) -> None:
+        logging.root.handlers[:], level = self.before
+        logging.root.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def _no_seed_left() -> Iterator[None]:
+    """Removes what ``seed_everything`` leaves in the environment."""
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    os.environ.pop("PL_SEED_WORKERS", None)
