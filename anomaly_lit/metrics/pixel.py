@@ -127,6 +127,11 @@ class PixelMetrics(Metric):
             UserError: shapes or types do not fit, or a map holds NaN or infinity.
         """
         regions = functional.check_maps(anomaly_map, gt_mask)
+        if anomaly_map.device != self.pixels.device:
+            raise UserError(
+                f"the maps are on {anomaly_map.device}, the metric is on {self.pixels.device};"
+                " move the metric with metric.to(device)"
+            )
         scores = anomaly_map.detach().flatten(1).float()
         self._check_finite(scores, names)
         self._add(*_split(scores, regions))
@@ -135,20 +140,21 @@ class PixelMetrics(Metric):
         self.defective_images += int(regions.defective.sum())
 
     def _check_finite(self, scores: Tensor, names: Sequence[str] | None) -> None:
-        names = names or [f"{self._update_count - 1}.{i}" for i in range(len(scores))]
-        if len(names) != len(scores):
+        if names is not None and len(names) != len(scores):
             raise UserError(f"found {len(names)} names for {len(scores)} maps; give one for each")
-        if scores.device.type == "cpu":
-            if scores.sum().isfinite():
-                return
-            finite = scores.isfinite().all(1)  # the sum alone may have overflowed
-            if not finite.all():
-                _raise_unfinite(names, finite)
+        on_host = scores.device.type == "cpu"
+        if on_host and scores.sum().isfinite():
             return
+        if names is None:
+            batch = self._update_count - 1
+            names = [f"image {index} of batch {batch}" for index in range(len(scores))]
         finite = scores.isfinite().all(1)
-        self._finite.append(finite)
-        self._names.extend(names)
-        self.unfinite_images += (~finite).sum()
+        if on_host and not finite.all():  # else the sum alone has overflowed
+            _raise_unfinite(names, finite)
+        if not on_host:
+            self._names.extend(names)
+            self._finite.append(finite)
+            self.unfinite_images += (~finite).sum()
 
     def _add(self, *parts: Tensor) -> None:
         """Hold a batch, or count it in the bins: see HELD for the parts."""

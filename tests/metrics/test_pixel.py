@@ -96,3 +96,37 @@ def test_maps_with_huge_sums_are_finite() -> None:
     maps, masks = maps_and_masks()
     values = run(PixelMetrics(engine="exact"), maps * 1e37, masks)
     assert abs(values["pixel_auroc"] - functional.auroc(maps, masks)) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{"engine": "exact"}, {"exact_pixels": 3000}])
+def test_values_may_be_read_between_updates(options: dict) -> None:
+    maps, masks = maps_and_masks()
+    expected = run(PixelMetrics(**options), maps, masks)
+    metric, forward = PixelMetrics(**options), PixelMetrics(**options)
+    for part, mask in zip(maps.split(2), masks.split(2), strict=True):
+        metric.update(part, mask)
+        metric.compute()
+        metric.curves()
+        forward(part, mask)  # torchmetrics: values of the batch, then joined with the state
+    for found in (metric.compute(), forward.compute(), metric.clone().compute()):
+        for key, value in expected.items():
+            assert torch.allclose(found[key], value, rtol=0, atol=1e-12, equal_nan=True), key
+
+
+def test_an_unnamed_bad_map_is_told_by_its_place() -> None:
+    maps, masks = maps_and_masks()
+    metric = PixelMetrics()
+    metric.update(maps, masks)
+    with pytest.raises(UserError, match="image 2 of batch 1"):
+        metric.update(torch.where(torch.arange(7).view(7, 1, 1, 1) == 2, torch.nan, maps), masks)
+
+
+def test_images_of_several_sizes_are_pooled() -> None:
+    small, large = maps_and_masks(1), maps_and_masks(2, size=48)
+    metric = PixelMetrics(engine="exact")
+    metric.update(*small)
+    metric.update(*large)
+    scores, labels = (
+        torch.cat([a.flatten(), b.flatten()]) for a, b in zip(small, large, strict=True)
+    )
+    assert abs(metric.compute()["pixel_auroc"] - functional.auroc(scores, labels)) < 1e-12
