@@ -48,12 +48,16 @@ def job_folder(overrides: str) -> str:
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 
-def run_command(task: Callable[[DictConfig], Any], config_name: str) -> None:
+def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code: int = 1) -> None:
     """Runs a task under Hydra; what the user can mend is shown in a line, without a traceback.
 
     ``HYDRA_FULL_ERROR=1`` shows the traceback of every error.
     """
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+    def fail(error: BaseException) -> None:
+        print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
+        sys.exit(error_code)
 
     def guarded(cfg: DictConfig) -> Any:
         try:
@@ -61,7 +65,7 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str) -> None:
         except (UserError, OSError) as error:
             if full or in_sweep():  # the other jobs of a sweep go on
                 raise
-            sys.exit(f"error: {message_of(error)}")
+            fail(error)
 
     guarded.__module__ = task.__module__  # Hydra names the job after it
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of exiting
@@ -72,7 +76,7 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str) -> None:
     except (CompactHydraException, OmegaConfBaseException, UserError, OSError) as error:
         if full:
             raise
-        sys.exit(f"error: {message_of(error)}")
+        fail(error)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command with the same output_dir goes on from here")
     finally:

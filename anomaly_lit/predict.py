@@ -17,7 +17,7 @@ GOOD, DEFECT, UNREADABLE = 0, 1, 2  # exit codes with exit_code=true
 def main() -> None:
     """Entry point of the command; exits 0, 1 or 2 with ``exit_code=true``, see the help."""
     outcome: list[int] = []
-    configuration.run_command(lambda cfg: outcome.append(predict(cfg)), "predict")
+    configuration.run_command(lambda cfg: outcome.append(predict(cfg)), "predict", UNREADABLE)
     sys.exit(outcome[0] if outcome else 0)
 
 
