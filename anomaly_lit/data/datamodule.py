@@ -379,8 +379,9 @@ class AnomalyDataModule(pl.LightningDataModule):
         if not without:
             return []
         paths = _first(sample.path for sample in without)
+        hint = self.mask_hint.replace("ROOT", str(self.root))
         return [
-            f"{len(without)} of {total} anomalous test images have no mask ({self.mask_hint}): "
+            f"{len(without)} of {total} anomalous test images have no mask ({hint}): "
             f"{paths}; add the masks or set dataset.masks=none to do without pixel metrics"
         ]
 

@@ -80,7 +80,10 @@ def read_header(path: str | Path) -> tuple[tuple[int, int], str]:
     try:
         with Image.open(path) as file:
             width, height = file.size
-            if file.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):
+            # Pillow turns a TIFF's size itself; of a PNG without EXIF in front of its pixels,
+            # getexif would decode all of them to look behind
+            turned = file.format in ("JPEG", "MPO", "WEBP") or "exif" in file.info
+            if turned and file.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):
                 width, height = height, width
             return (height, width), file.mode
     except Exception as error:

@@ -73,12 +73,21 @@ def test_alpha_is_dropped_and_not_blended(tmp_path: Path) -> None:
     assert (image == COLOUR).all()
 
 
-def test_exif_orientation_is_applied_to_pixels_and_header(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
+def test_exif_orientation_is_applied_to_pixels_and_header(tmp_path: Path, name: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    path = saved(tmp_path, Image.new("RGB", (6, 4), COLOUR), "a.jpg", exif=exif)
+    path = saved(tmp_path, Image.new("RGB", (6, 4), COLOUR), name, exif=exif)
     assert read_image(path).shape == (6, 4, 3)
     assert read_header(path) == ((6, 4), "RGB")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
+def test_a_header_is_read_without_the_pixels(tmp_path: Path, suffix: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)
+    path = saved(tmp_path, Image.fromarray(noise), f"cut.{suffix}")
+    path.write_bytes(path.read_bytes()[:2000])
+    assert read_header(path) == ((64, 48), "RGB")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp"])
