@@ -239,13 +239,15 @@ def test_long_lists_of_problems_are_cut_and_counted(mvtec: Path) -> None:
         ready(mvtec)
 
 
-def test_truncated_image_is_found_by_the_cache_before_training(mvtec: Path) -> None:
+def test_truncated_image_is_found_before_training_with_a_cache_and_while_reading_without(
+    mvtec: Path,
+) -> None:
     path = mvtec / "bolt" / "train" / "good" / "003.png"
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(UserError, match=r"003\.png: .*damaged"):
         ready(mvtec, cache=HostCache())
     with pytest.raises(UserError, match=r"003\.png: .*damaged"):
-        list(ready(mvtec, batch_size=1).train_dataloader())
+        list(ready(mvtec, batch_size=1, holdout=0).train_dataloader())
 
 
 def test_missing_kinds_of_test_images_are_noted(mvtec: Path) -> None:
