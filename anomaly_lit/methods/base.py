@@ -63,10 +63,22 @@ class Method(pl.LightningModule):
             )
         return losses["loss"]
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Prediction:  # type: ignore[override]
-        """Logs ``val/loss``, the training loss on held-out normal images."""
-        loss = self.losses(batch)["loss"]
-        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["image"]))
+    def validation_step(  # type: ignore[override]
+        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> Prediction:
+        """Logs ``val/loss``, the training loss on held-out normal images.
+
+        A second data loader, the test set of ``selection=oracle``, is predicted only.
+        """
+        if dataloader_idx == 0:
+            self.log(
+                "val/loss",
+                self.losses(batch)["loss"],
+                prog_bar=True,
+                sync_dist=True,
+                batch_size=len(batch["image"]),
+                add_dataloader_idx=False,
+            )
         return self.score_batch(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Prediction:  # type: ignore[override]
