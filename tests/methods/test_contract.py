@@ -1,0 +1,166 @@
+"""What holds for every method, whatever it does: one run per file in ``conf/method``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from anomaly_lit.config import config_dir
+from anomaly_lit.nn.backbone import Backbone
+
+FOLDER = Path(config_dir()) / "method"
+METHODS = sorted(
+    path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml")
+)
+MakeBatch = Callable[..., Any]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*"),
+    pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training.*"),
+]
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest, small_method: Callable[..., Any]) -> Any:
+    return small_method(request.param)
+
+
+def fit(method: Any, batch: Any, steps: int) -> None:
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(method, DataLoader([batch] * steps, batch_size=None))
+
+
+def loss_of(method: Any, batch: Any) -> float:
+    torch.manual_seed(7)
+    method.train()
+    with torch.no_grad():
+        return float(method.losses(batch)["loss"])
+
+
+def test_there_are_methods() -> None:
+    assert "ami_net" in METHODS
+
+
+def test_prediction_has_the_shapes_of_the_interface(method: Any, make_batch: MakeBatch) -> None:
+    with torch.inference_mode():
+        anomaly_map, score = method.eval().score_batch(make_batch(3))
+    assert anomaly_map.shape == (3, 1, 64, 64)
+    assert score.shape == (3,)
+    assert anomaly_map.dtype == score.dtype == torch.float32
+    assert anomaly_map.isfinite().all()
+    assert score.isfinite().all()
+
+
+def test_score_of_an_image_ignores_its_batch(method: Any, make_batch: MakeBatch) -> None:
+    image = make_batch(4)["image"]
+    with torch.inference_mode():
+        together = method.eval()(image)
+        alone = [method(image[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(
+        together.score, torch.cat([p.score for p in alone]), rtol=1e-3, atol=1e-6
+    )
+    torch.testing.assert_close(
+        together.anomaly_map, torch.cat([p.anomaly_map for p in alone]), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_scoring_draws_nothing_at_random(method: Any, make_batch: MakeBatch) -> None:
+    batch = make_batch()
+    with torch.inference_mode():
+        first = method.eval().score_batch(batch)
+        second = method.score_batch(batch)
+    assert torch.equal(first.anomaly_map, second.anomaly_map)
+
+
+def test_loss_falls_on_one_batch(method: Any, make_batch: MakeBatch) -> None:
+    batch = make_batch()
+    before = loss_of(method, batch)
+    fit(method, batch, steps=40)
+    assert loss_of(method, batch) < before
+
+
+def test_losses_are_finite_scalars_that_depend_on_the_seed_alone(
+    method: Any, make_batch: MakeBatch
+) -> None:
+    batch = make_batch()
+    method.train()
+    torch.manual_seed(3)
+    first = method.losses(batch)
+    torch.manual_seed(3)
+    second = method.losses(batch)
+    assert {name: float(v.detach()) for name, v in first.items()} == {
+        name: float(v.detach()) for name, v in second.items()
+    }
+    assert all(value.ndim == 0 and value.isfinite() for value in first.values())
+
+
+def test_frozen_parts_stay_as_they_are(method: Any, make_batch: MakeBatch) -> None:
+    def frozen() -> dict[str, Tensor]:
+        parameters = {k: p for k, p in method.named_parameters() if not p.requires_grad}
+        backbones = {k: m for k, m in method.named_modules() if isinstance(m, Backbone)}
+        buffers = {f"{k}.{n}": b for k, m in backbones.items() for n, b in m.named_buffers()}
+        return copy.deepcopy({k: v.detach() for k, v in (parameters | buffers).items()})
+
+    before = frozen()
+    trained = {k: p.detach().clone() for k, p in method.named_parameters() if p.requires_grad}
+    assert any("running_var" in name for name in before)
+    fit(method, make_batch(), steps=3)
+    after = frozen()
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    moved = [k for k, p in method.named_parameters() if k in trained and not p.equal(trained[k])]
+    assert len(moved) > len(trained) / 2
+
+
+def test_state_dict_gives_the_same_map(
+    request: pytest.FixtureRequest,
+    method: Any,
+    small_method: Callable[..., Any],
+    make_batch: MakeBatch,
+) -> None:
+    batch = make_batch()
+    fit(method, batch, steps=2)
+    with torch.inference_mode():
+        expected = method.eval().score_batch(batch)
+    name = request.node.callspec.params["method"]
+    other = small_method(name)
+    other.load_state_dict(method.state_dict())
+    with torch.inference_mode():
+        found = other.eval().score_batch(batch)
+    assert torch.equal(found.anomaly_map, expected.anomaly_map)
+    assert torch.equal(found.score, expected.score)
+
+
+def test_trains_on_images_that_are_not_square(method: Any, make_batch: MakeBatch) -> None:
+    batch = make_batch(2, 64, 96)
+    fit(method, batch, steps=1)
+    with torch.inference_mode():
+        anomaly_map, score = method.eval().score_batch(batch)
+    assert anomaly_map.shape == (2, 1, 64, 96)
+    assert score.isfinite().all()
+
+
+def test_nobody_writes_into_a_batch(method: Any, make_batch: MakeBatch) -> None:
+    batch = make_batch()
+    kept = copy.deepcopy(batch)
+    method.train().losses(batch)["loss"].backward()
+    with torch.inference_mode():
+        method.eval().score_batch(batch)
+    assert batch.keys() == kept.keys()
+    for key, value in kept.items():
+        same = torch.equal(batch[key], value) if isinstance(value, Tensor) else batch[key] == value
+        assert same, key
