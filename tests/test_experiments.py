@@ -1,0 +1,35 @@
+"""The tables under experiments/ are what their runs' metrics.json files give, to the letter."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = sorted(path.parent for path in ROOT.glob("experiments/*/runs"))
+
+
+def load_tables():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "experiments" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_tables_are_generated_from_the_metrics_of_the_runs(folder):
+    tables = load_tables()
+    runs = tables.read_runs(folder)
+    assert (folder / "results.csv").read_text(encoding="utf-8") == tables.as_csv(runs)
+    written = (folder / "README.md").read_text(encoding="utf-8")
+    generated = written.split(tables.BEGIN)[1].split(tables.END)[0].lstrip("\n")
+    assert generated == tables.as_markdown(runs)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_number_carries_its_commit_seed_hardware_and_command(folder):
+    for run in load_tables().read_runs(folder):
+        assert run["commit"], run["run"]
+        assert not str(run["commit"]).endswith("+changes"), run["run"]
+        assert f"seed={run['seed']}" in str(run["command"])
+        assert run["hardware"]
