@@ -29,7 +29,7 @@ METRICS = {
     "pixel_f1max": "pixel F1-max",
     "pixel_aupro": "AUPRO 0.3",
 }
-COSTS = ("steps", "training_seconds", "test_seconds_per_image", "peak_memory_mb")
+COSTS = ("steps", "training_seconds", "training_cpu_seconds", "latency_seconds", "peak_memory_mb")
 Run = dict[str, object]
 
 
@@ -97,7 +97,7 @@ def as_csv(rows: list[Run]) -> str:
 def as_markdown(rows: list[Run]) -> str:
     """Per category and for their mean: mean over seeds, deviation where there are several."""
     titles = ["backbone", "model", "category", "seeds", *METRICS.values(), "training, s",
-              "test, s per image", "peak memory, MB"]  # fmt: skip
+              "training, CPU s", "one image, s", "peak memory, MB"]  # fmt: skip
     lines = [_row(titles), _row(["---"] * 4 + ["--:"] * (len(titles) - 4))]
     groups = dict.fromkeys((row["backbone"], row["model"]) for row in rows)
     for backbone, model in groups:
@@ -127,7 +127,7 @@ def _mean_over_categories(rows: list[Run]) -> Run:
 def _cells(rows: list[Run]) -> list[str]:
     scores = [_with_deviation([100 * float(str(row[key])) for row in rows]) for key in METRICS]
     costs = [_mean([row[key] for row in rows]) for key in COSTS[1:]]
-    return [*scores, f"{costs[0]:.0f}", f"{costs[1]:.3f}", f"{costs[2]:.0f}"]
+    return [*scores, *(f"{cost:.0f}" for cost in costs[:2]), f"{costs[2]:.2f}", f"{costs[3]:.0f}"]
 
 
 def _with_deviation(values: list[float]) -> str:
