@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Literal
 
@@ -605,7 +606,7 @@ class Folder(AnomalyDataModule):
         self.category = category
 
     def find_categories(self, root: Path) -> list[str]:
-        """Give the one category, after checking that the named folders exist."""
+        """Give the one category, after checking that the named folders exist side by side."""
         named = {
             "normal_dir": self.normal_dir,
             "abnormal_dir": self.abnormal_dir,
@@ -617,6 +618,15 @@ class Folder(AnomalyDataModule):
                 f"dataset.{key}={name}: {root / name} is not a folder"
                 for key, name in named.items()
                 if name is not None and not (root / name).is_dir()
+            ]
+        )
+        places = {key: (root / name).resolve() for key, name in named.items() if name is not None}
+        _raise_all(
+            [
+                f"dataset.{inner} lies in dataset.{outer} ({places[outer]}), where every picture "
+                "would be read twice; put them side by side"
+                for inner, outer in permutations(places, 2)
+                if places[inner].is_relative_to(places[outer])
             ]
         )
         return [self.category]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from anomaly_lit.check import Report, check_data
-from anomaly_lit.config import config_dir
+from anomaly_lit.config import config_dir, import_target, plain, validate
 from anomaly_lit.data import BTAD, Folder, MVTecAD, VisA
 
 Write = Callable[..., Path]
@@ -182,10 +184,34 @@ def test_command_exits_with_1_and_names_the_file(mvtec: Path, tmp_path: Path) ->
     assert "Traceback" not in result.stdout + result.stderr
 
 
+def options() -> list[str]:
+    return sorted(path.stem for path in (Path(config_dir()) / "dataset").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", options())
+def test_every_option_shows_all_parameters_of_its_class(name: str) -> None:
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        config = plain(compose("data", overrides=[f"dataset={name}"]))
+    validate(config)
+    target = import_target(config["dataset"]["_target_"])
+    parameters = set(inspect.signature(target).parameters)
+    given_elsewhere = {"cache", "synthesis"}
+    assert set(config["dataset"]) == parameters - given_elsewhere | {"_target_"}
+
+
+@pytest.mark.parametrize("name", ["host", "none"])
+def test_every_cache_fits_every_data_set(name: str) -> None:
+    for dataset in options():
+        overrides = [f"dataset={dataset}", f"+cache={name}"]
+        with initialize_config_dir(config_dir(), version_base="1.3"):
+            config = plain(compose("data", overrides=overrides))
+        validate(config)
+        assert (config["dataset"]["cache"] is None) == (name == "none")
+
+
 def test_help_names_every_data_set() -> None:
     help_text = command("--help").stdout
-    options = Path(config_dir()) / "dataset"
-    assert all(f"dataset={path.stem} " in help_text for path in options.glob("*.yaml"))
+    assert all(f"dataset={name} " in help_text for name in options())
 
 
 @pytest.mark.parametrize(

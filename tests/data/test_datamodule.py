@@ -324,6 +324,21 @@ def test_folder_names_every_absent_folder(plain: Path) -> None:
         folder(plain, normal_dir="ok", mask_dir="truth")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "inner", "outer"),
+    [
+        ({"normal_dir": ".", "abnormal_dir": "bad"}, "abnormal_dir", "normal_dir"),
+        ({"abnormal_dir": "bad", "mask_dir": "bad/chip"}, "mask_dir", "abnormal_dir"),
+        ({"normal_test_dir": "good"}, "normal_test_dir", "normal_dir"),
+    ],
+)
+def test_folders_inside_each_other_are_refused(
+    plain: Path, arguments: dict[str, str], inner: str, outer: str
+) -> None:
+    with pytest.raises(UserError, match=rf"dataset\.{inner} lies in dataset\.{outer}"):
+        folder(plain, **arguments)
+
+
 class Inverted(nn.Module):
     """A synthesis that inverts a random share of the pixels."""
 
