@@ -22,9 +22,9 @@ run() {  # backbone, name of the data, categories, seed
       run resnet18 $category $category $seed
     done
     run resnet18 all toothbrush,hazelnut_toy,magnetic_tile,ksdd $seed
-    [ $seed = 0 ] && for category in magnetic_tile toothbrush hazelnut_toy ksdd; do
-      run mobilenetv2_100_tf2 $category $category $seed
-    done
+  done
+  for category in magnetic_tile toothbrush hazelnut_toy ksdd; do
+    run mobilenetv2_100_tf2 $category $category 0
   done
 } | xargs -d '\n' -P 2 -I{} sh -c 'anomaly-train {} || echo "failed: {}"'
 python experiments/tables.py collect experiments/ami_net "$out"
