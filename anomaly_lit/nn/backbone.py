@@ -173,6 +173,8 @@ def _read_state(file: Path) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"the weights file {file} cannot be read: {error}") from error
+    if not isinstance(state, Mapping):
+        raise UserError(f"the weights file {file} holds a {type(state).__name__}, no state dict")
     return state.get("state_dict", state)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import socket
+import threading
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -88,8 +90,13 @@ def _hub_answers(timeout: float = 1.0) -> bool:
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "TRUE", "YES", "ON"}:
         return False
     url = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        socket.create_connection((url.hostname, url.port or 443), timeout).close()
-    except OSError:
-        return False
-    return True
+    answered = threading.Event()
+
+    def knock() -> None:
+        with suppress(OSError), socket.create_connection((url.hostname, url.port or 443), timeout):
+            answered.set()
+
+    thread = threading.Thread(target=knock, daemon=True)  # no timeout bounds a name server
+    thread.start()
+    thread.join(timeout)
+    return answered.is_set()

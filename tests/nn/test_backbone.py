@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from anomaly_lit.nn.backbone import Backbone
+from anomaly_lit.types import UserError
+
+NAME = "test_resnet.r160_in1k"  # 0.4 M parameters; its weights want mean and std of 0.5
+
+
+def build(**arguments: object) -> Backbone:
+    torch.manual_seed(0)
+    return Backbone(**{"name": NAME, "weights": "random"} | arguments)  # type: ignore[arg-type]
+
+
+def state_of(architecture: str = "test_resnet", seed: int = 1, **options: object) -> dict:
+    """The state dict of the whole network, head and all, as timm's files have it."""
+    torch.manual_seed(seed)
+    return timm.create_model(architecture, **options).state_dict()
+
+
+@pytest.fixture
+def image() -> Tensor:
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("ANOMALY_LIT_WEIGHTS", raising=False)
+
+
+def test_maps_have_the_announced_channels_and_strides(image: Tensor) -> None:
+    backbone = build(out_indices=[1, 2, 3])
+    maps = backbone(image)
+    assert backbone.channels == [map_.shape[1] for map_ in maps]
+    assert backbone.strides == [64 // map_.shape[2] for map_ in maps]
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "strides"),
+    [
+        ("resnet18.tv_in1k", [64, 128, 256], [4, 8, 16]),
+        ("mobilenetv2_100.ra_in1k", [24, 32, 96], [4, 8, 16]),
+    ],
+)
+def test_stages_are_counted_as_timm_counts_them(
+    name: str, channels: list[int], strides: list[int]
+) -> None:
+    backbone = build(name=name)
+    assert (backbone.channels, backbone.strides) == (channels, strides)
+
+
+def test_frozen_for_good_whatever_the_mode(image: Tensor) -> None:
+    parent = nn.Sequential(build())
+    before = {name: value.clone() for name, value in parent.state_dict().items()}
+    parent.train()
+    parent[0].network.train(False)
+    parent(image)
+    parent.train(True)
+    parent(image)
+    assert not any(module.training for module in parent[0].modules())
+    assert not any(parameter.requires_grad for parameter in parent.parameters())
+    assert all(torch.equal(before[name], value) for name, value in parent.state_dict().items())
+
+
+def test_gradient_passes_through_to_the_image(image: Tensor) -> None:
+    image.requires_grad_()
+    build()(image)[0].sum().backward()
+    assert image.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "mean"), [(NAME, (0.5, 0.5, 0.5)), ("resnet18.tv_in1k", (0.485, 0.456, 0.406))]
+)
+def test_normalisation_is_that_of_the_weights(
+    name: str, mean: tuple[float, ...], image: Tensor
+) -> None:
+    backbone = build(name=name)
+    std = {0.5: (0.5, 0.5, 0.5), 0.485: (0.229, 0.224, 0.225)}[mean[0]]
+    assert torch.allclose(backbone.mean.flatten(), torch.tensor(mean))
+    assert torch.allclose(backbone.std.flatten(), torch.tensor(std))
+    expected = backbone.network((image - backbone.mean) / backbone.std)
+    assert all(torch.equal(a, b) for a, b in zip(backbone(image), expected, strict=True))
+
+
+def test_normalisation_may_be_given() -> None:
+    backbone = build(name="resnet18.tv_in1k", mean=[0.1, 0.2, 0.3], std=[1, 2, 3])
+    assert torch.allclose(backbone.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
+    assert backbone.std.flatten().tolist() == [1, 2, 3]
+
+
+def test_options_reach_timm() -> None:
+    backbone = build(name="mobilenetv2_100.ra_in1k", options={"pad_type": "same"})
+    assert backbone.network.conv_stem.padding != (1, 1)
+
+
+@pytest.mark.parametrize("indices", [[1, 9], [5]])
+def test_a_stage_that_is_not_there_is_named(indices: list[int]) -> None:
+    with pytest.raises(UserError, match=r"out_indices=.*its stages are 0 to 4"):
+        build(out_indices=indices)
+
+
+def test_unknown_architecture_gets_suggestions() -> None:
+    with pytest.raises(UserError, match="timm has no model 'resnet19'"):
+        build(name="resnet19.tv_in1k")
+
+
+def test_unknown_tag_lists_those_that_timm_knows() -> None:
+    with pytest.raises(UserError, match=r"no weights 'resnet18\.mine'.*resnet18\.tv_in1k"):
+        build(name="resnet18.mine")
+
+
+# -------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_file_of_the_whole_network_is_read(tmp_path: Path, suffix: str, image: Tensor) -> None:
+    state, file = state_of(), tmp_path / f"net{suffix}"
+    save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
+    backbone = build(weights=str(file))
+    assert not backbone.loaded
+    backbone.load_weights()
+    assert backbone.loaded
+    torch.manual_seed(1)
+    whole = timm.create_model("test_resnet", features_only=True, out_indices=(1, 2, 3)).eval()
+    whole.load_state_dict({k: v for k, v in state.items() if k in whole.state_dict()})
+    expected = whole((image - 0.5) / 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(backbone(image), expected, strict=True))
+
+
+def test_half_precision_in_the_file_is_widened(tmp_path: Path) -> None:
+    file = tmp_path / "half.safetensors"
+    save_file({name: value.half() for name, value in state_of().items()}, file)
+    backbone = build(weights=str(file))
+    backbone.load_weights()
+    assert {p.dtype for p in backbone.parameters()} == {torch.float32}
+
+
+def test_a_checkpoint_s_state_dict_entry_is_read(tmp_path: Path) -> None:
+    torch.save({"state_dict": state_of()}, tmp_path / "net.pth")
+    backbone = build(weights=str(tmp_path / "net.pth"))
+    backbone.load_weights()
+    assert backbone.loaded
+
+
+def test_absent_file_is_named_with_the_key(tmp_path: Path) -> None:
+    file = tmp_path / "none.safetensors"
+    with pytest.raises(UserError, match=r"none\.safetensors.*method\.backbone\.weights"):
+        build(weights=str(file)).load_weights()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_damaged_file_is_named(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"net{suffix}"
+    file.write_bytes(b"not weights at all")
+    with pytest.raises(UserError, match=f"net{suffix} cannot be read"):
+        build(weights=str(file)).load_weights()
+
+
+def test_file_that_holds_no_tensors_by_name_is_named(tmp_path: Path) -> None:
+    torch.save([1, 2, 3], tmp_path / "list.pth")
+    with pytest.raises(UserError, match=r"list\.pth"):
+        build(weights=str(tmp_path / "list.pth")).load_weights()
+
+
+def test_layer_that_is_not_in_the_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "partial.safetensors"
+    save_file({k: v for k, v in state_of().items() if not k.startswith("layer4")}, file)
+    build(weights=str(file), out_indices=[1, 2, 3]).load_weights()
+    with pytest.raises(UserError, match=r"partial\.safetensors.*layer4.*out_indices"):
+        build(weights=str(file), out_indices=[1, 2, 3, 4]).load_weights()
+
+
+def test_single_missing_tensor_is_noticed(tmp_path: Path) -> None:
+    state = state_of()
+    del state["layer2.0.bn1.running_mean"]
+    save_file(state, tmp_path / "net.safetensors")
+    with pytest.raises(UserError, match=r"1 of the \d+ tensors.*layer2\.0"):
+        build(weights=str(tmp_path / "net.safetensors")).load_weights()
+
+
+def test_file_of_another_model_is_refused(tmp_path: Path) -> None:
+    save_file(state_of("test_efficientnet"), tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"other\.safetensors.*test_resnet"):
+        build(weights=str(tmp_path / "other.safetensors")).load_weights()
+
+
+def test_file_with_other_shapes_is_refused(tmp_path: Path) -> None:
+    state = state_of()
+    state["layer1.0.conv1.weight"] = torch.zeros(1, 2, 3, 3)
+    save_file(state, tmp_path / "wide.safetensors")
+    with pytest.raises(UserError, match=r"wide\.safetensors does not fit.*layer1\.0\.conv1"):
+        build(weights=str(tmp_path / "wide.safetensors")).load_weights()
+
+
+@pytest.mark.usefixtures("offline")
+def test_folder_of_weights_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(state_of(), tmp_path / "test_resnet.safetensors")
+    monkeypatch.setenv("ANOMALY_LIT_WEIGHTS", str(tmp_path))
+    backbone = build(weights="pretrained")
+    backbone.load_weights()
+    assert torch.equal(backbone.network.conv1[0].weight, state_of()["conv1.0.weight"])
+
+
+@pytest.mark.usefixtures("offline")
+def test_no_file_and_no_hub_is_one_message_at_once() -> None:
+    backbone = build(weights="pretrained")
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"test_resnet\.r160_in1k.*method\.backbone\.weights=FILE"):
+        backbone.load_weights()
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.usefixtures("offline")
+def test_state_dict_counts_as_weights() -> None:
+    source, backbone = build(), build(weights="pretrained")
+    torch.manual_seed(9)
+    for parameter in source.parameters():
+        nn.init.normal_(parameter)
+    nn.Sequential(backbone).load_state_dict(nn.Sequential(source).state_dict())
+    backbone.load_weights()  # reaches for nothing
+    assert torch.equal(backbone.network.conv1[0].weight, source.network.conv1[0].weight)
+
+
+def test_transformers_give_maps() -> None:
+    backbone = build(
+        name="test_vit.r160_in1k", out_indices=[1, 3], options={"dynamic_img_size": True}
+    )
+    maps = backbone(torch.rand(1, 3, 64, 96))
+    assert [map_.shape for map_ in maps] == [(1, 64, 4, 6), (1, 64, 4, 6)]
+
+
+def test_file_of_a_transformer_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "vit.safetensors"
+    save_file(state_of("test_vit"), file)
+    backbone = build(name="test_vit.r160_in1k", out_indices=[1, 3], weights=str(file))
+    backbone.load_weights()
+    state = state_of("test_vit")
+    assert torch.equal(
+        backbone.network.model.patch_embed.proj.weight, state["patch_embed.proj.weight"]
+    )

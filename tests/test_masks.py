@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from anomaly_lit.masks import FixedRatioMask, NoMask, RandomMask
+from anomaly_lit.types import UserError
+
+MASKS = [NoMask(), RandomMask(), RandomMask(0.2, 0.4), FixedRatioMask(0.3)]
+
+
+def draw(mask: Callable[..., Tensor], batch: int = 4, seed: int = 0, side: int = 8) -> Tensor:
+    return mask(batch, side, side + 2, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: type(mask).__name__)
+def test_a_mask_is_one_set_of_hidden_positions_per_image(mask: Callable[..., Tensor]) -> None:
+    hidden = draw(mask)
+    assert hidden.shape == (1, 4, 8, 10)
+    assert hidden.dtype == torch.bool
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: type(mask).__name__)
+def test_the_generator_alone_decides(mask: Callable[..., Tensor]) -> None:
+    torch.manual_seed(1)
+    first = draw(mask, seed=5)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert torch.equal(first, draw(mask, seed=5))
+    assert torch.equal(state, torch.get_rng_state())  # the global state is left alone
+
+
+def test_seeds_and_images_differ() -> None:
+    hidden = draw(FixedRatioMask(0.5))[0]
+    assert not torch.equal(hidden[0], hidden[1])
+    assert not torch.equal(hidden, draw(FixedRatioMask(0.5), seed=1)[0])
+
+
+def test_none_hides_nothing() -> None:
+    assert not draw(NoMask()).any()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.29, 0.5, 0.999, 1.0])
+def test_fixed_ratio_is_exact_and_rounded_down(ratio: float) -> None:
+    hidden = FixedRatioMask(ratio)(50, 10, 10, torch.Generator().manual_seed(0))
+    assert hidden.sum(dim=(0, 2, 3)).tolist() == [int(100 * ratio + 1e-9)] * 50
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.2, 0.4), (0.5, 0.5)])
+def test_random_share_is_uniform_between_its_bounds(low: float, high: float) -> None:
+    share = draw(RandomMask(low, high), batch=2000, side=20)[0].float().mean(dim=(1, 2)).numpy()
+    assert share.min() >= low - 1 / 440
+    assert share.max() <= high
+    if high > low:
+        scaled = (share + 0.5 / 440 - low) / (high - low)
+        assert stats.kstest(scaled, "uniform").pvalue > 0.01
+
+
+def test_every_position_is_hidden_equally_often() -> None:
+    hidden = draw(FixedRatioMask(0.25), batch=4000)[0].float().mean(dim=0)
+    assert hidden.min() > 0.21
+    assert hidden.max() < 0.29
+
+
+def test_some_image_hides_nothing_and_none_hides_everything() -> None:
+    count = RandomMask()(5000, 4, 4, torch.Generator().manual_seed(0)).sum(dim=(0, 2, 3))
+    assert count.min() == 0
+    assert count.max() == 15  # the share is below one
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.1, 0.5), (0.6, 0.5), (0.5, 1.1)])
+def test_shares_out_of_order_are_refused(low: float, high: float) -> None:
+    with pytest.raises(UserError, match="low="):
+        RandomMask(low, high)
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.5])
+def test_ratio_out_of_range_is_refused(ratio: float) -> None:
+    with pytest.raises(UserError, match="ratio"):
+        FixedRatioMask(ratio)
