@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anomaly_lit.data.cache import HostCache
-    from anomaly_lit.data.datamodule import BTAD, AnomalyDataModule, Folder, MVTecAD, VisA
+    from anomaly_lit.data.datamodule import AnomalyDataModule
     from anomaly_lit.data.demo import Demo
+    from anomaly_lit.data.sets import BTAD, Folder, MVTecAD, VisA
 
 __all__ = ["BTAD", "AnomalyDataModule", "Demo", "Folder", "HostCache", "MVTecAD", "VisA"]
 
@@ -19,5 +20,5 @@ __all__ = ["BTAD", "AnomalyDataModule", "Demo", "Folder", "HostCache", "MVTecAD"
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    files = {"Demo": "demo", "HostCache": "cache"}
-    return getattr(import_module(f"{__name__}.{files.get(name, 'datamodule')}"), name)
+    files = {"AnomalyDataModule": "datamodule", "Demo": "demo", "HostCache": "cache"}
+    return getattr(import_module(f"{__name__}.{files.get(name, 'sets')}"), name)

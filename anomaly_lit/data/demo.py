@@ -18,8 +18,8 @@ from PIL import Image
 from torch import nn
 
 from anomaly_lit.data.cache import HostCache
-from anomaly_lit.data.datamodule import MVTecAD
 from anomaly_lit.data.demo_products import GOOD, PRODUCTS, picture
+from anomaly_lit.data.sets import MVTecAD
 from anomaly_lit.types import UserError
 
 VERSION = 1  # of the drawings; a change of any picture raises it
