@@ -400,9 +400,12 @@ class AnomalyDataModule(pl.LightningDataModule):
             return Path(path).as_posix()
 
     def _samples_of(self, stage: str | None) -> list[Sample]:
-        fit = [*self.train_samples, *self.holdout_samples]
-        splits = {"fit": fit, "validate": self.holdout_samples, "test": self.test_samples}
-        return splits.get(stage or "", self.samples())
+        """For `fit` all: better to learn of a broken test image before training than after."""
+        if stage == "test":
+            return self.test_samples
+        if stage == "validate" and not self.validate_on_test:
+            return self.holdout_samples
+        return self.samples()
 
     def _weights(self) -> Tensor | None:
         if not self.balanced:

@@ -33,13 +33,20 @@ def test_cached_images_are_not_decoded_again(mvtec: Path, monkeypatch: pytest.Mo
     assert len(list(datamodule.test_dataloader())) == 1
 
 
-def test_a_stage_decodes_only_what_it_needs(mvtec: Path) -> None:
-    cache = HostCache()
-    datamodule = MVTecAD(str(mvtec), image_size=32, cache=cache)
-    datamodule.setup("fit")
-    assert len(cache) == 18
-    datamodule.setup("test")
-    assert len(cache) == 18 + 7 + 4  # test images and their masks
+@pytest.mark.parametrize(("stage", "count"), [("validate", 2), ("test", 7 + 4), ("fit", 18 + 11)])
+def test_a_stage_decodes_what_it_needs_and_fit_everything(
+    mvtec: Path, stage: str, count: int
+) -> None:
+    cache = HostCache()  # counts masks as well
+    MVTecAD(str(mvtec), image_size=32, cache=cache).setup(stage)
+    assert len(cache) == count
+
+
+def test_a_broken_test_image_is_found_before_training(mvtec: Path) -> None:
+    path = mvtec / "bolt" / "test" / "good" / "001.png"
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(UserError, match=r"test/good/001\.png: .*damaged"):
+        MVTecAD(str(mvtec), image_size=32, cache=HostCache()).setup("fit")
 
 
 def test_what_does_not_fit_is_said_and_decoded(
@@ -50,7 +57,7 @@ def test_what_does_not_fit_is_said_and_decoded(
         datamodule = MVTecAD(str(mvtec), image_size=32, cache=cache)
         datamodule.setup("fit")
     assert len(cache) == 10
-    assert "10 of 18 images fit into dataset.cache.max_gb" in caplog.text
+    assert "10 of 25 images fit into dataset.cache.max_gb" in caplog.text
     assert sum(len(batch["index"]) for batch in datamodule.train_dataloader()) == 16
 
 
