@@ -12,9 +12,16 @@ import torch
 
 from anomaly_lit.callbacks.evaluation import Evaluation
 from anomaly_lit.files import replace_file
-from anomaly_lit.pictures import panel, save_curves, save_image, save_loss_curves
+from anomaly_lit.pictures import (
+    contact_sheet,
+    panel,
+    save_curves,
+    save_image,
+    save_loss_curves,
+)
 from anomaly_lit.types import UserError
 
+OVERVIEW = 12  # panels on the overview
 KINDS = {
     (True, "good"): "missed",
     (False, "defect"): "false_alarm",
@@ -24,7 +31,7 @@ KINDS = {
 
 
 class Outputs(pl.Callback):
-    """Writes ``predictions.csv``, ``images/`` and ``curves.png`` after a test.
+    """Writes ``predictions.csv``, ``images/``, ``overview.png`` and ``curves.png`` after a test.
 
     The worst mistakes come first: defects far below their threshold, then normal images far
     above it, then right verdicts of each category.
@@ -59,6 +66,7 @@ class Outputs(pl.Callback):
         pl_module: Any,
     ) -> None:
         """Predicts the chosen images again: cheaper than keeping the maps of all."""
+        panels = []
         loader: Any = trainer.test_dataloaders
         loader = loader[0] if isinstance(loader, list) else loader
         for number, index in enumerate(chosen):
@@ -74,8 +82,12 @@ class Outputs(pl.Callback):
             truth = batch["gt_mask"][0, 0].numpy() if has_truth else None
             kind = KINDS.get((row["label"], row["verdict"]), "unjudged")
             name = f"{number:03d}_{kind}_{row['category']}_{row['defect_type']}"
-            picture = panel(image, anomaly_map, truth, low, high, caption_of(row))
+            outline = anomaly_map > high if row["verdict"] == "defect" else None
+            picture = panel(image, anomaly_map, truth, low, high, caption_of(row), outline)
+            panels.append(picture)
             save_image(picture, self.directory / "images" / f"{name}_{Path(row['path']).stem}.png")
+        sheet = contact_sheet(panels[:OVERVIEW], columns=2)
+        save_image(sheet, self.directory / "overview.png")
 
 
 class LossCurves(pl.Callback):
