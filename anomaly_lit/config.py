@@ -89,6 +89,8 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return message_of(error.__cause__)
     text = str(error) or type(error).__name__
+    if text.startswith("Caught UserError in DataLoader worker"):
+        text = text.rpartition("UserError: ")[2].strip()  # torch puts a traceback before it
     if isinstance(error.__cause__, OmegaConfBaseException):
         text += f"\n{error.__cause__}"
     return text
@@ -259,7 +261,9 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def _name(hint: Any) -> str:
-    return getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint)  # type: ignore[return-value]
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(str(option) for option in typing.get_args(hint))}"
+    return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "")
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[str]:

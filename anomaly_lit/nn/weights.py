@@ -89,7 +89,9 @@ def _in_hub_cache(name: str) -> bool:
 def _hub_answers(timeout: float = 1.0) -> bool:
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "TRUE", "YES", "ON"}:
         return False
-    url = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    from huggingface_hub import constants
+
+    url = urlparse(os.environ.get("HF_ENDPOINT", constants.ENDPOINT))
     answered = threading.Event()
 
     def knock() -> None:

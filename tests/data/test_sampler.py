@@ -43,7 +43,7 @@ def test_weights_decide_how_often_an_image_is_drawn():
 
 def test_shards_cover_every_image_once():
     shards = [list(ShardSampler(7, rank, 3)) for rank in range(3)]
-    assert sorted(sum(shards, [])) == list(range(7))
+    assert sorted(index for shard in shards for index in shard) == list(range(7))
 
 
 def test_mixed_seeds_depend_on_order():
