@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,6 +146,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"the checkpoint {path} does not exist; set ckpt_path=FILE")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's text advises to run whatever it holds
+        raise UserError(
+            f"the checkpoint {path} is damaged, no checkpoint, or holds more than plain data"
+        ) from error
     except Exception as error:
         raise UserError(f"the checkpoint {path} cannot be read: {error}") from error
     entry = checkpoint.get("anomaly_lit", {}) if isinstance(checkpoint, dict) else {}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import logging
+import multiprocessing
+import multiprocessing.forkserver
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -32,6 +35,13 @@ SETTINGS = (
     "trainer.precision=32-true",
     "logger=none",
 )
+PRELOADED = [
+    "anomaly_lit.callbacks.outputs",
+    "anomaly_lit.data.datamodule",
+    "anomaly_lit.methods.ami_net",
+    "pytorch_lightning",
+    "timm",
+]
 
 
 class Outcome(NamedTuple):
@@ -108,38 +118,95 @@ def environment() -> dict[str, str]:
     return {name: os.environ[name] for name in names} | changes
 
 
-@pytest.fixture(scope="session")
-def run_command(environment: dict[str, str]) -> Callable[..., Outcome]:
-    """Runs ``python -m anomaly_lit.<command> ARGUMENTS`` and waits for its end."""
+IN_CHILD = """
+import os, runpy, sys
+for number, path in ((1, out), (2, err)):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+os.environ.clear()
+os.environ.update(environment)
+os.chdir(cwd)
+sys.argv = ["anomaly-" + command, *arguments]
+runpy.run_module("anomaly_lit." + command, run_name="__main__", alter_sys=True)
+"""
 
-    def run(command: str, *arguments: str, cwd: Path | None = None) -> Outcome:
-        line = [sys.executable, "-m", f"anomaly_lit.{command}", *arguments]
-        done = subprocess.run(
-            line, env=environment, cwd=cwd or ROOT, capture_output=True, text=True, timeout=240
-        )
-        return Outcome(done.returncode, done.stdout, done.stderr)
+
+class Started:
+    """A command that runs in a process of its own."""
+
+    def __init__(self, process: multiprocessing.process.BaseProcess, folder: Path) -> None:
+        self.process = process
+        self.folder = folder
+
+    def wait(self, seconds: float = 240) -> Outcome:
+        """Waits for the end; a command that takes longer is killed."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        out, err = ((self.folder / name).read_text() for name in ("out", "err"))
+        return Outcome(self.process.exitcode or 0, out, err)
+
+
+@pytest.fixture(scope="session")
+def start_command(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Started]:
+    """Starts ``python -m anomaly_lit.<command> ARGUMENTS`` in a process of its own.
+
+    The process is forked from one that has imported the heavy packages once for all.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system does not fork processes")
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        multiprocessing.forkserver.ensure_running()
+
+    def start(command: str, *arguments: str, cwd: Path = ROOT) -> Started:
+        folder = tmp_path_factory.mktemp("process")
+        names = {"command": command, "arguments": arguments, "environment": environment}
+        names |= {"cwd": str(cwd), "out": str(folder / "out"), "err": str(folder / "err")}
+        process = context.Process(target=exec, args=(IN_CHILD, names))
+        process.start()
+        return Started(process, folder)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_command(start_command: Callable[..., Started]) -> Callable[..., Outcome]:
+    """Runs a command in a process of its own and waits for its end."""
+
+    def run(command: str, *arguments: str, cwd: Path = ROOT) -> Outcome:
+        return start_command(command, *arguments, cwd=cwd).wait()
 
     return run
 
 
 @pytest.fixture(scope="session")
-def run_here() -> Callable[..., int | str]:
-    """Runs a command in this process, which saves the seconds that imports take.
+def run_here() -> Callable[..., Outcome]:
+    """Runs a command in this process, where another process is not the point."""
 
-    Gives the exit code, or the message that the command ends with.
-    """
-
-    def run(command: str, *arguments: str) -> int | str:
+    def run(command: str, *arguments: str) -> Outcome:
         main = importlib.import_module(f"anomaly_lit.{command}").main
-        with pytest.MonkeyPatch.context() as patch, _logging_kept():
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            _logging_kept(),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
             patch.setattr(sys, "argv", [f"anomaly-{command}", *arguments])
             patch.setenv("HF_HUB_OFFLINE", "1")
             patch.delenv("ANOMALY_LIT_WEIGHTS", raising=False)
             try:
                 main()
             except SystemExit as end:
-                return end.code or 0
-        return 0
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+                err.write(end.code if isinstance(end.code, str) else "")
+        return Outcome(code, out.getvalue(), err.getvalue())
 
     return run
 

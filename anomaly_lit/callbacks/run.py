@@ -124,11 +124,14 @@ class StopAtNaN(pl.Callback):
     """Ends training with a clear error when a loss is no longer finite.
 
     Args:
-        every_steps: Batches between two looks; each waits for the device.
+        every_steps: Batches between two looks; each waits for the device. A look comes before
+            each validation and at the end, too.
     """
 
     def __init__(self, every_steps: int = 10) -> None:
         self.every_steps = every_steps
+        self.loss: Tensor | None = None
+        self.paths: list[str] = []
 
     def on_train_batch_end(
         self,
@@ -138,13 +141,24 @@ class StopAtNaN(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Looks at the loss."""
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        if trainer.global_step % self.every_steps or not isinstance(loss, Tensor):
-            return
-        if not torch.isfinite(loss).all():
+        """Keeps the loss, and looks at it where it is time."""
+        self.loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        self.paths = batch["path"]
+        if trainer.global_step % self.every_steps == 0:
+            self._look(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks before weights that are no numbers are judged."""
+        self._look(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks a last time."""
+        self._look(trainer)
+
+    def _look(self, trainer: pl.Trainer) -> None:
+        if isinstance(self.loss, Tensor) and not torch.isfinite(self.loss).all():
             raise UserError(
-                f"the loss is {float(loss)} at step {trainer.global_step}: lower "
+                f"the loss is {float(self.loss)} at step {trainer.global_step}: lower "
                 "method.optimizer.lr, or set trainer.precision=32-true, or clip gradients with "
-                f"trainer.gradient_clip_val=1. Last images: {', '.join(batch['path'][:3])}"
+                f"trainer.gradient_clip_val=1. Last images: {', '.join(self.paths[:3])}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,11 @@ def _read_state(file: Path) -> dict[str, Tensor]:
 
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's text advises to run whatever it holds
+        raise UserError(
+            f"the weights file {file} cannot be read: damaged, or it holds more than tensors; "
+            "save the network's state_dict"
+        ) from error
     except Exception as error:
         raise UserError(f"the weights file {file} cannot be read: {error}") from error
     if not isinstance(state, Mapping):
