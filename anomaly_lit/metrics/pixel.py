@@ -142,19 +142,20 @@ class PixelMetrics(Metric):
     def _check_finite(self, scores: Tensor, names: Sequence[str] | None) -> None:
         if names is not None and len(names) != len(scores):
             raise UserError(f"found {len(names)} names for {len(scores)} maps; give one for each")
-        on_host = scores.device.type == "cpu"
-        if on_host and scores.sum().isfinite():
-            return
-        if names is None:
-            batch = self._update_count - 1
-            names = [f"image {index} of batch {batch}" for index in range(len(scores))]
+        if scores.device.type != "cpu":
+            self._check_later(scores, self._named(names, len(scores)))
+        elif not scores.sum().isfinite() and not (finite := scores.isfinite().all(1)).all():
+            _raise_unfinite(self._named(names, len(scores)), finite)
+
+    def _named(self, names: Sequence[str] | None, count: int) -> Sequence[str]:
+        batch = self._update_count - 1
+        return names or [f"image {index} of batch {batch}" for index in range(count)]
+
+    def _check_later(self, scores: Tensor, names: Sequence[str]) -> None:
         finite = scores.isfinite().all(1)
-        if on_host and not finite.all():  # else the sum alone has overflowed
-            _raise_unfinite(names, finite)
-        if not on_host:
-            self._names.extend(names)
-            self._finite.append(finite)
-            self.unfinite_images += (~finite).sum()
+        self._names.extend(names)
+        self._finite.append(finite)
+        self.unfinite_images += (~finite).sum()
 
     def _add(self, *parts: Tensor) -> None:
         """Hold a batch, or count it in the bins: see HELD for the parts."""
@@ -174,7 +175,10 @@ class PixelMetrics(Metric):
         self, normal: Tensor, anomalous: Tensor, positive: Tensor, area: Tensor, image_area: Tensor
     ) -> None:
         if self.histogram.stride(0) == 0:
-            self.histogram = self.histogram.clone(memory_format=torch.contiguous_format)
+            with torch.inference_mode(False):  # later updates may be outside of it
+                self.histogram = torch.zeros_like(
+                    self.histogram, memory_format=torch.contiguous_format
+                )
         self.bins.count_scores(self.histogram[NORMAL], normal)
         self.bins.count_scores(self.histogram[ANOMALOUS], anomalous)
         self.bins.count_anomalous(self.histogram, positive, area.long(), image_area.long())

@@ -130,3 +130,29 @@ def test_images_of_several_sizes_are_pooled() -> None:
         torch.cat([a.flatten(), b.flatten()]) for a, b in zip(small, large, strict=True)
     )
     assert abs(metric.compute()["pixel_auroc"] - functional.auroc(scores, labels)) < 1e-12
+
+
+def test_a_check_left_for_later_names_the_image_when_values_are_computed() -> None:
+    """What maps on a GPU go through, without one."""
+    maps, masks = maps_and_masks()
+    metric = PixelMetrics()
+    for first in (0, 3):
+        metric.update(maps[first : first + 3], masks[first : first + 3])
+        part = maps[first : first + 3].flatten(1).clone()
+        part[1, 7] = torch.nan if first else 0.0
+        metric._check_later(part, [f"{first + index}.png" for index in range(3)])
+    with pytest.raises(UserError, match=r"maps of: 4\.png;"):
+        metric.compute()
+    metric.reset()
+    metric.update(maps, masks)
+    metric.compute()
+
+
+def test_a_metric_goes_on_outside_of_inference_mode() -> None:
+    maps, masks = maps_and_masks()
+    metric = PixelMetrics(engine="streaming")
+    with torch.inference_mode():
+        metric.update(maps[:3], masks[:3])
+    metric.update(maps[3:], masks[3:])
+    expected = run(PixelMetrics(engine="streaming"), maps, masks)
+    assert metric.compute()["pixel_auroc"] == expected["pixel_auroc"]
