@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from scipy import stats
 from torch import Tensor
 
 from anomaly_lit.metrics import ImageMetrics, PixelMetrics
@@ -93,10 +94,12 @@ class Evaluation(pl.Callback):
             "all": self._limits(*pooled),
         }
 
-    def _limits(self, scores: Tensor, pixels: Tensor) -> dict[str, float | int]:
+    def _limits(self, scores: Tensor, pixels: Tensor) -> dict[str, float | int | str]:
         pixels = pixels.double().sort().values
+        threshold, rule = threshold_at(scores, self.fpr)
         return {
-            "threshold": threshold_at(scores, self.fpr),
+            "threshold": threshold,
+            "rule": rule,
             "count": len(scores),
             "map_low": float(pixels[len(pixels) // 2]),
             "map_high": float(pixels[min(len(pixels) - 1, int(0.999 * len(pixels)))]),
@@ -281,17 +284,28 @@ class Records:
         ]
 
 
-def threshold_at(scores: Tensor, fpr: float) -> float:
-    """The least of the scores that at most ``fpr`` of them exceed.
+def threshold_at(scores: Tensor, fpr: float) -> tuple[float, str]:
+    """The score that about ``fpr`` of normal images exceed, and the rule that gave it.
 
-    With fewer than 1 / fpr scores that is the greatest one: too few to resolve the rate.
+    ``quantile``: with at least 1 / fpr scores, the least of them that at most ``fpr`` of them
+    exceed. ``prediction limit``: fewer scores cannot resolve the rate, and half of their own
+    kind would exceed the greatest of a few; then the one-sided limit for one more draw from a
+    normal distribution of their mean and deviation, mean + t * s * sqrt(1 + 1 / n), Student's t
+    with n - 1 degrees of freedom, or their greatest where that is more. ``maximum``: one score.
 
     Args:
-        scores: (n,) of held-out normal images.
-        fpr: Share allowed above.
+        scores: (n,) of held-out normal images, n > 0.
+        fpr: Share allowed above, in (0, 1).
     """
     ordered = scores.double().sort().values
-    return float(ordered[max(0, math.ceil((1 - fpr) * len(ordered) - 1e-9) - 1)])
+    count, greatest = len(ordered), float(ordered[-1])
+    if count * fpr >= 1 - 1e-9:
+        return float(ordered[max(0, math.ceil((1 - fpr) * count - 1e-9) - 1)]), "quantile"
+    if count == 1:
+        return greatest, "maximum"
+    spread = float(ordered.std()) * math.sqrt(1 + 1 / count)
+    limit = float(ordered.mean()) + float(stats.t.ppf(1 - fpr, count - 1)) * spread
+    return max(greatest, limit), "prediction limit"
 
 
 def verdict(score: float, threshold: float) -> dict[str, Any]:
