@@ -85,7 +85,7 @@ def judge(
     import numpy as np
 
     from anomaly_lit.callbacks.evaluation import limits_of
-    from anomaly_lit.callbacks.outputs import colour_range
+    from anomaly_lit.callbacks.outputs import colour_range, outline_of
     from anomaly_lit.data.images import read_image
     from anomaly_lit.pictures import overlay, save_image
 
@@ -104,7 +104,7 @@ def judge(
     for path, finding in zip(readable, findings, strict=True):
         name = path.relative_to(root).as_posix().replace("/", "__")
         low, high = colour_range(limits, finding.anomaly_map)
-        outline = finding.anomaly_map > high if finding.verdict == "defect" else None
+        outline = outline_of(finding.verdict, finding.anomaly_map, limits)
         shown = overlay(finding.image, finding.anomaly_map, low, high, outline)
         save_image(shown, directory / "overlays" / f"{name}.png")
         if config["save_maps"]:

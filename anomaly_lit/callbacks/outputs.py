@@ -82,7 +82,7 @@ class Outputs(pl.Callback):
             truth = batch["gt_mask"][0, 0].numpy() if has_truth else None
             kind = KINDS.get((row["label"], row["verdict"]), "unjudged")
             name = f"{number:03d}_{kind}_{row['category']}_{row['defect_type']}"
-            outline = anomaly_map > high if row["verdict"] == "defect" else None
+            outline = outline_of(row["verdict"], anomaly_map, limits)
             picture = panel(image, anomaly_map, truth, low, high, caption_of(row), outline)
             panels.append(picture)
             save_image(picture, self.directory / "images" / f"{name}_{Path(row['path']).stem}.png")
@@ -168,15 +168,30 @@ def choose_images(rows: list[dict[str, Any]], limit: int) -> list[int]:
 
 
 def colour_range(limits: dict[str, Any], anomaly_map: np.ndarray) -> tuple[float, float]:
-    """Colours run from a normal map's median to three times its high end above that.
+    """The values at which colours begin and end.
 
-    The same range for all images of a category, so that pictures can be compared. Without
-    held-out images the map's own range.
+    They begin half-way between the median and the high end (99.9 %) of normal maps, and end at
+    three times that high end above the median, or at the map's own peak if that is higher: what is
+    normal stays dark in every picture, and a strong defect shows its shape instead of one blot.
+    Without held-out images the map's own range.
     """
     if not limits:
         return float(anomaly_map.min()), float(anomaly_map.max())
     low, high = limits["map_median"], limits["map_high"]
-    return high * 0.5 + low * 0.5, low + 3 * max(high - low, 1e-12)
+    end = low + 3 * max(high - low, 1e-12)
+    return (low + high) / 2, max(end, float(anomaly_map.max()))
+
+
+def outline_of(verdict: str, anomaly_map: np.ndarray, limits: dict[str, Any]) -> np.ndarray | None:
+    """Where a defect lies: (H, W) bool, three times as far out as normal maps reach.
+
+    None where there is no defect, or no such place.
+    """
+    if verdict != "defect" or not limits:
+        return None
+    low, high = limits["map_median"], limits["map_high"]
+    outline = anomaly_map > low + 3 * (high - low)
+    return outline if outline.any() else None
 
 
 def caption_of(row: dict[str, Any]) -> str:

@@ -55,7 +55,7 @@ class PlainProgress(ProgressBar):
         if not self.enabled or now - self.printed < self.every_seconds:
             return
         self.printed = now
-        done = trainer.global_step - self.first_step
+        done = max(1, trainer.global_step - self.first_step)  # 0 while gradients accumulate
         total = trainer.estimated_stepping_batches
         left = (now - self.start) / done * (total - trainer.global_step)
         shown = {key: f"{float(value):.4g}" for key, value in trainer.progress_bar_metrics.items()}

@@ -67,7 +67,10 @@ class ResumeCheckpoint(pl.Callback):
     Args:
         directory: Where ``last.ckpt`` lies.
         every_minutes: Least time between two writes.
-        every_steps: Batches between two writes instead; None leaves it to the time.
+        every_steps: Optimiser steps between two writes instead; None leaves it to the time.
+
+    Raises:
+        UserError: ``every_steps`` is below one.
     """
 
     def __init__(
@@ -75,12 +78,16 @@ class ResumeCheckpoint(pl.Callback):
     ) -> None:
         self.path = Path(directory) / "last.ckpt"
         self.every_seconds = 60 * every_minutes
+        if every_steps is not None and every_steps < 1:
+            raise UserError(f"checkpoint.every_steps={every_steps}: give at least 1, or null")
         self.every_steps = every_steps
         self.written = time.monotonic()
+        self.step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
         self.written = time.monotonic()
+        self.step = trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -91,6 +98,9 @@ class ResumeCheckpoint(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Writes where it is time; rank 0's clock decides for all."""
+        if trainer.global_step == self.step:
+            return  # gradients are being accumulated, and no checkpoint holds them
+        self.step = trainer.global_step
         if self.every_steps is not None:
             due = trainer.global_step % self.every_steps == 0
         else:
