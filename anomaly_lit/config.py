@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -28,7 +28,12 @@ from omegaconf.errors import OmegaConfBaseException
 from anomaly_lit.types import UserError
 
 SAFE_TARGETS = ("anomaly_lit.", "torch.nn.", "torch.optim.")
-SETTINGS_OF_A_PLACE = ("output_dir",)  # the same run in another folder is the same run
+HINTS: dict[str, Any] = {  # of the top level, whose other keys are nodes with a signature
+    "seed": int,
+    "image_size": int | list[int],
+    "output_dir": str,
+    "selection": Literal["last", "best", "oracle"],
+}
 
 
 def config_dir() -> str:
@@ -103,10 +108,11 @@ def quoted(argument: str) -> str:
     "input='/a/b (1).png'"
     """
     key, equals, value = argument.partition("=")
-    pathlike = re.search(r"[/\\]", value) and re.search(r"[=(){}:\s]", value)
+    pathlike = re.search(r"[/\\]", value) and re.search(r"[=(){}:'\"\s]", value)
     if not equals or not pathlike or value[0] in "'\"[{$" or "," in value or "${" in value:
         return argument
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'") if "'" in value else value
+    # Hydra reads backslashes as themselves, save before a quote
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
     return f"{key}='{escaped}'"
 
 
@@ -152,12 +158,18 @@ def import_target(path: str) -> Any:
 def check_targets(config: Any, trust: bool = False) -> None:
     """Refuses code that a checkpoint of unknown origin might smuggle in.
 
+    A name says little: ``anomaly_lit.files.os.system`` begins well, so the place where the object
+    was defined decides. Interpolations are refused, since they may build nodes of their own.
+
     Raises:
         UserError: A ``_target_`` lies outside anomaly_lit, torch.nn and torch.optim.
     """
+    if trust:
+        return
     found = [(path, node["_target_"]) for path, node in nodes(config)]
     foreign = [f"  {path}: {target}" for path, target in found if not _is_safe(target)]
-    if foreign and not trust:
+    foreign += [f"  {path}: {text}" for path, text in _texts(config) if "${" in text]
+    if foreign:
         raise UserError(
             "the checkpoint's configuration names code outside "
             f"{', '.join(name.rstrip('.') for name in SAFE_TARGETS)}:\n" + "\n".join(foreign)
@@ -166,7 +178,24 @@ def check_targets(config: Any, trust: bool = False) -> None:
 
 
 def _is_safe(target: Any) -> bool:
-    return isinstance(target, str) and target.startswith(SAFE_TARGETS)
+    if not isinstance(target, str) or not target.startswith(SAFE_TARGETS):
+        return False
+    found = import_target(target)
+    home = f"{getattr(found, '__module__', '')}."
+    return home.startswith(SAFE_TARGETS) and (inspect.isclass(found) or home.startswith("torch."))
+
+
+def _texts(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every string, keys included, with its path."""
+    if isinstance(config, str):
+        yield path, config
+    elif isinstance(config, Mapping):
+        for key, value in config.items():
+            yield from _texts(key, path)
+            yield from _texts(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(config, list | tuple):
+        for position, value in enumerate(config):
+            yield from _texts(value, f"{path}[{position}]")
 
 
 def nodes(config: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -176,7 +205,7 @@ def nodes(config: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]
             yield path, config
         for key, value in config.items():
             yield from nodes(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(config, list):
+    elif isinstance(config, list | tuple):
         for position, value in enumerate(config):
             yield from nodes(value, f"{path}[{position}]")
 
@@ -191,8 +220,7 @@ def validate(config: Mapping[str, Any]) -> None:
         UserError: Lists every unknown, missing or ill-typed parameter with its path.
     """
     problems = [problem for path, node in nodes(config) for problem in _misfits(path, node)]
-    hints = {"seed": int, "image_size": int | list[int], "output_dir": str}
-    for key, hint in hints.items():
+    for key, hint in HINTS.items():
         if key in config and not fits(config[key], hint):
             problems.append(f"{key}: {config[key]!r} is no {_name(hint)}")
     if problems:
@@ -266,6 +294,20 @@ def _name(hint: Any) -> str:
     return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "")
 
 
+def moved(config: Any, folder: str) -> Any:
+    """The configuration of a run as it reads after its output_dir was renamed to ``folder``."""
+    old = config["output_dir"]
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: move(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [move(item) for item in value]
+        return value.replace(old, folder) if isinstance(value, str) else value
+
+    return move(config)
+
+
 def differences(before: Any, after: Any, path: str = "") -> list[str]:
     """The keys in which two plain configurations differ, each with both values."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
@@ -274,7 +316,6 @@ def differences(before: Any, after: Any, path: str = "") -> list[str]:
         return [
             line
             for key in keys
-            if path or key not in SETTINGS_OF_A_PLACE
             for line in differences(
                 before.get(key, absent), after.get(key, absent), f"{path}.{key}" if path else key
             )

@@ -44,6 +44,7 @@ def test(cfg: DictConfig) -> None:
     datamodule = configuration.instantiate(dataset)
     datamodule.prepare_data()
     datamodule.setup("test")
+    configuration.check_targets(trained["callbacks"]["evaluation"], config["trust"])
     evaluation = configuration.instantiate(trained["callbacks"]["evaluation"])
     assert isinstance(evaluation, Evaluation)
     evaluation.calibration = checkpoint["anomaly_lit"].get("calibration", {})

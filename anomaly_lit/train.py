@@ -38,9 +38,9 @@ def train(cfg: DictConfig) -> float | None:
     Returns:
         The metric that ``optimized_metric`` names, for a sweeper; None without one.
     """
-    config = configuration.plain(cfg)
     directory = configuration.output_folder()
-    config["output_dir"] = str(directory)
+    cfg.output_dir = str(directory)  # and with it what refers to it, also in a job of a sweep
+    config = configuration.plain(cfg)
     state = state_of(directory, config)
     if state == "finished":
         metrics = read_metrics(directory)
@@ -69,7 +69,7 @@ def state_of(directory: Path, config: dict[str, Any]) -> str:
                 "choose another output_dir"
             )
         return "new"
-    before = OmegaConf.to_container(OmegaConf.load(noted))
+    before = configuration.moved(OmegaConf.to_container(OmegaConf.load(noted)), str(directory))
     changes = configuration.differences(before, config)
     finished = (directory / "metrics.json").is_file()
     if changes and (finished or checkpoint.is_file()):
@@ -156,7 +156,11 @@ def build_trainer(config: dict[str, Any], directory: Path) -> tuple[pl.Trainer, 
     folder = str(directory / "checkpoints")
     named = config["callbacks"] or {}
     callbacks = [configuration.instantiate(node) for node in named.values()]
-    evaluation = next(callback for callback in callbacks if isinstance(callback, Evaluation))
+    evaluation = next((c for c in callbacks if isinstance(c, Evaluation)), None)
+    if evaluation is None:
+        raise UserError(
+            "callbacks: none is an anomaly_lit.callbacks.Evaluation, which every run needs"
+        )
     callbacks += [
         StepSeeds(config["seed"]),
         StopAtNaN(),
