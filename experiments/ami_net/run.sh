@@ -17,14 +17,15 @@ run() {  # backbone, name of the data, categories, seed
 }
 
 {
-  for seed in 0 1 2; do
+  for category in toothbrush magnetic_tile ksdd hazelnut_toy; do
+    run resnet18 $category $category 0
+  done
+  run resnet18 all toothbrush,hazelnut_toy,magnetic_tile,ksdd 0
+  run mobilenetv2_100_tf2 magnetic_tile magnetic_tile 0
+  for seed in 1 2; do
     for category in toothbrush magnetic_tile ksdd hazelnut_toy; do
       run resnet18 $category $category $seed
     done
-    run resnet18 all toothbrush,hazelnut_toy,magnetic_tile,ksdd $seed
-  done
-  for category in magnetic_tile toothbrush hazelnut_toy ksdd; do
-    run mobilenetv2_100_tf2 $category $category 0
   done
 } | xargs -d '\n' -P 2 -I{} sh -c 'anomaly-train {} || echo "failed: {}"'
 python experiments/tables.py collect experiments/ami_net "$out"
