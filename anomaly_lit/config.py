@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from anomaly_lit.types import UserError
 
 SAFE_TARGETS = ("anomaly_lit.", "torch.nn.", "torch.optim.")
+STRANGE = re.compile(r"[^\w\s/\\+.$%*@?|:,=()\[\]{}'\"-]", re.ASCII)  # no word of Hydra's
 HINTS: dict[str, Any] = {  # of the top level, whose other keys are nodes with a signature
     "seed": int,
     "image_size": int | list[int],
@@ -108,8 +109,10 @@ def quoted(argument: str) -> str:
     "input='/a/b (1).png'"
     """
     key, equals, value = argument.partition("=")
-    pathlike = re.search(r"[/\\]", value) and re.search(r"[=(){}:'\"\s]", value)
-    if not equals or not pathlike or value[0] in "'\"[{$" or "," in value or "${" in value:
+    strange = STRANGE.search(value) or (
+        re.search(r"[/\\]", value) and re.search(r"[=(){}:'\"\s]", value)
+    )
+    if not equals or not strange or value[0] in "'\"[{$" or "," in value or "${" in value:
         return argument
     # Hydra reads backslashes as themselves, save before a quote
     escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
@@ -235,7 +238,10 @@ def _misfits(path: str, node: Mapping[str, Any]) -> Iterator[str]:
         yield f"{path}: {error}"
         return
     function = target.__init__ if inspect.isclass(target) else target
-    parameters = dict(inspect.signature(target).parameters)
+    try:
+        parameters = dict(inspect.signature(target).parameters)
+    except ValueError:  # a builtin that does not tell
+        return
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     given = {key: value for key, value in node.items() if not key.startswith("_")}
     try:

@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import example, given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from torch import nn
+
+from anomaly_lit.config import (
+    check_targets,
+    config_dir,
+    differences,
+    fits,
+    job_folder,
+    moved,
+    nodes,
+    plain,
+    quoted,
+    validate,
+)
+from anomaly_lit.types import UserError
+
+FOLDER = Path(config_dir())
+GROUPS = sorted(path.name for path in FOLDER.iterdir() if path.is_dir() and path.name != "hydra")
+OPTIONS = sorted(
+    path.relative_to(FOLDER).with_suffix("").as_posix()
+    for group in GROUPS
+    for path in (FOLDER / group).rglob("*.yaml")
+)
+EXPERIMENTS = [option for option in OPTIONS if option.startswith("experiment/")]
+METHODS = [option.removeprefix("method/") for option in OPTIONS if option.startswith("method/")]
+
+
+def composed(*overrides: str, name: str = "train") -> dict[str, Any]:
+    with initialize_config_dir(str(FOLDER), version_base="1.3"):
+        return plain(compose(name, ["output_dir=unused", *overrides]))
+
+
+@pytest.fixture(scope="module")
+def config() -> dict[str, Any]:
+    return composed()
+
+
+# -------------------------------------------------------------------------------- what is shipped
+
+
+def test_files_are_found_at_every_depth() -> None:
+    assert len(OPTIONS) > 30
+    assert {"method/ami_net", "method/ami_net_small", "backbone/resnet18"} <= set(OPTIONS)
+
+
+def test_groups_are_the_documented_ones() -> None:
+    assert set(GROUPS) - {"__pycache__"} == {
+        "method", "backbone", "mask", "loss", "dataset", "synthesis", "cache", "trainer",
+        "callbacks", "logger", "experiment", "debug",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_fits_the_code(option: str) -> None:
+    group, _, name = option.partition("/")
+    validate(composed(f"{group}={name}"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_begins_with_its_command(experiment: str) -> None:
+    text = (FOLDER / f"{experiment}.yaml").read_text()
+    assert f"experiment={experiment.removeprefix('experiment/')}" in text.split("\n\n")[0]
+
+
+@pytest.mark.parametrize("name", ["test", "predict", "data"])
+def test_roots_of_the_other_commands_compose(name: str) -> None:
+    assert composed(name=name)["output_dir"] == "unused"
+
+
+def test_two_interpolations_wire_the_parts() -> None:
+    """``output_dir`` and ``image_size``; what is set at the top level reaches the parts."""
+    known = {"output_dir", "image_size", "seed", "threshold.fpr"}
+    for option in OPTIONS:
+        text = (FOLDER / f"{option}.yaml").read_text()
+        assert set(re.findall(r"\$\{([^}]*)\}", text)) <= known, option
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_key_of_a_method_is_a_parameter_and_every_parameter_a_key(method: str) -> None:
+    """So that ``--cfg job`` shows all that can be set."""
+    node = composed(f"method={method}")["method"]
+    from anomaly_lit.config import import_target
+
+    parameters = inspect.signature(import_target(node["_target_"])).parameters
+    assert set(node) - {"_target_"} == set(parameters)
+
+
+@pytest.mark.parametrize("dataset", ["mvtec_ad", "btad", "visa", "folder", "demo"])
+def test_data_sets_follow_the_image_size_and_the_seed(dataset: str) -> None:
+    found = composed(f"dataset={dataset}", "image_size=[96,128]", "seed=7")["dataset"]
+    assert found["image_size"] == [96, 128]
+    assert found["seed"] == 7
+
+
+def test_a_group_that_a_method_does_not_list_is_an_error() -> None:
+    from hydra.errors import ConfigCompositionException
+
+    with pytest.raises(ConfigCompositionException):
+        composed("teacher=resnet18")
+
+
+def test_debug_takes_three_steps() -> None:
+    config = composed("debug=default")
+    assert config["trainer"]["max_steps"] == 3
+    assert config["logger"] is None
+
+
+# -------------------------------------------------------------------------------- validation
+
+
+def problems(config: dict[str, Any]) -> str:
+    with pytest.raises(UserError, match="the config does not fit the code") as error:
+        validate(config)
+    return str(error.value)
+
+
+def test_all_misfits_are_listed_at_once_with_path_and_suggestion(config: dict[str, Any]) -> None:
+    wrong = OmegaConf.to_container(OmegaConf.create(config))
+    assert isinstance(wrong, dict)
+    wrong["method"]["dims"] = 3
+    wrong["method"]["optimizer"]["learning"] = 0.1
+    wrong["method"]["depth"] = "deep"
+    wrong["trainer"]["max_epoch"] = 3
+    wrong["dataset"]["batch_size"] = 2.5
+    wrong["seed"] = "zero"
+    wrong["selection"] = "first"
+    text = problems(wrong)
+    for line in (
+        "method: anomaly_lit.methods.AMINet has no parameter 'dims'; did you mean 'dim'?",
+        "method.optimizer: torch.optim.AdamW has no parameter 'learning'",
+        "method.depth: 'deep' is no int",
+        "has no parameter 'max_epoch'; did you mean 'max_epochs'?",
+        "dataset.batch_size: 2.5 is no int",
+        "seed: 'zero' is no int",
+        "selection: 'first' is no",
+        "last, best, oracle",
+    ):
+        assert line in text
+
+
+def test_absent_target_and_missing_parameter_are_named() -> None:
+    text = problems({"a": {"_target_": "anomaly_lit.losses.Nothing"}})
+    assert "a: cannot import 'anomaly_lit.losses.Nothing'" in text
+    text = problems({"method": {"_target_": "anomaly_lit.methods.AMINet"}})
+    assert "needs 'backbone'" in text
+
+
+def test_a_partial_may_lack_what_the_caller_adds() -> None:
+    validate({"a": {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3}})
+
+
+def test_node_where_a_number_is_expected_is_taken_for_built() -> None:
+    validate({"a": {"_target_": "torch.nn.L1Loss", "reduction": {"_target_": "builtins.str"}}})
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        (3, int, True),
+        (True, int, False),
+        (3.0, int, False),
+        (3, float, True),
+        (True, float, False),
+        ("3", float, False),
+        (True, bool, True),
+        (1, bool, False),
+        (None, int | None, True),
+        (None, int, False),
+        ("best", Literal["last", "best"], True),
+        ("first", Literal["last", "best"], False),
+        ([1, 2], int | list[int], True),
+        ([1, "a"], list[int], False),
+        ([1, 2], Sequence[int], True),
+        (5, Sequence[int], False),
+        ({"a": 1}, dict[str, int], True),
+        ([1], dict[str, int], False),
+        ("mse", nn.Module, False),
+        (None, nn.Module, False),
+        ({"_target_": "torch.nn.L1Loss"}, nn.Module, True),
+        (object(), Any, True),
+    ],
+)
+def test_plain_data_is_compared_with_annotations(value: Any, hint: Any, expected: bool) -> None:
+    assert fits(value, hint) is expected
+
+
+def test_nodes_are_found_in_lists_and_at_any_depth() -> None:
+    config = {"a": {"_target_": "x", "b": [{"_target_": "y"}]}, "c": ({"_target_": "z"},)}
+    assert [path for path, _ in nodes(config)] == ["a", "a.b[0]", "c[0]"]
+
+
+# -------------------------------------------------------------------------------- foreign code
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "anomaly_lit.methods.AMINet",
+        "anomaly_lit.data.MVTecAD",
+        "torch.nn.L1Loss",
+        "torch.optim.AdamW",
+    ],
+)
+def test_our_classes_and_torch_s_are_safe(target: str) -> None:
+    check_targets({"a": {"_target_": target}})
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "torch.load",
+        "anomaly_lit_evil.run",
+        "anomaly_lit.files.os.system",
+        "anomaly_lit.files.subprocess.Popen",
+        "anomaly_lit.files.write_json",
+        "torch.nn.modules.module.warnings.warn",
+        ["anomaly_lit.methods.AMINet"],
+        None,
+    ],
+)
+def test_everything_else_is_refused(target: Any) -> None:
+    with pytest.raises(UserError, match=r"a\.b\[0\]"):
+        check_targets({"a": {"b": [{"_target_": target}]}})
+    check_targets({"a": {"b": [{"_target_": target}]}}, trust=True)
+
+
+def test_interpolations_are_refused() -> None:
+    with pytest.raises(UserError, match=r"a\.b"):
+        check_targets({"a": {"b": "${oc.create:'{_target_: os.system}'}"}})
+
+
+# -------------------------------------------------------------------------------- small helpers
+
+
+def test_job_folder_is_short_and_safe_for_every_file_system() -> None:
+    assert job_folder("") == "default"
+    assert job_folder("seed=1,method.dim=2") == "seed=1,method.dim=2"
+    assert job_folder('a=/b\\c:d*"e?<>|') == "a=_b_c_d__e____"
+    long = [job_folder("x=" + "y" * 200 + end) for end in "ab"]
+    assert len(set(long)) == 2
+    assert all(len(name) <= 120 for name in long)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["seed=1", "-m", "method=a,b", "x=[a/b c]", "x='a/b c'", "x=/a/b", "a=/b c/d,/e", "x=${y}/a b"],
+)
+def test_what_hydra_understands_is_left_alone(argument: str) -> None:
+    assert quoted(argument) == argument
+
+
+def test_empty_value_is_left_alone() -> None:
+    assert quoted("x=") == "x="
+    assert quoted("~callbacks") == "~callbacks"
+
+
+@given(st.text("abc /\\()=:{}'\"%é.-", min_size=1).map(lambda text: f"/{text}"))
+@example("/it's (1).png")
+@example("/a b\\")
+@example("/a\\'b c")
+@example("C:\\parts (1)\\it's\\")
+def test_quoted_paths_come_out_of_hydra_as_they_went_in(path: str) -> None:
+    override = OverridesParser.create().parse_override(quoted(f"input={path}"))
+    if quoted(f"input={path}") != f"input={path}":
+        assert override.value() == path
+
+
+def test_differences_name_keys_with_both_values() -> None:
+    before = {"seed": 0, "method": {"dim": 32, "old": 1}, "list": [1, 2]}
+    now = {"seed": 1, "method": {"dim": 64, "new": None}, "list": [1, 3]}
+    assert differences(before, now) == [
+        "seed: 0 there, 1 now",
+        "method.dim: 32 there, 64 now",
+        "method.old: 1 there, absent now",
+        "method.new: absent there, null now",
+        "list: [1, 2] there, [1, 3] now",
+    ]
+    assert differences(before, before) == []
+
+
+def test_a_renamed_folder_changes_what_refers_to_it() -> None:
+    config = {"output_dir": "/a/run", "logger": {"csv": {"save_dir": "/a/run"}}, "seed": 1}
+    assert moved(config, "/b") == {
+        "output_dir": "/b", "logger": {"csv": {"save_dir": "/b"}}, "seed": 1
+    }  # fmt: skip
