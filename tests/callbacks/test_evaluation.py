@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from anomaly_lit.callbacks import Evaluation
+from anomaly_lit.callbacks.evaluation import (
+    limits_of,
+    mean_over_categories,
+    threshold_at,
+    verdict,
+)
+from anomaly_lit.types import Prediction, UserError
+
+
+class Oracle(pl.LightningModule):
+    """Predicts the batch's own maps; a score is the map's maximum, times a thousand."""
+
+    def forward(self, batch: Any) -> Prediction:
+        return Prediction(batch["map"], 1000 * batch["map"].amax(dim=(1, 2, 3)))
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
+        return self(batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> Prediction:
+        return self(batch)
+
+
+def make_batch(labels: list[bool], category: str, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    count = len(labels)
+    gt_mask = torch.zeros(count, 1, 16, 16, dtype=torch.bool)
+    gt_mask[torch.tensor(labels, dtype=torch.bool), :, 4:9, 5:12] = True
+    noise = torch.rand(count, 1, 16, 16, generator=generator)
+    return {
+        "image": torch.zeros(count, 3, 16, 16),
+        "map": noise + 0.4 * gt_mask,
+        "gt_mask": gt_mask,
+        "label": torch.tensor(labels, dtype=torch.bool),
+        "category": [category] * count,
+        "defect_type": ["scratch" if label else "good" for label in labels],
+        "path": [f"{category}/{seed}/{number}.png" for number in range(count)],
+    }
+
+
+def loader(*batches: dict[str, Any]) -> DataLoader[Any]:
+    return DataLoader(list(batches), batch_size=None)
+
+
+def trainer_of(evaluation: Evaluation) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[evaluation],
+    )
+
+
+def held_out(category: str = "bolt", count: int = 20, seed: int = 90) -> dict[str, Any]:
+    return make_batch([False] * count, category, seed)
+
+
+def evaluate(*batches: dict[str, Any], calibrate: bool = True, **arguments: Any) -> Evaluation:
+    evaluation = Evaluation(**arguments)
+    trainer = trainer_of(evaluation)
+    if calibrate:
+        trainer.validate(Oracle(), loader(held_out(), held_out("cloth", 9, 91)), verbose=False)
+    trainer.test(Oracle(), loader(*batches), verbose=False)
+    return evaluation
+
+
+MIXED = [True, False, True, False, True]
+
+
+def test_metrics_of_raw_scores_equal_scikit_learn_s_per_category_and_mean() -> None:
+    batches = [make_batch(MIXED, "bolt", 1), make_batch(MIXED, "cloth", 2)]
+    batches.append(make_batch(MIXED, "bolt", 3))
+    evaluation = evaluate(*batches)
+    auroc = []
+    for category in ("bolt", "cloth"):
+        own = [batch for batch in batches if batch["category"][0] == category]
+        labels = torch.cat([b["label"] for b in own]).numpy()
+        scores = torch.cat([b["map"].amax(dim=(1, 2, 3)) for b in own]).numpy()
+        maps = torch.cat([b["map"].flatten() for b in own]).numpy()
+        masks = torch.cat([b["gt_mask"].flatten() for b in own]).numpy()
+        expected = {
+            "image_auroc": roc_auc_score(labels, scores),
+            "image_ap": average_precision_score(labels, scores),
+            "pixel_auroc": roc_auc_score(masks, maps),
+            "pixel_ap": average_precision_score(masks, maps),
+        }
+        for key, value in expected.items():
+            assert evaluation.results[f"{category}/{key}"] == pytest.approx(value, abs=1e-5)
+        auroc.append(expected["image_auroc"])
+    assert evaluation.results["image_auroc"] == pytest.approx(np.mean(auroc), abs=1e-6)
+
+
+def test_scores_far_outside_zero_and_one_are_ranked_as_they_are() -> None:
+    batch = make_batch(MIXED, "bolt", 1)
+    shifted = {**batch, "map": batch["map"] * 1e-3 + 500}
+    one, other = evaluate(batch), evaluate(shifted)
+    assert other.results["image_auroc"] == pytest.approx(one.results["image_auroc"], abs=1e-6)
+
+
+def test_metrics_are_logged_by_category() -> None:
+    evaluation = Evaluation()
+    trainer = trainer_of(evaluation)
+    trainer.test(Oracle(), loader(make_batch(MIXED, "bolt", 1)), verbose=False)
+    logged = trainer.callback_metrics
+    assert float(logged["test/bolt/image_auroc"]) == pytest.approx(
+        evaluation.results["bolt/image_auroc"]
+    )
+    assert "test/image_auroc" in logged
+
+
+def test_a_second_test_forgets_the_first() -> None:
+    evaluation = Evaluation()
+    trainer = trainer_of(evaluation)
+    for seed in (1, 1):
+        trainer.test(Oracle(), loader(make_batch(MIXED, "bolt", seed)), verbose=False)
+    assert len(evaluation.rows) == 5
+
+
+# -------------------------------------------------------------------------------- undefined
+
+
+def test_metrics_without_anomalous_images_are_undefined() -> None:
+    evaluation = evaluate(make_batch([False, False], "bolt", 1))
+    for key in ("image_auroc", "image_ap", "pixel_auroc", "pixel_aupro"):
+        assert math.isnan(evaluation.results[key])
+    assert 0 <= evaluation.results["false_positive_rate"] <= 1
+    assert math.isnan(evaluation.results["true_positive_rate"])
+
+
+def test_mean_leaves_out_categories_in_which_a_metric_is_undefined() -> None:
+    evaluation = evaluate(make_batch(MIXED, "bolt", 1), make_batch([False], "cloth", 2))
+    assert math.isnan(evaluation.results["cloth/image_auroc"])
+    assert evaluation.results["image_auroc"] == evaluation.results["bolt/image_auroc"]
+
+
+def test_means_leave_out_what_belongs_to_one_category() -> None:
+    values = {"image_auroc": 0.5, "image_auroc_low": 0.1, "image_f1max_threshold": 3.0}
+    assert mean_over_categories({"a": values}) == values
+    assert mean_over_categories({"a": values, "b": values}) == {"image_auroc": 0.5}
+
+
+# -------------------------------------------------------------------------------- thresholds
+
+
+@given(
+    st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=60),
+    st.sampled_from([0.01, 0.05, 0.1, 0.25, 0.5]),
+)
+def test_threshold_lets_at_most_the_stated_share_of_held_out_images_pass(
+    scores: list[float], fpr: float
+) -> None:
+    threshold, rule = threshold_at(torch.tensor(scores), fpr)
+    assert sum(score > threshold for score in scores) <= fpr * len(scores) + 1e-9
+    below = [score for score in scores if score < threshold]
+    if rule == "quantile" and below:  # no smaller score would do
+        assert sum(score > max(below) for score in scores) > fpr * len(scores) - 1e-9
+
+
+def test_threshold_of_enough_scores_is_one_of_them() -> None:
+    scores = torch.arange(100.0)
+    assert threshold_at(scores, 0.01) == (98, "quantile")
+    assert threshold_at(scores, 0.1) == (89, "quantile")
+    assert threshold_at(scores[:10], 0.1) == (8, "quantile")
+
+
+def test_one_score_is_its_own_threshold() -> None:
+    assert threshold_at(torch.tensor([3.0]), 0.01) == (3.0, "maximum")
+
+
+@pytest.mark.parametrize("count", [3, 10, 40])
+def test_few_scores_are_extrapolated_to_the_stated_rate(count: int) -> None:
+    fpr, trials = 0.02, 3000
+    generator = torch.Generator().manual_seed(count)
+    draws = torch.randn(trials, count + 1, generator=generator) * 3 + 7
+    exceeded = 0
+    for draw in draws:
+        threshold, rule = threshold_at(draw[:-1], fpr)
+        assert rule == "prediction limit"
+        assert threshold >= draw[:-1].max()
+        exceeded += int(draw[-1] > threshold)
+    assert exceeded / trials == pytest.approx(fpr, abs=0.008)
+
+
+def test_calibration_is_per_category_and_of_all_together() -> None:
+    evaluation = evaluate(make_batch(MIXED, "bolt", 1))
+    calibration = evaluation.calibration
+    assert calibration["fpr"] == 0.01
+    assert set(calibration["categories"]) == {"bolt", "cloth"}
+    assert calibration["categories"]["bolt"]["count"] == 20
+    assert calibration["all"]["count"] == 29
+    scores = 1000 * held_out()["map"].amax(dim=(1, 2, 3))
+    limits = calibration["categories"]["bolt"]
+    assert limits["threshold"] == pytest.approx(threshold_at(scores, 0.01)[0])
+    assert limits["map_low"] < limits["map_high"]
+    assert 0.4 < limits["map_median"] < 0.6
+
+
+def test_verdicts_follow_the_threshold() -> None:
+    evaluation = evaluate(make_batch(MIXED, "bolt", 1), make_batch([True], "screw", 5))
+    for row in evaluation.rows:
+        known = evaluation.calibration["categories"].get(row["category"])
+        threshold = (known or evaluation.calibration["all"])["threshold"]
+        assert row["threshold"] == threshold
+        assert row["verdict"] == ("defect" if row["score"] > threshold else "good")
+
+
+def test_without_held_out_images_verdicts_are_unknown() -> None:
+    evaluation = evaluate(make_batch(MIXED, "bolt", 1), calibrate=False)
+    assert {row["verdict"] for row in evaluation.rows} == {"unknown"}
+    assert {row["threshold"] for row in evaluation.rows} == {None}
+    assert "false_positive_rate" not in evaluation.results
+    assert evaluation.results["image_auroc"] > 0
+
+
+def test_limits_fall_back_to_all_together() -> None:
+    calibration = {"categories": {"a": {"threshold": 1}}, "all": {"threshold": 2}}
+    assert limits_of(calibration, "a") == {"threshold": 1}
+    assert limits_of(calibration, "b") == limits_of(calibration, None) == {"threshold": 2}
+    assert limits_of({}, "a") == {}
+
+
+def test_a_score_at_the_threshold_is_good() -> None:
+    assert verdict(1.0, 1.0)["verdict"] == "good"
+    assert verdict(1.1, 1.0)["verdict"] == "defect"
+    assert verdict(1.0, math.nan) == {"threshold": None, "verdict": "unknown"}
+
+
+@pytest.mark.parametrize("fpr", [0.0, 1.0, -0.1])
+def test_false_positive_rate_is_a_share(fpr: float) -> None:
+    with pytest.raises(UserError, match=r"threshold\.fpr"):
+        Evaluation(fpr=fpr)
+
+
+def test_calibration_travels_with_the_checkpoint() -> None:
+    evaluation = evaluate(make_batch(MIXED, "bolt", 1))
+    checkpoint: dict[str, Any] = {}
+    evaluation.on_save_checkpoint(None, None, checkpoint)  # type: ignore[arg-type]
+    other = Evaluation()
+    other.on_load_checkpoint(None, None, checkpoint)  # type: ignore[arg-type]
+    assert other.calibration == evaluation.calibration
+
+
+# -------------------------------------------------------------------------------- selection
+
+
+def test_test_images_as_a_second_loader_give_the_oracle_s_criterion_and_no_threshold() -> None:
+    evaluation = Evaluation()
+    trainer = trainer_of(evaluation)
+    loaders = [loader(held_out()), loader(make_batch(MIXED, "bolt", 1))]
+    trainer.validate(Oracle(), loaders, verbose=False)
+    test = evaluate(make_batch(MIXED, "bolt", 1)).results
+    expected = test["image_auroc"] + test["pixel_auroc"]
+    assert float(trainer.callback_metrics["oracle/criterion"]) == pytest.approx(expected, abs=1e-6)
+    assert evaluation.calibration["all"]["count"] == 20
+
+
+def test_curves_cover_every_category() -> None:
+    evaluation = evaluate(make_batch(MIXED, "bolt", 1), make_batch(MIXED, "cloth", 2))
+    assert set(evaluation.curves) == {"bolt", "cloth"}
+    curves = evaluation.curves["bolt"]
+    for name in ("roc", "pr", "pro"):
+        x, y = curves[name]
+        assert len(x) == len(y) > 1
+        assert np.isfinite(x).all()
+        assert np.isfinite(y).all()
+    assert len(curves["scores"]) == len(curves["labels"]) == 5
+
+
+def test_scores_of_low_precision_are_taken() -> None:
+    class Half(Oracle):
+        def forward(self, batch: Any) -> Prediction:
+            maps: Tensor = batch["map"].bfloat16()
+            return Prediction(maps, maps.amax(dim=(1, 2, 3)))
+
+    evaluation = Evaluation()
+    trainer_of(evaluation).test(Half(), loader(make_batch(MIXED, "bolt", 1)), verbose=False)
+    assert 0 <= evaluation.results["pixel_auroc"] <= 1
