@@ -366,6 +366,7 @@ def quiet() -> None:
         ".*smaller than the logging interval.*",
         ".*in eval mode at the start of training.*",
         ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+        ".*sync_dist=True.*",  # all ranks compute the metrics of all images
     ):
         warnings.filterwarnings("ignore", text)
 

@@ -324,6 +324,30 @@ def test_sweeper_gets_the_metric_it_names(
     assert run_here("train", *known).code == 1
 
 
+# -------------------------------------------------------------------------------- two processes
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_metrics_of_one(
+    overrides: list[str], environment: dict[str, str], run_here: Run, tmp_path: Path
+) -> None:
+    changes = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    line = [sys.executable, "-m", "anomaly_lit.train", *overrides, *changes]
+    line += ["dataset.batch_size=1", f"output_dir={tmp_path / 'two'}"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Writing to") == 1
+    assert "sync_dist" not in done.stderr
+    weights = tmp_path / "two" / "checkpoints" / "last.ckpt"
+    outcome = run_here("test", f"ckpt_path={weights}", f"output_dir={tmp_path / 'one'}")
+    assert outcome.code == 0, outcome.err
+    two, one = (read_json(tmp_path / name / "metrics.json") for name in ("two", "one"))
+    keys = [key for key in two if key.startswith("test/")]
+    assert {key: two[key] for key in keys} == {key: one[key] for key in keys}
+    rows = [read_rows(tmp_path / name / "predictions.csv") for name in ("two", "one")]
+    assert rows[0] == rows[1]
+
+
 # -------------------------------------------------------------------------------- after training
 
 
