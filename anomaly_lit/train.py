@@ -166,7 +166,6 @@ def build_trainer(config: dict[str, Any], directory: Path) -> tuple[pl.Trainer, 
         StopAtNaN(),
         WholeCheckpoint(config),
         LossCurves(str(directory)),
-        ResumeCheckpoint(folder, **config["checkpoint"]),
         progress_bar(),
     ]
     criterion = {"best": ("val/loss", "min"), "oracle": ("oracle/criterion", "max")}
@@ -181,13 +180,13 @@ def build_trainer(config: dict[str, Any], directory: Path) -> tuple[pl.Trainer, 
                 enable_version_counter=False,
             )
         )
+    callbacks.append(ResumeCheckpoint(folder, **config["checkpoint"]))
     loggers = build_loggers(config)
     settings = dict(config["trainer"])
     if settings.get("precision") is None:
         settings["precision"] = default_precision(settings.get("accelerator", "auto"))
     make = configuration.instantiate({**settings, "_partial_": True})
-    keeps_best = config["selection"] in criterion  # else Lightning would add files of its own
-    trainer = make(callbacks=callbacks, logger=loggers or False, enable_checkpointing=keeps_best)
+    trainer = make(callbacks=callbacks, logger=loggers or False)
     return trainer, evaluation
 
 
@@ -226,9 +225,10 @@ def fit_and_test(
     last = directory / "checkpoints" / "last.ckpt"
     start, cpu_start = time.perf_counter(), time.process_time()
     resumed = last.is_file()
-    trainer.fit(method, datamodule=datamodule, ckpt_path=str(last) if resumed else None)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(method, datamodule=datamodule, ckpt_path=str(last) if resumed else None)
+    except SystemExit as end:  # how Lightning answers Ctrl-C and SIGTERM
+        raise KeyboardInterrupt from end
     training_time = time.perf_counter() - start
     training_cpu_time = time.process_time() - cpu_start  # tells more on a busy machine
     chosen = directory / "checkpoints" / f"{config['selection']}.ckpt"

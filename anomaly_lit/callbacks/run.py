@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from anomaly_lit.data.sampler import mixed_seed
@@ -59,10 +60,12 @@ class StepSeeds(pl.Callback):
         torch.manual_seed(mixed_seed(self.seed, 2, batch_idx, trainer.global_rank))
 
 
-class ResumeCheckpoint(pl.Callback):
+class ResumeCheckpoint(Checkpoint):
     """Writes the whole state of training to ``checkpoints/last.ckpt`` from time to time.
 
-    The file is replaced at once, never half written; a run that dies loses what came since.
+    The file is replaced at once, never half written; a run that dies loses what came since. Where
+    a validation follows the step, the file is written after it, so that none is lost. Among the
+    callbacks it belongs after those whose state a validation changes.
 
     Args:
         directory: Where ``last.ckpt`` lies.
@@ -83,6 +86,7 @@ class ResumeCheckpoint(pl.Callback):
         self.every_steps = every_steps
         self.written = time.monotonic()
         self.step = 0
+        self.due = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
@@ -102,13 +106,30 @@ class ResumeCheckpoint(pl.Callback):
             return  # gradients are being accumulated, and no checkpoint holds them
         self.step = trainer.global_step
         if self.every_steps is not None:
-            due = trainer.global_step % self.every_steps == 0
+            self.due = trainer.global_step % self.every_steps == 0
         else:
             due = time.monotonic() - self.written >= self.every_seconds
-            due = trainer.strategy.broadcast(due)
-        if due:
-            self.written = time.monotonic()
-            trainer.save_checkpoint(self.path)
+            self.due = trainer.strategy.broadcast(due)
+        if self.due and not _validation_follows(trainer):
+            self._write(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes what waited for the validation."""
+        if self.due:
+            self._write(trainer)
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        self.due = False
+        self.written = time.monotonic()
+        trainer.save_checkpoint(self.path)
+
+
+def _validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether Lightning validates after this batch; it decides so by the same call."""
+    loop = trainer.fit_loop
+    return sum(trainer.num_val_batches) > 0 and loop.epoch_loop._should_check_val_fx(
+        loop._data_fetcher  # type: ignore[arg-type]
+    )
 
 
 class WholeCheckpoint(pl.Callback):

@@ -51,7 +51,7 @@ def fit(model: Noisy, *callbacks: pl.Callback, steps: int = 6, **arguments: Any)
             "accelerator": "cpu",
             "max_steps": steps,
             "logger": False,
-            "enable_checkpointing": False,
+            "enable_checkpointing": any(isinstance(c, ResumeCheckpoint) for c in callbacks),
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "num_sanity_val_steps": 0,
@@ -130,6 +130,20 @@ def test_no_checkpoint_while_gradients_accumulate(
         accumulate_grad_batches=2,
     )
     assert found == [1, 2, 3, 4]
+
+
+def test_checkpoint_waits_for_the_validation_that_follows(tmp_path: Path) -> None:
+    curves = LossCurves(str(tmp_path))
+    callbacks = [ResumeCheckpoint(str(tmp_path), every_steps=2), curves]
+    fit(Noisy(), *callbacks, steps=4, val_check_interval=2)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    noted = state["callbacks"]["LossCurves"]["history"]["val/loss"]
+    assert [step for step, _ in noted] == [2, 4]
+
+
+def test_checkpoint_does_not_wait_where_nothing_is_held_out(tmp_path: Path) -> None:
+    fit(Noisy(), ResumeCheckpoint(str(tmp_path), every_steps=4), steps=4, limit_val_batches=0)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
 
 
 @pytest.mark.parametrize("every_steps", [0, -1])

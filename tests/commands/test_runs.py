@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -255,6 +256,43 @@ def test_run_killed_after_training_only_tests(
     assert outcome.code == 0, outcome.err
     assert (folder / "metrics.json").exists()
     assert_same_weights(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("selection", ["best", "oracle"])
+def test_no_candidate_is_lost_with_a_kill(
+    start_command: Run, run_command: Run, longer: list[str], tmp_path: Path, selection: str
+) -> None:
+    changes = ["trainer.val_check_interval=5", "checkpoint.every_steps=5", "trainer.max_steps=20"]
+    command = [*longer, *changes, f"selection={selection}"]
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    assert run_command("train", *command, f"output_dir={whole}").code == 0
+    last = folder / "checkpoints" / "last.ckpt"
+    kill_when(start_command("train", *command, f"output_dir={folder}"), last)
+    assert run_command("train", *command, f"output_dir={folder}").code == 0
+    curves = [
+        state_of(f)["callbacks"]["LossCurves"]["history"]["val/loss"] for f in (whole, folder)
+    ]
+    assert [step for step, _ in curves[0]] == [5, 10, 15, 20]
+    assert curves[0] == curves[1]
+    name = f"checkpoints/{selection}.ckpt"
+    chosen = [torch.load(f / name, weights_only=True)["state_dict"] for f in (whole, folder)]
+    assert all(torch.equal(value, chosen[1][key]) for key, value in chosen[0].items())
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_says_how_to_go_on(
+    start_command: Run, longer: list[str], tmp_path: Path, sent: signal.Signals
+) -> None:
+    started = start_command("train", *longer, f"output_dir={tmp_path}", "trainer.max_steps=4000")
+    until = time.monotonic() + 60
+    while not (tmp_path / "checkpoints" / "last.ckpt").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(started.process.pid, sent)
+    outcome = started.wait(60)
+    assert outcome.code == 1
+    assert "same command with the same output_dir goes on" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not (tmp_path / "metrics.json").exists()
 
 
 def test_accumulated_gradients_survive_a_kill(
