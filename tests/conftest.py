@@ -112,10 +112,11 @@ def settings() -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """Variables for a command of its own: one thread, no hub, none of the machine's weights."""
-    names = os.environ.keys() - {"ANOMALY_LIT_WEIGHTS", "ANOMALY_LIT_DATA", "PL_GLOBAL_SEED"}
+    """Variables for a command of its own: one thread, no hub, no login, no weights of ours."""
+    private = ("ANOMALY_LIT_", "WANDB_", "PL_")
+    kept = {name: os.environ[name] for name in os.environ if not name.startswith(private)}
     changes = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    return {name: os.environ[name] for name in names} | changes
+    return kept | changes | {"NETRC": str(ROOT / "no_login")}
 
 
 IN_CHILD = """

@@ -319,6 +319,65 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(
         assert_same_weights(tmp_path / "other", finished)
 
 
+def test_out_of_memory_names_the_setting_to_lower(
+    run_here: Run, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anomaly_lit.methods import AMINet
+
+    def fail(self: Any, batch: Any, batch_idx: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(AMINet, "training_step", fail)
+    outcome = run_here("train", *overrides, f"output_dir={tmp_path}")
+    assert outcome.code == 1
+    assert "dataset.batch_size (now 2)" in outcome.err
+    assert "image_size (now 64)" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+# -------------------------------------------------------------------------------- loggers
+
+
+def test_logger_for_tensorboard(run_here: Run, overrides: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    outcome = run_here("train", *overrides, f"output_dir={tmp_path}", "logger=tensorboard")
+    assert outcome.code == 0, outcome.err
+    assert list((tmp_path / "logs").rglob("events.out.*"))
+
+
+def test_logger_that_is_not_installed_is_named(
+    run_here: Run, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pytorch_lightning.loggers import mlflow
+
+    monkeypatch.setattr(mlflow, "_MLFLOW_AVAILABLE", False)
+    monkeypatch.setattr(mlflow, "_MLFLOW_SKINNY_AVAILABLE", False, raising=False)
+    outcome = run_here("train", *overrides, f"output_dir={tmp_path}", "logger=mlflow")
+    assert outcome.code == 1
+    assert "logger=mlflow" in outcome.err
+    assert "anomaly-lit[loggers]" in outcome.err
+
+
+@pytest.mark.slow
+def test_wandb_writes_offline(run_command: Run, overrides: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    outcome = run_command("train", *overrides, f"output_dir={tmp_path}", "logger=wandb_offline")
+    assert outcome.code == 0, outcome.err
+    assert list((tmp_path / "wandb").rglob("*.wandb"))
+
+
+@pytest.mark.slow
+def test_wandb_without_a_login_says_what_else_there_is(
+    run_command: Run, overrides: list[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("wandb")
+    outcome = run_command("train", *overrides, f"output_dir={tmp_path}", "logger=wandb")
+    assert outcome.code == 1
+    assert "logger=wandb_offline" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not (tmp_path / "checkpoints").exists()
+
+
 # -------------------------------------------------------------------------------- sweeps
 
 
