@@ -319,6 +319,34 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(
         assert_same_weights(tmp_path / "other", finished)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "cache=none",
+        # the command's process starts workers as Windows does: nothing is inherited
+        pytest.param("dataset.num_workers=1", marks=pytest.mark.slow),
+    ],
+)
+def test_how_images_are_read_changes_no_weight(
+    run_command: Run, overrides: list[str], finished: Path, tmp_path: Path, change: str
+) -> None:
+    outcome = run_command("train", *overrides, f"output_dir={tmp_path / 'run'}", change)
+    assert outcome.code == 0, outcome.err
+    assert_same_weights(tmp_path / "run", finished)
+
+
+def test_folders_may_have_any_name(
+    run_here: Run, overrides: list[str], mvtec_folder: Path, tmp_path: Path
+) -> None:
+    root, folder = tmp_path / "Prüfling (neu)", tmp_path / "out = 50% 'ok'"
+    shutil.copytree(mvtec_folder, root)
+    command = [*overrides, f"dataset.root={root}", f"output_dir={folder}"]
+    outcome = run_here("train", *command)
+    assert outcome.code == 0, outcome.err
+    assert (folder / "metrics.json").exists()
+    assert "already finished" in run_here("train", *command).out
+
+
 def test_out_of_memory_names_the_setting_to_lower(
     run_here: Run, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -744,6 +772,7 @@ def test_detector_names_what_it_cannot_use(weights: Path, tmp_path: Path) -> Non
         anomaly_lit.load(tmp_path / "gone.ckpt")
 
 
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training.*")
 def test_method_and_data_built_by_hand_train_with_a_plain_trainer(
     mvtec_folder: Path, tmp_path: Path
 ) -> None:
@@ -827,6 +856,7 @@ def test_unknown_selection_is_refused(run_here: Run, overrides: list[str], tmp_p
     assert "oracle" in outcome.err
 
 
+@pytest.mark.filterwarnings("ignore:.*across ranks is zero.*")
 def test_without_held_out_images_there_is_no_verdict(
     run_here: Run, overrides: list[str], tmp_path: Path
 ) -> None:
