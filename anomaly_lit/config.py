@@ -29,11 +29,14 @@ from anomaly_lit.types import UserError
 
 SAFE_TARGETS = ("anomaly_lit.", "torch.nn.", "torch.optim.")
 STRANGE = re.compile(r"[^\w\s/\\+.$%*@?|:,=()\[\]{}'\"-]", re.ASCII)  # no word of Hydra's
-HINTS: dict[str, Any] = {  # of the top level, whose other keys are nodes with a signature
+HINTS: dict[str, Any] = {  # of keys that belong to no node with a signature
     "seed": int,
     "image_size": int | list[int],
     "output_dir": str,
     "selection": Literal["last", "best", "oracle"],
+    "threshold.fpr": float,
+    "checkpoint.every_minutes": float,
+    "checkpoint.every_steps": int | None,
 }
 
 
@@ -60,12 +63,15 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
     ``HYDRA_FULL_ERROR=1`` shows the traceback of every error.
     """
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    started = False
 
     def fail(error: BaseException) -> None:
         print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
         sys.exit(error_code)
 
     def guarded(cfg: DictConfig) -> Any:
+        nonlocal started
+        started = True
         try:
             return task(cfg)
         except (UserError, OSError) as error:
@@ -83,6 +89,10 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
         if full:
             raise
         fail(error)
+    except ValueError as error:
+        if full or started:
+            raise
+        fail(error)  # Hydra's, such as for a group set to null
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command with the same output_dir goes on from here")
     finally:
@@ -223,9 +233,11 @@ def validate(config: Mapping[str, Any]) -> None:
         UserError: Lists every unknown, missing or ill-typed parameter with its path.
     """
     problems = [problem for path, node in nodes(config) for problem in _misfits(path, node)]
-    for key, hint in HINTS.items():
-        if key in config and not fits(config[key], hint):
-            problems.append(f"{key}: {config[key]!r} is no {_name(hint)}")
+    for path, hint in HINTS.items():
+        section, _, key = path.rpartition(".")
+        values = config.get(section, {}) if section else config
+        if key in values and not fits(values[key], hint):
+            problems.append(f"{path}: {values[key]!r} is no {_name(hint)}")
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(f"the config does not fit the code:\n{lines}")

@@ -147,6 +147,7 @@ def build(config: dict[str, Any]) -> tuple[AnomalyDataModule, Method]:
 def build_trainer(config: dict[str, Any], directory: Path) -> tuple[pl.Trainer, Evaluation]:
     """The trainer with the callbacks that every run has and those of the configuration."""
     from pytorch_lightning.callbacks import ModelCheckpoint
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
     from anomaly_lit.callbacks.evaluation import Evaluation
     from anomaly_lit.callbacks.outputs import LossCurves
@@ -171,6 +172,7 @@ def build_trainer(config: dict[str, Any], directory: Path) -> tuple[pl.Trainer, 
     criterion = {"best": ("val/loss", "min"), "oracle": ("oracle/criterion", "max")}
     if config["selection"] in criterion:
         monitor, mode = criterion[config["selection"]]
+        check_validates(config)
         callbacks.append(
             ModelCheckpoint(
                 folder,
@@ -186,8 +188,26 @@ def build_trainer(config: dict[str, Any], directory: Path) -> tuple[pl.Trainer, 
     if settings.get("precision") is None:
         settings["precision"] = default_precision(settings.get("accelerator", "auto"))
     make = configuration.instantiate({**settings, "_partial_": True})
-    trainer = make(callbacks=callbacks, logger=loggers or False)
-    return trainer, evaluation
+    try:
+        return make(callbacks=callbacks, logger=loggers or False), evaluation
+    except (MisconfigurationException, ImportError, ValueError) as error:  # no such device, ...
+        raise UserError(f"trainer: {error}") from error
+
+
+def check_validates(config: dict[str, Any]) -> None:
+    """Refuses a choice among validations where none would take place.
+
+    Raises:
+        UserError: Training ends before the first validation.
+    """
+    settings = config["trainer"]
+    steps, interval = settings.get("max_steps", -1), settings.get("val_check_interval")
+    counts_steps = settings.get("check_val_every_n_epoch", 1) is None and isinstance(interval, int)
+    if counts_steps and 0 <= steps < interval:
+        raise UserError(
+            f"selection={config['selection']} needs a validation, and trainer.val_check_interval="
+            f"{interval} is more than trainer.max_steps={steps}: lower the former"
+        )
 
 
 def build_loggers(config: dict[str, Any]) -> list[Any]:

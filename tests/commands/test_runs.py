@@ -849,6 +849,30 @@ def test_best_selection_needs_held_out_images(
     assert "dataset.holdout" in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("checkpoint.every_steps=many", "checkpoint.every_steps: 'many' is no int | None"),
+        ("checkpoint.every_steps=0", "checkpoint.every_steps=0"),
+        ("threshold.fpr=2", "threshold.fpr=2"),
+        ("cache=null", "error: "),
+        ("trainer.accelerator=quantum", "trainer: "),
+        ("~callbacks.evaluation", "Evaluation"),
+        ("trainer.val_check_interval=100 selection=best", "trainer.val_check_interval=100"),
+        ("image_size=abc", "image_size: 'abc' is no int"),
+        ("method.patch=3", "method.patch=3"),
+        ("dataset.categories=[screw]", "dataset.categories: no screw"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_training(
+    run_here: Run, overrides: list[str], tmp_path: Path, change: str, text: str
+) -> None:
+    outcome = run_here("train", *overrides, f"output_dir={tmp_path}", *change.split())
+    assert outcome.code == 1
+    assert text in outcome.err
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_unknown_selection_is_refused(run_here: Run, overrides: list[str], tmp_path: Path) -> None:
     outcome = run_here("train", *overrides, "selection=first", f"output_dir={tmp_path}")
     assert outcome.code == 1
