@@ -64,8 +64,8 @@ def environment() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "versions": {name: _version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
+        **{f"versions/{name}": _version(name) for name in PACKAGES},
+        "versions/python": platform.python_version(),
         "commit": code_commit(),
         "hardware": gpu
         or f"CPU, {cores} cores ({platform.machine()}), {torch.get_num_threads()} threads",

@@ -44,7 +44,7 @@ def steps_of(trainer: pl.Trainer, steps_per_epoch: int) -> int | None:
     if trainer.max_steps is not None and trainer.max_steps >= 0:
         limits.append(trainer.max_steps)
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        limits.append(trainer.max_epochs * steps_per_epoch)
+        limits.append(trainer.max_epochs * steps_per_epoch // trainer.accumulate_grad_batches)
     return min(limits) if limits else None
 
 
@@ -61,4 +61,5 @@ def seconds_per_step(trainer: pl.Trainer, method: Method, datamodule: AnomalyDat
             duration = time.perf_counter() - start
     method.train(training)
     torch.set_rng_state(state)
-    return duration * (1 + BACKWARD_SHARE / 2)  # about half of the pass is frozen
+    step = duration * (1 + BACKWARD_SHARE / 2)  # about half of the pass is frozen
+    return step * trainer.accumulate_grad_batches

@@ -18,7 +18,7 @@ def main() -> None:
     """Entry point of the command; exits 0, 1 or 2 with ``exit_code=true``, see the help."""
     outcome: list[int] = []
     configuration.run_command(lambda cfg: outcome.append(predict(cfg)), "predict", UNREADABLE)
-    sys.exit(outcome[0] if outcome else 0)
+    sys.exit(max(outcome, default=GOOD))  # of all jobs with -m
 
 
 def predict(cfg: DictConfig) -> int:

@@ -108,12 +108,14 @@ def run(config: dict[str, Any], directory: Path, state: str) -> dict[str, Any]:
     configuration.validate(config)
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     datamodule, method = build(config)
+    if state == "unfinished":
+        check_same_data(datamodule, directory / "checkpoints" / "last.ckpt")
     if is_first_process():
         import yaml
 
         with replace_file(directory / "config.yaml", encoding="utf-8") as file:
             yaml.safe_dump(config, file, sort_keys=False)
-    trainer, evaluation = build_trainer(config, directory)
+    trainer, evaluation = build_trainer(config, directory, datamodule.digest)
     if trainer.is_global_zero:
         print_plan(trainer, method, datamodule, directory, state)
     try:
@@ -144,7 +146,25 @@ def build(config: dict[str, Any]) -> tuple[AnomalyDataModule, Method]:
     return datamodule, method
 
 
-def build_trainer(config: dict[str, Any], directory: Path) -> tuple[pl.Trainer, Evaluation]:
+def check_same_data(datamodule: AnomalyDataModule, checkpoint: Path) -> None:
+    """Refuses to go on with other images than those a run began with.
+
+    Raises:
+        UserError: Files were added, removed or changed since.
+    """
+    from anomaly_lit.checkpoint import read_checkpoint
+
+    if read_checkpoint(checkpoint)["anomaly_lit"].get("data_digest") != datamodule.digest:
+        raise UserError(
+            f"the images in dataset.root={datamodule.root} are not those with which {checkpoint} "
+            "was trained: files were added, removed or changed. Restore them, or choose another "
+            "output_dir to start anew"
+        )
+
+
+def build_trainer(
+    config: dict[str, Any], directory: Path, data_digest: str
+) -> tuple[pl.Trainer, Evaluation]:
     """The trainer with the callbacks that every run has and those of the configuration."""
     from pytorch_lightning.callbacks import ModelCheckpoint
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -165,7 +185,7 @@ def build_trainer(config: dict[str, Any], directory: Path) -> tuple[pl.Trainer, 
     callbacks += [
         StepSeeds(config["seed"]),
         StopAtNaN(),
-        WholeCheckpoint(config),
+        WholeCheckpoint(config, data_digest),
         LossCurves(str(directory)),
         progress_bar(),
     ]
@@ -277,11 +297,9 @@ def fit_and_test(
         **peak_memory_mb(),
         "trainable_parameters": trainable,
         "frozen_parameters": sum(p.numel() for p in method.parameters()) - trainable,
-        "images": {
-            "train": len(datamodule.train_samples),
-            "holdout": len(datamodule.holdout_samples),
-            "test": len(datamodule.test_samples),
-        },
+        "images/train": len(datamodule.train_samples),
+        "images/holdout": len(datamodule.holdout_samples),
+        "images/test": len(datamodule.test_samples),
         "data_digest": datamodule.digest,
         "threshold_fpr": evaluation.fpr,
         **environment(),

@@ -62,7 +62,8 @@ def test_json_refuses_what_it_cannot_tell(tmp_path: Path) -> None:
 def test_environment_names_versions_machine_and_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/anomaly-train", "seed=1"])
     found = environment()
-    assert {"torch", "timm", "python", "pytorch-lightning"} <= found["versions"].keys()
+    names = ("torch", "timm", "python", "pytorch-lightning")
+    assert {f"versions/{name}" for name in names} <= found.keys()
     assert found["command"] == "anomaly-train seed=1"
     assert found["hardware"]
     assert found["commit"] == code_commit()

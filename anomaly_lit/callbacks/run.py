@@ -137,10 +137,12 @@ class WholeCheckpoint(pl.Callback):
 
     Args:
         config: The composed configuration as plain data.
+        data_digest: The data module's digest, by which a resumed run knows its images.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], data_digest: str = "") -> None:
         self.config = config
+        self.data_digest = data_digest
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -149,6 +151,7 @@ class WholeCheckpoint(pl.Callback):
         entry = checkpoint.setdefault("anomaly_lit", {})
         entry["format_version"] = FORMAT_VERSION
         entry["config"] = self.config
+        entry["data_digest"] = self.data_digest
 
 
 class StopAtNaN(pl.Callback):
