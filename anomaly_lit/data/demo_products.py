@@ -164,15 +164,15 @@ BOLTS = 6
 
 
 def gear(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
-    """A turned steel gear in any rotation on a dark mat."""
-    u, v = pose(rng, size, angle=np.pi, shift=0.07, scale=0.04)
+    """A turned steel gear on a dark mat."""
+    u, v = pose(rng, size, angle=0.05, shift=0.025, scale=0.01)
     x, y = grid(size)
     radius, angle = np.hypot(u, v), np.arctan2(v, u)
     tooth = np.clip(2.4 * np.cos(TEETH * angle), -1, 1)
     if defect == "missing_tooth":
         which = 2 * np.pi * flaw.integers(TEETH) / TEETH
         away = np.abs((angle - which + np.pi) % (2 * np.pi) - np.pi)
-        tooth = np.where(away < np.pi / TEETH, -1 + 0.25 * flaw.random(), tooth)
+        tooth = np.where(away < 2 * np.pi / TEETH, -1 + 0.25 * flaw.random(), tooth)
     outline = radius - 0.73 - 0.075 * tooth
     bore = np.minimum(radius - 0.2, box(u, v + 0.2, 0.11, 0.17))
     holes = np.full_like(u, np.inf)
@@ -184,7 +184,8 @@ def gear(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
             holes = np.minimum(holes, spot - 0.085)
     body = np.maximum(outline, np.maximum(-bore, -holes))  # signed distance to the steel
 
-    marks = ndimage.gaussian_filter1d(rng.standard_normal(4 * size), 2.0)
+    cutter = np.random.default_rng(TEETH)  # all gears are turned with the same tool
+    marks = ndimage.gaussian_filter1d(cutter.standard_normal(4 * size), 2.0)
     turned = np.interp(radius, np.linspace(0, 1.6, 4 * size), marks / marks.std())
     glint = np.cos(2 * (np.arctan2(y, x) - 0.7)) * np.clip(radius / 0.3, 0, 1)
     steel = (0.60 + 0.035 * turned + 0.07 * glint)[..., None] * np.array([0.97, 1.0, 1.05])
@@ -199,10 +200,10 @@ def gear(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
     if defect == "scratch":
         turn, reach = flaw.uniform(0, 2 * np.pi), flaw.uniform(0.4, 0.55)
         centre = reach * np.array([np.cos(turn), np.sin(turn)])
-        line = stroke(flaw, centre, flaw.uniform(0.45, 0.65), 0.02, turn + flaw.uniform(0.5, 2.6))
+        line = stroke(flaw, centre, flaw.uniform(0.6, 0.8), 0.02, turn + flaw.uniform(0.5, 2.6))
         groove = curve(u, v, line)
-        steel = paint(steel, (0.95, 0.95, 0.98), 0.7 * cover(groove - 0.035, 0.01))
-        steel = paint(steel, (0.16, 0.16, 0.18), 0.9 * cover(groove - 0.018, 0.01))
+        steel = paint(steel, (0.95, 0.95, 0.98), 0.9 * cover(groove - 0.07, 0.01))
+        steel = paint(steel, (0.16, 0.16, 0.18), 0.9 * cover(groove - 0.035, 0.01))
 
     mat = np.array([0.15, 0.17, 0.20]) * (1 + 0.08 * noise(rng, size, 0.03))[..., None]
     part = cover(body)
@@ -233,7 +234,7 @@ PIN_ROW = (-0.2, -0.065, 0.07, 0.205)
 
 def circuit(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
     """A populated printed circuit, placed with a little play."""
-    u, v = pose(rng, size, angle=0.05, shift=0.05, scale=0.02)
+    u, v = pose(rng, size, angle=0.03, shift=0.03, scale=0.01)
     tint = 1 + 0.06 * rng.uniform(-1, 1)
     speckle = (1 + 0.03 * noise(rng, size, 0.02))[..., None]
     image = np.array([0.04, 0.30, 0.17]) * tint * speckle
@@ -262,7 +263,9 @@ def circuit(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
         play = rng.uniform(-0.012, 0.012, 2)
         for side in (-1, 1):
             image = paint(image, (0.70, 0.70, 0.66), cover(box(du - 0.13 * side, dv, 0.11, 0.17)))
-        if index == faulty and defect == "missing_component":
+        if index == faulty and defect == "missing_component":  # some flux is left behind
+            flux = blot(flaw, u, v, np.array([x, y]), 0.2, 0.4)
+            image = paint(image, (0.62, 0.45, 0.16), 0.6 * cover(flux, 0.03))
             continue
         du, dv = du - play[0], dv - play[1]
         if index == faulty:  # misplaced
@@ -278,9 +281,9 @@ def circuit(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
         along = (PIN_ROW[gap] + PIN_ROW[gap + 1]) / 2
         across = flaw.choice([-0.36, 0.36])
         centre = np.array([along, across] if flaw.random() < 0.5 else [across, along])
-        lump = blot(flaw, u, v, centre, 0.1, 0.3)
+        lump = blot(flaw, u, v, centre, 0.15, 0.3)
         solder = np.broadcast_to(np.array([0.66, 0.67, 0.68]), image.shape)
-        relief = 0.06 * np.sqrt(np.clip(-lump / 0.1, 0, 1))
+        relief = 0.06 * np.sqrt(np.clip(-lump / 0.15, 0, 1))
         image = paint(image, shade(solder, relief, 0.4, 20), cover(lump))
     return np.clip(image, 0, 1)
 
@@ -321,13 +324,13 @@ def chip(image: Array, u: Array, v: Array) -> Array:
 
 def capsule(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
     """A printed two-coloured capsule on a pale tray."""
-    u, v = pose(rng, size, angle=0.5, shift=0.07, scale=0.04)
+    u, v = pose(rng, size, angle=0.08, shift=0.03, scale=0.015)
     side = np.array([flaw.uniform(-0.45, 0.45), flaw.uniform(-0.12, 0.12)])
     girth = np.where(u < 0.04, 0.305, 0.285)
     if defect == "dent":
         edge = flaw.choice([-1, 1])
-        pinch = np.exp(-(((u - side[0]) / 0.15) ** 2))
-        girth = girth - 0.13 * pinch * np.clip(0.5 + 4 * edge * v, 0, 1)
+        pinch = np.exp(-(((u - side[0]) / 0.18) ** 2))
+        girth = girth - 0.18 * pinch * np.clip(0.5 + 4 * edge * v, 0, 1)
     away = np.hypot(u - np.clip(u, -0.42, 0.42), v)
     body = away - girth
     relief = np.sqrt(np.clip(girth**2 - away**2, 0, None))
@@ -349,11 +352,11 @@ def capsule(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
     if defect == "contamination":
         for _ in range(flaw.integers(3, 6)):
             spot = side + flaw.uniform(-0.14, 0.14, 2)
-            speck = blot(flaw, u, v, spot, flaw.uniform(0.035, 0.07), 0.5)
+            speck = blot(flaw, u, v, spot, flaw.uniform(0.05, 0.09), 0.5)
             albedo = paint(albedo, (0.14, 0.12, 0.08), 0.9 * cover(speck, 0.01))
     if defect == "crack":
-        line = stroke(flaw, side, flaw.uniform(0.35, 0.5), 0.07, flaw.uniform(0.9, 2.2))
-        gap = cover(curve(u, v, line) - 0.02, 0.01)
+        line = stroke(flaw, side, flaw.uniform(0.45, 0.6), 0.07, flaw.uniform(0.9, 2.2))
+        gap = cover(curve(u, v, line) - 0.035, 0.01)
         albedo = paint(albedo, (0.10, 0.05, 0.05), 0.9 * gap)
 
     tray = np.array([0.70, 0.73, 0.76]) * (1 + 0.02 * noise(rng, size, 0.05))[..., None]
@@ -378,10 +381,10 @@ THREADS = 20  # across the picture
 
 
 def fabric(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
-    """A blue twill, in any phase and slightly stretched."""
-    u, v = pose(rng, size, angle=0.08, shift=1.0, scale=0.04)
-    u = u + 0.008 * noise(rng, size, 0.3)
-    v = v + 0.008 * noise(rng, size, 0.3)
+    """A blue twill, laid under the camera thread by thread, slightly stretched."""
+    u, v = pose(rng, size, angle=0.015, shift=0.02, scale=0.01)
+    u = u + 0.004 * noise(rng, size, 0.3)
+    v = v + 0.004 * noise(rng, size, 0.3)
     x, y = grid(size)
     column, row = u * THREADS / 2, v * THREADS / 2
     warp, weft = np.floor(column), np.floor(row)
@@ -427,11 +430,11 @@ def fabric(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
         image = paint(image, image * np.array([0.50, 0.36, 0.18]), np.clip(1.6 * wet, 0, 1))
     if defect == "loose_thread":
         line = stroke(flaw, centre, flaw.uniform(0.7, 1.0), 0.12, flaw.uniform(0, np.pi))
-        fibre = curve(x, y, line) - 0.03
+        fibre = curve(x, y, line) - 0.045
         image = shadow(image, cover(fibre), 0.04, 0.6)
         red = shade(
             np.broadcast_to(np.array([0.78, 0.25, 0.18]), image.shape),
-            0.03 * smooth_step(-fibre / 0.03),
+            0.04 * smooth_step(-fibre / 0.045),
             0.1,
         )
         image = paint(image, red, cover(fibre))
@@ -439,15 +442,16 @@ def fabric(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
 
 
 def wood(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
-    """A varnished board; no two have the same grain."""
-    u, v = pose(rng, size, angle=0.06, shift=1.0, scale=0.05)
+    """A laminate board: the same printed grain on each, cut with a little play."""
+    u, v = pose(rng, size, angle=0.02, shift=0.03, scale=0.01)
     x, y = grid(size)
-    bend = 0.09 * sample(noise(rng, size, 0.3, 2.0), u, v)
+    print_ = np.random.default_rng(THREADS)
+    bend = 0.09 * sample(noise(print_, size, 0.3, 2.0), u, v)
     rings = np.sin(
-        2 * np.pi * (3.2 * (u + bend) + 0.35 * sample(noise(rng, size, 0.12, 6.0), u, v))
+        2 * np.pi * (3.2 * (u + bend) + 0.35 * sample(noise(print_, size, 0.12, 6.0), u, v))
     )
-    fibre = sample(noise(rng, size, 0.012, 25.0), u, v)
-    pores = np.clip(sample(noise(rng, size, 0.014, 7.0), u, v) - 1.5, 0, 1)
+    fibre = sample(noise(print_, size, 0.012, 25.0), u, v)
+    pores = np.clip(sample(noise(print_, size, 0.014, 7.0), u, v) - 1.5, 0, 1)
     tone = 0.5 + 0.22 * rings * np.abs(rings) + 0.12 * fibre
     light, dark = np.array([0.80, 0.60, 0.38]), np.array([0.55, 0.35, 0.19])
     image = paint(np.broadcast_to(light, (*u.shape, 3)), dark, np.clip(tone, 0, 1))
@@ -495,10 +499,10 @@ def capture(rng: Rng, image: Array) -> NDArray[np.uint8]:
     """Photograph a drawing: uneven light of varying strength and colour, a lens, a noisy sensor."""
     size = image.shape[0]
     x, y = grid(size)
-    turn, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.12)
-    light = rng.uniform(0.85, 1.12) + strength * (np.cos(turn) * x + np.sin(turn) * y)
+    turn, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.2)
+    light = rng.uniform(0.75, 1.15) + strength * (np.cos(turn) * x + np.sin(turn) * y)
     light = light - 0.05 * (x * x + y * y)
-    image = image * light[..., None] * (1 + rng.uniform(-0.025, 0.025, 3))
+    image = image * light[..., None] * (1 + rng.uniform(-0.04, 0.04, 3))
     image = ndimage.gaussian_filter(image, (rng.uniform(0.3, 0.55), 0.45, 0))
     image = image + rng.normal(0, 0.012, image.shape)
     return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
