@@ -14,7 +14,7 @@ import anomaly_lit
 PACKAGE = Path(anomaly_lit.__file__).parent
 LAYERS = [
     {"types", "config", "files", "tables"},
-    {"nn", "losses", "masks", "synthesis"},
+    {"nn", "losses", "masks", "schedules", "synthesis"},
     {"data", "metrics", "methods", "pictures"},
     {"callbacks", "plan"},
     {"checkpoint"},

@@ -359,7 +359,7 @@ def capsule(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
         gap = cover(curve(u, v, line) - 0.035, 0.01)
         albedo = paint(albedo, (0.10, 0.05, 0.05), 0.9 * gap)
 
-    tray = np.array([0.70, 0.73, 0.76]) * (1 + 0.02 * noise(rng, size, 0.05))[..., None]
+    tray = np.array([0.70, 0.73, 0.76]) * (1 + 0.01 * noise(rng, size, 0.05))[..., None]
     pill = cover(body)
     return paint(shadow(tray, pill, 0.1, 0.5), shade(albedo, relief, 0.45, 40), pill)
 

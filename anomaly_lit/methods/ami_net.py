@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anomaly_lit.losses import loss_terms
-from anomaly_lit.methods.base import Method, OptimizerFn
+from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import aggregate, resize, smooth
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.transformer import TransformerBlock, sincos_positions
@@ -45,6 +45,7 @@ class AMINet(Method):
         mask: Hides patches in training, as (1, B, h, w) bool.
         loss: Reconstruction loss on maps whose channels are whole patches.
         optimizer: Builds the optimiser.
+        schedule: Factor of the learning rate over training; None keeps it constant, as published.
         grid: Side, or height and width, of the feature map, in positions.
         patch: Side of a patch, in positions; it divides the grid.
         dim: Width of a token.
@@ -71,6 +72,7 @@ class AMINet(Method):
         mask: MaskFn,
         loss: nn.Module,
         optimizer: OptimizerFn,
+        schedule: ScheduleFn | None = None,
         grid: int | Sequence[int] = 64,
         patch: int = 4,
         dim: int = 768,
@@ -87,7 +89,7 @@ class AMINet(Method):
         smoothing: float = 4.0,
         score: Literal["std", "max"] = "std",
     ) -> None:
-        super().__init__(optimizer)
+        super().__init__(optimizer, schedule)
         self.grid = (grid, grid) if isinstance(grid, int) else (grid[0], grid[1])
         if any(side % patch for side in self.grid) or dim % heads or dim % 4:
             raise UserError(

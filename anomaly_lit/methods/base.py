@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.types import Batch, Prediction
 
 OptimizerFn = Callable[[Iterable[nn.Parameter]], Optimizer]
+ScheduleFn = Callable[[float], float]
 
 
 class Method(pl.LightningModule):
@@ -20,11 +23,13 @@ class Method(pl.LightningModule):
 
     Args:
         optimizer: Builds the optimiser from the trainable parameters.
+        schedule: Factor of the learning rate at a share of training, in [0, 1]; None keeps it.
     """
 
-    def __init__(self, optimizer: OptimizerFn) -> None:
+    def __init__(self, optimizer: OptimizerFn, schedule: ScheduleFn | None = None) -> None:
         super().__init__()
         self.optimizer = optimizer
+        self.schedule = schedule
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The terms of the loss, each a scalar; ``loss`` is what training lowers."""
@@ -94,6 +99,15 @@ class Method(pl.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             return self.predict_batch(batch)
 
-    def configure_optimizers(self) -> Optimizer:
-        """One optimiser over all parameters that take a gradient."""
-        return self.optimizer([p for p in self.parameters() if p.requires_grad])
+    def configure_optimizers(self) -> Any:
+        """One optimiser over all parameters that take a gradient, with its schedule if any."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        schedule = self.schedule
+        if schedule is None:
+            return optimizer
+        total = self.trainer.estimated_stepping_batches
+        scheduler = LambdaLR(optimizer, lambda step: schedule(step / total))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }

@@ -1,0 +1,36 @@
+"""Learning rate over training, as a function of the share of training that is done.
+
+A schedule takes a fraction in [0, 1] and gives the factor of the optimiser's learning rate, so
+that a short run keeps the shape of a long one.
+"""
+
+from __future__ import annotations
+
+import math
+
+from anomaly_lit.types import UserError
+
+
+class Cosine:
+    """Rises linearly over ``warmup``, then falls along half a cosine to ``end``.
+
+    Args:
+        warmup: Share of training, in [0, 1).
+        end: Factor at the end, in [0, 1].
+
+    Raises:
+        UserError: A value is out of range.
+    """
+
+    def __init__(self, warmup: float = 0.0, end: float = 0.0) -> None:
+        if not (0 <= warmup < 1 and 0 <= end <= 1):
+            raise UserError(f"schedule: warmup={warmup} must lie in [0, 1), end={end} in [0, 1]")
+        self.warmup = warmup
+        self.end = end
+
+    def __call__(self, done: float) -> float:
+        """Factor at the share ``done`` of training."""
+        if done < self.warmup:
+            return done / self.warmup
+        fall = (min(done, 1.0) - self.warmup) / (1 - self.warmup)
+        return self.end + (1 - self.end) * (1 + math.cos(math.pi * fall)) / 2

@@ -1,0 +1,41 @@
+import pytest
+import torch
+from torch import nn
+
+from anomaly_lit.methods.base import Method
+from anomaly_lit.schedules import Cosine
+from anomaly_lit.types import UserError
+
+
+def test_cosine_rises_then_falls_to_its_end():
+    schedule = Cosine(warmup=0.1, end=0.2)
+    assert schedule(0.05) == pytest.approx(0.5)
+    assert schedule(0.1) == pytest.approx(1.0)
+    assert schedule(0.55) == pytest.approx(0.6)
+    assert schedule(1.0) == schedule(1.5) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("wrong", [{"warmup": 1.0}, {"warmup": -0.1}, {"end": 1.1}])
+def test_cosine_refuses_what_is_out_of_range(wrong):
+    with pytest.raises(UserError, match="schedule"):
+        Cosine(**wrong)
+
+
+def test_a_schedule_sees_the_share_of_training_that_is_done():
+    class Toy(Method):
+        def __init__(self) -> None:
+            super().__init__(lambda p: torch.optim.SGD(p, lr=2.0), schedule=lambda done: 1 - done)
+            self.weight = nn.Parameter(torch.zeros(1))
+
+    class Trainer:
+        estimated_stepping_batches = 4
+
+    toy = Toy()
+    toy._trainer = Trainer()
+    made = toy.configure_optimizers()
+    rates = []
+    for _ in range(4):
+        rates.append(made["optimizer"].param_groups[0]["lr"])
+        made["optimizer"].step()
+        made["lr_scheduler"]["scheduler"].step()
+    assert rates == pytest.approx([2.0, 1.5, 1.0, 0.5])
