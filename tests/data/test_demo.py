@@ -6,11 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from scipy import ndimage
 
+from anomaly_lit.config import config_dir, instantiate, plain
 from anomaly_lit.data.demo import CATEGORIES, MANIFEST, Demo, generate_demo
 from anomaly_lit.data.demo_products import GOOD, PRODUCTS, capture, picture
+from anomaly_lit.nn.weights import find_weights
 from anomaly_lit.types import UserError
 
 SMALL = {"size": 64, "train": 2, "test_good": 1, "test_defective": 5}
@@ -176,3 +180,16 @@ def test_two_processes_may_prepare_the_data_at_once(tmp_path: Path):
         jobs = [pool.submit(generate_demo, tmp_path / "data", **SMALL) for _ in range(2)]
         assert {job.result() for job in jobs} == {tmp_path / "data"}
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_shipped_backbone_is_small_and_fits_its_option():
+    option = plain(OmegaConf.load(Path(config_dir()) / "backbone" / "demo.yaml"))
+    backbone = instantiate(option)
+    before = backbone.network.state_dict()["layer1.0.conv1.weight"].clone()
+    backbone.load_weights()
+    assert not torch.equal(before, backbone.network.state_dict()["layer1.0.conv1.weight"])
+    assert backbone.strides == [4, 8, 16]
+    assert all(stage.isfinite().all() for stage in backbone(torch.rand(1, 3, 128, 128)))
+    file = find_weights(option["name"], option["weights"])
+    assert file is not None
+    assert file.stat().st_size < 4e6
