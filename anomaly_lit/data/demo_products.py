@@ -202,8 +202,8 @@ def gear(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
         centre = reach * np.array([np.cos(turn), np.sin(turn)])
         line = stroke(flaw, centre, flaw.uniform(0.6, 0.8), 0.02, turn + flaw.uniform(0.5, 2.6))
         groove = curve(u, v, line)
-        steel = paint(steel, (0.95, 0.95, 0.98), 0.9 * cover(groove - 0.07, 0.01))
-        steel = paint(steel, (0.16, 0.16, 0.18), 0.9 * cover(groove - 0.035, 0.01))
+        steel = paint(steel, (0.95, 0.95, 0.98), 0.9 * cover(groove - 0.09, 0.01))
+        steel = paint(steel, (0.16, 0.16, 0.18), 0.9 * cover(groove - 0.055, 0.01))
 
     mat = np.array([0.15, 0.17, 0.20]) * (1 + 0.08 * noise(rng, size, 0.03))[..., None]
     part = cover(body)
@@ -269,7 +269,7 @@ def circuit(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
             continue
         du, dv = du - play[0], dv - play[1]
         if index == faulty:  # misplaced
-            turn = flaw.choice([-1, 1]) * flaw.uniform(0.5, 0.9)
+            turn = flaw.choice([-1, 1]) * flaw.uniform(0.8, 1.3)
             du, dv = (
                 np.cos(turn) * du + np.sin(turn) * dv,
                 np.cos(turn) * dv - np.sin(turn) * du - flaw.uniform(0.0, 0.05),
@@ -356,7 +356,7 @@ def capsule(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
             albedo = paint(albedo, (0.14, 0.12, 0.08), 0.9 * cover(speck, 0.01))
     if defect == "crack":
         line = stroke(flaw, side, flaw.uniform(0.45, 0.6), 0.07, flaw.uniform(0.9, 2.2))
-        gap = cover(curve(u, v, line) - 0.035, 0.01)
+        gap = cover(curve(u, v, line) - 0.045, 0.01)
         albedo = paint(albedo, (0.10, 0.05, 0.05), 0.9 * gap)
 
     tray = np.array([0.70, 0.73, 0.76]) * (1 + 0.01 * noise(rng, size, 0.05))[..., None]
