@@ -154,10 +154,10 @@ def test_interval_of_checkpoints_is_positive(tmp_path: Path, every_steps: int) -
 
 def test_whole_checkpoint_holds_plain_data(tmp_path: Path) -> None:
     config = {"method": {"_target_": "anomaly_lit.methods.AMINet"}, "seed": 1}
-    trainer = fit(Noisy(), WholeCheckpoint(config), steps=1)
+    trainer = fit(Noisy(), WholeCheckpoint(config, "abc"), steps=1)
     trainer.save_checkpoint(tmp_path / "whole.ckpt")
     entry = torch.load(tmp_path / "whole.ckpt", weights_only=True)["anomaly_lit"]
-    assert entry == {"format_version": FORMAT_VERSION, "config": config}
+    assert entry == {"format_version": FORMAT_VERSION, "config": config, "data_digest": "abc"}
 
 
 # -------------------------------------------------------------------------------- NaN
