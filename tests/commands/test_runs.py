@@ -59,6 +59,10 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
+    """Bit for bit: both runs come from ``run_here`` or both from ``run_command``.
+
+    The latter has one thread, and another number of threads rounds differently.
+    """
     first, second = state_of(one)["state_dict"], state_of(other)["state_dict"]
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
@@ -329,11 +333,11 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(
     ],
 )
 def test_how_images_are_read_changes_no_weight(
-    run_command: Run, overrides: list[str], finished: Path, tmp_path: Path, change: str
+    run_command: Run, longer: list[str], uninterrupted: Path, tmp_path: Path, change: str
 ) -> None:
-    outcome = run_command("train", *overrides, f"output_dir={tmp_path / 'run'}", change)
+    outcome = run_command("train", *longer, f"output_dir={tmp_path / 'run'}", change)
     assert outcome.code == 0, outcome.err
-    assert_same_weights(tmp_path / "run", finished)
+    assert_same_weights(tmp_path / "run", uninterrupted)
 
 
 def test_folders_may_have_any_name(
@@ -455,7 +459,7 @@ def test_sweeper_gets_the_metric_it_names(
 
 @pytest.mark.slow
 def test_two_processes_give_the_metrics_of_one(
-    overrides: list[str], environment: dict[str, str], run_here: Run, tmp_path: Path
+    overrides: list[str], environment: dict[str, str], run_command: Run, tmp_path: Path
 ) -> None:
     changes = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     line = [sys.executable, "-m", "anomaly_lit.train", *overrides, *changes]
@@ -465,7 +469,7 @@ def test_two_processes_give_the_metrics_of_one(
     assert done.stdout.count("Writing to") == 1
     assert "sync_dist" not in done.stderr
     weights = tmp_path / "two" / "checkpoints" / "last.ckpt"
-    outcome = run_here("test", f"ckpt_path={weights}", f"output_dir={tmp_path / 'one'}")
+    outcome = run_command("test", f"ckpt_path={weights}", f"output_dir={tmp_path / 'one'}")
     assert outcome.code == 0, outcome.err
     two, one = (read_json(tmp_path / name / "metrics.json") for name in ("two", "one"))
     keys = [key for key in two if key.startswith("test/")]
