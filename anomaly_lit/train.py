@@ -142,8 +142,30 @@ def build(config: dict[str, Any]) -> tuple[AnomalyDataModule, Method]:
     if not datamodule.holdout_samples and config["selection"] == "best":
         raise UserError("selection=best needs held-out images: set dataset.holdout above 0")
     method = configuration.instantiate(config["method"])
+    check_synthesis(datamodule, method)
+    datamodule.with_prompts = "prompt" in method.needs
     method.setup("fit")
     return datamodule, method
+
+
+def check_synthesis(datamodule: AnomalyDataModule, method: Method) -> None:
+    """Refuses corrupted images that nobody reads, and a method that lacks them.
+
+    Raises:
+        UserError: What the method reads and what the data module makes do not fit.
+    """
+    name, needed = type(method).__name__, "corrupted" in method.needs
+    if needed and datamodule.synthesis is None:
+        raise UserError(
+            f"{name} learns from corrupted images: choose synthesis=draem or another but none"
+        )
+    if datamodule.synthesis is None and datamodule.validate_on_synthesis:
+        raise UserError("dataset.validate_on_synthesis=true needs a synthesis: synthesis=draem")
+    if datamodule.synthesis is not None and not needed and not datamodule.validate_on_synthesis:
+        raise UserError(
+            f"{name} does not learn from corrupted images: synthesis=none, or "
+            "dataset.validate_on_synthesis=true to validate on them"
+        )
 
 
 def check_same_data(datamodule: AnomalyDataModule, checkpoint: Path) -> None:
@@ -275,8 +297,10 @@ def fit_and_test(
     if chosen != last:
         trainer.save_checkpoint(last)
         take_weights(method, chosen)
+    validation: dict[str, float] = {}
     if datamodule.holdout_samples:
         trainer.validate(method, datamodule=datamodule, verbose=False)
+        validation = {k: float(v) for k, v in trainer.callback_metrics.items() if k[:4] == "val/"}
     trainer.save_checkpoint(chosen)
     start = time.perf_counter()
     trainer.test(method, datamodule=datamodule, verbose=False)
@@ -284,6 +308,8 @@ def fit_and_test(
     trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
     metrics: dict[str, Any] = {f"test/{key}": value for key, value in evaluation.results.items()}
     metrics |= {
+        **validation,
+        "setting": "one-class" if len(datamodule.categories) == 1 else "multi-class",
         "selection": SELECTIONS[config["selection"]],
         "seed": config["seed"],
         "method": config["method"]["_target_"],

@@ -69,7 +69,7 @@ def read_runs(folder: Path) -> list[Run]:
                 {
                     "run": path.stem,
                     "backbone": found["backbone"],
-                    "model": "one for all" if len(categories) > 1 else "one each",
+                    "model": "multi-class" if len(categories) > 1 else "one-class",
                     "category": category,
                     "seed": metrics["seed"],
                     **{key: metrics[f"test/{category}/{key}"] for key in METRICS},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -58,8 +59,11 @@ class Evaluation(pl.Callback):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forgets the last validation."""
+        self._split_of = _validation_names(trainer)
         self._normal = Records()
-        self._records = Records(self._new_pixel_metrics if _tests_too(trainer) else None)
+        self._scored = {
+            name: Records(self._new_pixel_metrics) for name in self._split_of if name != "holdout"
+        }
 
     def on_validation_batch_end(
         self,
@@ -71,16 +75,26 @@ class Evaluation(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Takes the predictions of one batch."""
-        (self._records if dataloader_idx else self._normal).add(batch, outputs)
+        split = self._split_of[dataloader_idx]
+        if split == "holdout":
+            self._normal.add(batch, outputs)
+            if "synthetic" in self._scored:  # where every synthetic image has a defect
+                self._scored["synthetic"].add(batch, outputs)
+        else:
+            self._scored[split].add(batch, outputs)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Calibrates; with a second data loader (the test set), scores the oracle's criterion."""
+        """Calibrates; scores synthetic anomalies and, for the oracle, the test set, where asked."""
         if trainer.sanity_checking:
             return
         self.calibration = self._calibrate(self._normal)
-        if _tests_too(trainer):
-            results = self._score(self._records)
-            value = results.get("image_auroc", math.nan) + results.get("pixel_auroc", 0.0)
+        results = {split: self._score(records) for split, records in self._scored.items()}
+        for name, value in results.get("synthetic", {}).items():
+            if name.count("/") == 0 and not name.endswith(("_low", "_high", "_threshold")):
+                pl_module.log(f"val/synthetic_{name}", value)
+        if "test" in results:
+            test = results["test"]
+            value = test.get("image_auroc", math.nan) + test.get("pixel_auroc", 0.0)
             pl_module.log("oracle/criterion", value, prog_bar=True)
 
     def _calibrate(self, normal: Records) -> dict[str, Any]:
@@ -337,10 +351,13 @@ def mean_over_categories(per_category: dict[str, dict[str, float]]) -> dict[str,
     return means
 
 
-def _tests_too(trainer: pl.Trainer) -> bool:
-    """Whether validation has a second data loader: the test set, for the oracle's choice."""
+def _validation_names(trainer: pl.Trainer) -> list[str]:
+    """What the data loaders of a validation hold; without our data module: normals, then a test."""
+    names = getattr(getattr(trainer, "datamodule", None), "validation_names", None)
+    if names is not None:
+        return names()
     loaders = trainer.val_dataloaders
-    return isinstance(loaders, list) and len(loaders) > 1
+    return ["holdout", "test"] if isinstance(loaders, list) and len(loaders) > 1 else ["holdout"]
 
 
 def _rows_by_category(samples: list[dict[str, Any]]) -> dict[str, list[int]]:
@@ -351,9 +368,10 @@ def _rows_by_category(samples: list[dict[str, Any]]) -> dict[str, list[int]]:
 
 
 def _interleaved(parts: Sequence[Sequence[Any]]) -> list[Any]:
-    """Undoes the sharding of ``ShardSampler``: item i came from rank i modulo the ranks."""
-    total = sum(len(part) for part in parts)
-    return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
+    """Undoes the sharding of ``ShardSampler``: the first of each rank, then the second, ..."""
+    missing = object()
+    rows = zip_longest(*parts, fillvalue=missing)
+    return [item for row in rows for item in row if item is not missing]
 
 
 def _array(tensor: Tensor) -> Any:

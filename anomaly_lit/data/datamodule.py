@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -17,10 +19,19 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from anomaly_lit.data.cache import HostCache, in_threads, tell
 from anomaly_lit.data.folders import Listing
 from anomaly_lit.data.images import Resize, check_sizes, read_header, read_sample
-from anomaly_lit.data.sampler import ShardSampler, TrainBatches, mixed_seed
+from anomaly_lit.data.sampler import ShardSampler, TrainBatches, WithPartners, mixed_seed
 from anomaly_lit.types import Batch, Sample, UserError
 
-Item = tuple[int, Sample, Tensor, Tensor | None]  # index, sample, image (h, w, 3), mask (h, w)
+
+@dataclass(frozen=True)
+class Item:
+    """One sample as it was read."""
+
+    index: int
+    sample: Sample
+    image: Tensor  # (h, w, 3) uint8
+    mask: Tensor | None  # (h, w) bool
+    prompt: Tensor | None = None  # (h, w, 3) uint8
 
 
 class Images(Dataset[Item]):
@@ -34,34 +45,45 @@ class Images(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int | tuple[int, int]) -> Item:
+        """Give a sample by its index, or, by a pair of them, with another one's image as prompt."""
+        if isinstance(index, tuple):
+            item, prompt = self[index[0]], self[index[1]].image
+            return replace(item, prompt=prompt)
         sample = self.samples[index]
         image = None if self.cache is None else self.cache.get(sample.path)
         if image is not None and self.cache is not None:
             mask = None if sample.mask_path is None else self.cache.get(sample.mask_path)
-            return index, sample, image, mask
+            return Item(index, sample, image, mask)
         pixels, region = read_sample(sample, self.resize)
         found = None if region is None else torch.from_numpy(np.ascontiguousarray(region))
-        return index, sample, torch.from_numpy(np.ascontiguousarray(pixels)), found
+        return Item(index, sample, torch.from_numpy(np.ascontiguousarray(pixels)), found)
 
 
 def collate(items: list[Item]) -> Batch:
     """Make a batch; images stay 8-bit until they lie together, then become float at once."""
-    indices, samples, images, masks = zip(*items, strict=True)
-    pixels = torch.stack(images).permute(0, 3, 1, 2)  # (B, 3, h, w) uint8
-    gt_mask = torch.zeros((len(items), 1, *pixels.shape[-2:]), dtype=torch.bool)
-    for row, mask in enumerate(masks):
-        if mask is not None:
-            gt_mask[row, 0] = mask
-    return {
-        "image": pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255),
-        "index": torch.tensor(indices),
-        "label": torch.tensor([sample.label for sample in samples]),
+    image = _as_float([item.image for item in items])
+    gt_mask = torch.zeros((len(items), 1, *image.shape[-2:]), dtype=torch.bool)
+    for row, item in enumerate(items):
+        if item.mask is not None:
+            gt_mask[row, 0] = item.mask
+    batch: Batch = {
+        "image": image,
+        "index": torch.tensor([item.index for item in items]),
+        "label": torch.tensor([item.sample.label for item in items]),
         "gt_mask": gt_mask,
-        "category": [sample.category for sample in samples],
-        "defect_type": [sample.defect_type for sample in samples],
-        "path": [sample.path for sample in samples],
+        "category": [item.sample.category for item in items],
+        "defect_type": [item.sample.defect_type for item in items],
+        "path": [item.sample.path for item in items],
     }
+    prompts = [item.prompt for item in items if item.prompt is not None]
+    return {**batch, "prompt": _as_float(prompts)} if prompts else batch
+
+
+def _as_float(images: list[Tensor]) -> Tensor:
+    """(h, w, 3) uint8 images to (B, 3, h, w) float32 in [0, 1]."""
+    pixels = torch.stack(images).permute(0, 3, 1, 2)
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 class AnomalyDataModule(pl.LightningDataModule):
@@ -73,7 +95,9 @@ class AnomalyDataModule(pl.LightningDataModule):
 
     After `setup`: `categories`, `train_samples`, `holdout_samples`, `test_samples`, `has_masks`
     (false: no truth for pixel metrics) and `digest`. With `validate_on_test` set, a validation
-    sees the test images too, as its second loader: an oracle, for comparison only.
+    sees the test images too, as its last loader: an oracle, for comparison only. With
+    `with_prompts` set, a training batch has a `prompt` for each image, another training image
+    of its category (the image itself where it is the only one), drawn anew each time.
 
     Args:
         root: Folder of the data set.
@@ -93,8 +117,9 @@ class AnomalyDataModule(pl.LightningDataModule):
         masks: `required` (an anomalous image without a mask is an error), `optional` (all or
             none of them have one) or `none` (masks are not read; no pixel metrics).
         cache: Where decoded images are kept; None decodes them each time.
-        synthesis: Makes anomalies out of training images, `(image, generator)` to `(corrupted,
-            corruption)` with the batch's shapes; None gives plain batches.
+        synthesis: Makes anomalies out of training images, `(image, generator, category)` to
+            `(corrupted, corruption)` with the batch's shapes; None gives plain batches.
+        validate_on_synthesis: Also score held-out images after synthesis, as `val/synthetic_*`.
 
     Raises:
         UserError: from `setup`, with everything found wrong at once.
@@ -122,6 +147,7 @@ class AnomalyDataModule(pl.LightningDataModule):
         masks: Literal["required", "optional", "none"] = "required",
         cache: HostCache | None = None,
         synthesis: nn.Module | None = None,
+        validate_on_synthesis: bool = False,
     ) -> None:
         super().__init__()
         self.root = None if root is None else Path(root).expanduser()
@@ -137,6 +163,7 @@ class AnomalyDataModule(pl.LightningDataModule):
         self.masks = masks
         self.cache = cache
         self.synthesis = synthesis
+        self.validate_on_synthesis = validate_on_synthesis
         self._check_arguments()
         self.categories: list[str] = []
         self.train_samples: list[Sample] = []
@@ -145,6 +172,7 @@ class AnomalyDataModule(pl.LightningDataModule):
         self.has_masks = False
         self.digest = ""
         self.validate_on_test = False
+        self.with_prompts = False
         self._shrunk = False
 
     def find_categories(self, root: Path) -> list[str]:
@@ -213,31 +241,77 @@ class AnomalyDataModule(pl.LightningDataModule):
         batches = TrainBatches(
             count, batch_size, self.seed, self._position, self._weights(), rank, world_size
         )
-        return self._loader(self.train_samples, batch_sampler=batches)
+        if not self.with_prompts:
+            return self._loader(self.train_samples, batches)
+        groups = [sample.category for sample in self.train_samples]
+        return self._loader(self.train_samples, WithPartners(batches, groups))
 
     def val_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
-        """Give the held-out normal images, in order; with `validate_on_test` the test's as well."""
-        held_out = self._evaluation_loader(self.holdout_samples)
-        return [held_out, self.test_dataloader()] if self.validate_on_test else held_out
+        """Give a loader for each of `validation_names`, in order."""
+        samples = {"test": self.test_samples}
+        loaders = [
+            self._evaluation_loader(samples.get(name, self.holdout_samples))
+            for name in self.validation_names()
+        ]
+        return loaders if len(loaders) > 1 else loaders[0]
+
+    def validation_names(self) -> list[str]:
+        """What a validation sees: `holdout`, and where asked `synthetic` and `test`."""
+        asked = {"synthetic": self.validate_on_synthesis, "test": self.validate_on_test}
+        return ["holdout", *(name for name, wanted in asked.items() if wanted)]
 
     def test_dataloader(self) -> DataLoader[Item]:
         """Give the test images, in order."""
         return self._evaluation_loader(self.test_samples)
 
+    def normal_batches(self, split: Literal["train", "holdout"], most: int) -> Iterator[Batch]:
+        """Give at most `most` images of a split, spread evenly over it, the same on every rank."""
+        samples = self.train_samples if split == "train" else self.holdout_samples
+        step = max(1, -(-len(samples) // most))
+        images = Images(samples, self.resize, self.cache)
+        rows = range(0, len(samples), step)
+        for start in range(0, len(rows), self.eval_batch_size):
+            yield collate([images[row] for row in rows[start : start + self.eval_batch_size]])
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Add `corrupted` and `corruption` in training and validation, where synthesis is on.
 
-        The draw depends on seed, training step and images alone; a validation is the same each
-        time.
+        The loader `synthetic` of a validation gives the corrupted images in place
+        of the clean ones, with their truth.
         """
-        if self.synthesis is None or self.trainer is None:
+        trainer = self.trainer
+        if self.synthesis is None or trainer is None:
             return batch
-        if not (self.trainer.training or self.trainer.validating or self.trainer.sanity_checking):
+        if trainer.training:
+            return self.corrupt(batch, self._position())
+        if not (trainer.validating or trainer.sanity_checking):
             return batch
-        image, step = batch["image"], self._position() if self.trainer.training else 0
-        seed = mixed_seed(self.seed, step, *batch["index"].tolist())
+        split = self.validation_names()[dataloader_idx]
+        if split == "test":
+            return batch
+        batch = self.corrupt(batch)
+        if split == "holdout":
+            return batch
+        label = batch["corruption"].flatten(1).any(dim=1)
+        return {
+            **batch,
+            "image": batch["corrupted"],
+            "gt_mask": batch["corruption"],
+            "label": label,
+        }
+
+    def corrupt(self, batch: Batch, step: int = 0) -> Batch:
+        """Add `corrupted` and `corruption`; the draw depends on seed, step and images alone.
+
+        Raises:
+            UserError: There is no synthesis.
+        """
+        if self.synthesis is None:
+            raise UserError("corrupted images are asked for, and synthesis=none makes none")
+        image, names = batch["image"], "\n".join(self._name(path) for path in batch["path"])
+        seed = mixed_seed(self.seed, step, zlib.crc32(names.encode()))  # no wait for the device
         generator = torch.Generator(image.device).manual_seed(seed)
-        corrupted, corruption = self.synthesis(image, generator)
+        corrupted, corruption = self.synthesis(image, generator, batch["category"])
         return {**batch, "corrupted": corrupted, "corruption": corruption}
 
     def samples(self) -> list[Sample]:
@@ -433,7 +507,7 @@ class AnomalyDataModule(pl.LightningDataModule):
         )
         return self._loader(samples, batches)
 
-    def _loader(self, samples: list[Sample], batch_sampler: Sampler[list[int]]) -> DataLoader[Item]:
+    def _loader(self, samples: list[Sample], batch_sampler: Sampler[Any]) -> DataLoader[Item]:
         if self.cache is not None and self.num_workers > 0:
             self.cache.share()
         return DataLoader(

@@ -44,6 +44,7 @@ class Demo(MVTecAD):
         drawing_seed: Decides the pictures; another one needs another root.
         cache: Where decoded images are kept; None decodes them each time.
         synthesis: Makes anomalies out of training images; None gives plain batches.
+        validate_on_synthesis: Also score held-out images after synthesis.
     """
 
     licence = "the demo's pictures are drawn by this package and free to use"
@@ -63,6 +64,7 @@ class Demo(MVTecAD):
         drawing_seed: int = 0,
         cache: HostCache | None = None,
         synthesis: nn.Module | None = None,
+        validate_on_synthesis: bool = False,
     ) -> None:
         super().__init__(
             root=root,
@@ -77,6 +79,7 @@ class Demo(MVTecAD):
             seed=seed,
             cache=cache,
             synthesis=synthesis,
+            validate_on_synthesis=validate_on_synthesis,
         )
         self.drawing_seed = drawing_seed
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -65,6 +65,36 @@ class TrainBatches(Sampler[list[int]]):
         if self.weights is None:
             return torch.randperm(self.count, generator=generator)
         return torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
+
+
+class WithPartners(Sampler[list[tuple[int, int]]]):
+    """Adds to every index of a batch that of another member of its group, drawn uniformly.
+
+    The draw depends on the batches' seed, the step and the index. An index that is alone in its
+    group is its own partner.
+
+    Args:
+        batches: Batches of indices.
+        groups: The group of each index.
+    """
+
+    def __init__(self, batches: TrainBatches, groups: Sequence[str]) -> None:
+        self.batches = batches
+        members: dict[str, list[int]] = {}
+        for index, group in enumerate(groups):
+            members.setdefault(group, []).append(index)
+        self.others = [members[group] for group in groups]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step, batch in enumerate(self.batches, self.batches.position()):
+            yield [(index, self._partner(step, index)) for index in batch]
+
+    def _partner(self, step: int, index: int) -> int:
+        others = [other for other in self.others[index] if other != index] or [index]
+        return others[mixed_seed(self.batches.seed, step, index) % len(others)]
 
 
 class ShardSampler(Sampler[int]):

@@ -105,6 +105,7 @@ class Folder(AnomalyDataModule):
         masks: See there.
         cache: See there.
         synthesis: See there.
+        validate_on_synthesis: See there.
     """
 
     train_hint = "dataset.normal_dir"
@@ -132,6 +133,7 @@ class Folder(AnomalyDataModule):
         masks: Literal["required", "optional", "none"] = "optional",
         cache: HostCache | None = None,
         synthesis: nn.Module | None = None,
+        validate_on_synthesis: bool = False,
     ) -> None:
         super().__init__(
             root=root,
@@ -149,6 +151,7 @@ class Folder(AnomalyDataModule):
             masks=masks,
             cache=cache,
             synthesis=synthesis,
+            validate_on_synthesis=validate_on_synthesis,
         )
         if not 0 <= test_share < 1:
             raise UserError(f"dataset.test_share={test_share}: give a share from 0 up to 1")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from anomaly_lit.nn.backbone import Backbone
-from anomaly_lit.types import Batch, Prediction
+from anomaly_lit.types import Batch, Prediction, UserError
 
 OptimizerFn = Callable[[Iterable[nn.Parameter]], Optimizer]
 ScheduleFn = Callable[[float], float]
@@ -24,7 +24,13 @@ class Method(pl.LightningModule):
     Args:
         optimizer: Builds the optimiser from the trainable parameters.
         schedule: Factor of the learning rate at a share of training, in [0, 1]; None keeps it.
+
+    Attributes:
+        needs: Keys of the batch that training reads although not every batch has them:
+            ``corrupted`` (with ``corruption``) and ``prompt``.
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, optimizer: OptimizerFn, schedule: ScheduleFn | None = None) -> None:
         super().__init__()
@@ -54,6 +60,31 @@ class Method(pl.LightningModule):
         cached = batch.get("features", {})
         return cached[name] if name in cached else backbone(batch["image"])
 
+    def normal_batches(
+        self, split: Literal["train", "holdout"], most: int = 256
+    ) -> Iterator[Batch]:
+        """Normal images for statistics of features or maps, on this device, in a fixed order.
+
+        The same on every rank. To be called from a hook such as ``on_fit_start`` (statistics of
+        ``train``) or ``on_validation_start`` (of ``holdout``, once the weights moved).
+
+        Args:
+            split: What is trained on, or what is held out.
+            most: Images to give at most, spread evenly over the split.
+
+        Raises:
+            UserError: The trainer has no data module to ask.
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is None:
+            raise UserError(
+                f"{type(self).__name__} takes statistics of normal images: hand the trainer a data "
+                "module, trainer.fit(method, datamodule=...)"
+            )
+        for batch in datamodule.normal_batches(split, most):
+            moved = self.transfer_batch_to_device(batch, self.device, 0)
+            yield datamodule.corrupt(moved) if "corrupted" in self.needs else moved
+
     def generator(self) -> torch.Generator:
         """A generator on this module's device, seeded by torch's global state."""
         seed = int(torch.randint(2**62, ()))
@@ -73,7 +104,7 @@ class Method(pl.LightningModule):
     ) -> Prediction:
         """Logs ``val/loss``, the training loss on held-out normal images.
 
-        A second data loader, the test set of ``selection=oracle``, is predicted only.
+        Further data loaders, such as the test set of ``selection=oracle``, are predicted only.
         """
         if dataloader_idx == 0:
             self.log(

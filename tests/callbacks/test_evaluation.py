@@ -271,6 +271,30 @@ def test_test_images_as_a_second_loader_give_the_oracle_s_criterion_and_no_thres
     assert evaluation.calibration["all"]["count"] == 20
 
 
+class Validated(pl.LightningDataModule):
+    """Held-out images, and as second loader the same with defects."""
+
+    def validation_names(self) -> list[str]:
+        return ["holdout", "synthetic"]
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        return [loader(held_out()), loader(make_batch([True] * 5, "bolt", 4))]
+
+
+def test_synthetic_defects_are_scored_against_held_out_images() -> None:
+    evaluation = Evaluation()
+    trainer = trainer_of(evaluation)
+    trainer.validate(Oracle(), datamodule=Validated(), verbose=False)
+    logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    normal, defective = held_out()["map"], make_batch([True] * 5, "bolt", 4)["map"]
+    scores = torch.cat([normal, defective]).amax(dim=(1, 2, 3))
+    expected = roc_auc_score([0] * 20 + [1] * 5, scores)
+    assert logged["val/synthetic_image_auroc"] == pytest.approx(expected)
+    assert 0.5 < logged["val/synthetic_pixel_ap"] < 1
+    assert "oracle/criterion" not in logged
+    assert evaluation.calibration["all"]["count"] == 20
+
+
 def test_curves_cover_every_category() -> None:
     evaluation = evaluate(make_batch(MIXED, "bolt", 1), make_batch(MIXED, "cloth", 2))
     assert set(evaluation.curves) == {"bolt", "cloth"}

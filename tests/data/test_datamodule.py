@@ -342,7 +342,10 @@ def test_folders_inside_each_other_are_refused(
 class Inverted(nn.Module):
     """A synthesis that inverts a random share of the pixels."""
 
-    def forward(self, image: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, image: Tensor, generator: torch.Generator, category: list[str]
+    ) -> tuple[Tensor, Tensor]:
+        assert len(category) == len(image)
         corruption = torch.rand(image[:, :1].shape, generator=generator) < 0.2
         return torch.where(corruption, 1 - image, image), corruption
 
@@ -359,7 +362,7 @@ class Recorder(pl.LightningModule):
         self.seen.append(("train", batch))
         return self.weight * batch["image"].mean()
 
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
+    def validation_step(self, batch: dict, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.seen.append(("val", batch))
 
     def test_step(self, batch: dict, batch_idx: int) -> None:
@@ -428,6 +431,45 @@ def test_synthesis_changes_only_where_it_says_and_repeats_with_the_seed(mvtec: P
     assert not torch.equal(drawn[0], drawn[4])  # the next pass differs
     validations = [batch["corruption"] for name, batch in first if name == "val"]
     assert torch.equal(validations[0], validations[1])  # and a validation does not
+
+
+def test_validation_on_synthesis_gives_held_out_images_with_defects(mvtec: Path) -> None:
+    changes = {"synthesis": Inverted(), "validate_on_synthesis": True}
+    seen = fit(MVTecAD(str(mvtec), **SMALL, **changes), epochs=1)  # type: ignore[arg-type]
+    clean, synthetic = (batch for name, batch in seen if name == "val")
+    assert clean["path"] == synthetic["path"]
+    assert torch.equal(synthetic["image"], clean["corrupted"])
+    assert torch.equal(synthetic["gt_mask"], clean["corruption"])
+    assert synthetic["label"].all()
+    assert not clean["label"].any()
+
+
+def test_a_prompt_is_another_training_image_of_the_category(mvtec: Path) -> None:
+    datamodule = ready(mvtec)
+    plain = list(datamodule.train_dataloader())
+    assert "prompt" not in plain[0]
+    datamodule.with_prompts = True
+    batches = list(datamodule.train_dataloader())
+    images = {torch.cat([b["index"] for b in batches])[i].item(): image
+              for i, image in enumerate(torch.cat([b["image"] for b in batches]))}  # fmt: skip
+    for before, batch in zip(plain, batches, strict=True):
+        assert torch.equal(before["image"], batch["image"])  # the same images in the same order
+        for index, prompt, category in zip(
+            batch["index"].tolist(), batch["prompt"], batch["category"], strict=True
+        ):
+            partners = [other for other, image in images.items() if torch.equal(image, prompt)]
+            assert partners != [index]
+            named = {datamodule.train_samples[other].category for other in partners}
+            assert named <= {category}
+
+
+def test_statistics_are_taken_of_images_spread_over_a_split(mvtec: Path) -> None:
+    datamodule = ready(mvtec)
+    whole = [i for batch in datamodule.normal_batches("train", 256) for i in batch["index"]]
+    assert whole == list(range(len(datamodule.train_samples)))
+    few = [int(i) for batch in datamodule.normal_batches("train", 3) for i in batch["index"]]
+    assert len(few) <= 3
+    assert few[-1] >= len(whole) / 2
 
 
 def test_a_split_can_be_sent_to_another_process(mvtec: Path) -> None:

@@ -1,6 +1,6 @@
 import torch
 
-from anomaly_lit.data.sampler import ShardSampler, TrainBatches, mixed_seed
+from anomaly_lit.data.sampler import ShardSampler, TrainBatches, WithPartners, mixed_seed
 
 
 def batches(start=0, **changes):
@@ -49,3 +49,19 @@ def test_shards_cover_every_image_once():
 def test_mixed_seeds_depend_on_order():
     assert mixed_seed(1, 2) != mixed_seed(2, 1)
     assert len({mixed_seed(0, step, rank) for step in range(1000) for rank in range(4)}) == 4000
+
+
+def with_partners(start=0, groups="aaaaabbbbbc", seed=3):
+    batches = TrainBatches(11, 2, seed, lambda: start)
+    return list(WithPartners(batches, list(groups)))
+
+
+def test_partners_are_others_of_the_group_and_resume_with_their_batches():
+    sequence = with_partners(0) + with_partners(5) + with_partners(10)
+    for index, partner in (pair for batch in sequence for pair in batch):
+        assert "aaaaabbbbbc"[index] == "aaaaabbbbbc"[partner]
+        assert index != partner or index == 10  # alone in its group
+    assert with_partners(3) == sequence[3:8]
+    assert with_partners(seed=4) != with_partners()
+    drawn = {p for start in range(0, 100, 5) for b in with_partners(start) for i, p in b if i == 0}
+    assert drawn == {1, 2, 3, 4}
