@@ -265,11 +265,17 @@ class AnomalyDataModule(pl.LightningDataModule):
         return self._evaluation_loader(self.test_samples)
 
     def normal_batches(self, split: Literal["train", "holdout"], most: int) -> Iterator[Batch]:
-        """Give at most `most` images of a split, spread evenly over it, the same on every rank."""
+        """Give at most `most` images of a split, the same on every rank.
+
+        Every category gives as many, spread evenly over its images.
+        """
         samples = self.train_samples if split == "train" else self.holdout_samples
-        step = max(1, -(-len(samples) // most))
+        share = max(1, most // max(1, len(self.categories)))
+        rows: list[int] = []
+        for category in self.categories:
+            own = [row for row, sample in enumerate(samples) if sample.category == category]
+            rows += own[:: max(1, -(-len(own) // share))]
         images = Images(samples, self.resize, self.cache)
-        rows = range(0, len(samples), step)
         for start in range(0, len(rows), self.eval_batch_size):
             yield collate([images[row] for row in rows[start : start + self.eval_batch_size]])
 

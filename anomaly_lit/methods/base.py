@@ -70,7 +70,7 @@ class Method(pl.LightningModule):
 
         Args:
             split: What is trained on, or what is held out.
-            most: Images to give at most, spread evenly over the split.
+            most: Images to give at most, as many of each category (at least one).
 
         Raises:
             UserError: The trainer has no data module to ask.
