@@ -34,3 +34,25 @@ class Cosine:
             return done / self.warmup
         fall = (min(done, 1.0) - self.warmup) / (1 - self.warmup)
         return self.end + (1 - self.end) * (1 + math.cos(math.pi * fall)) / 2
+
+
+class Step:
+    """Constant, then lower by one factor.
+
+    Args:
+        at: Share of training after which the rate is lower, in [0, 1].
+        factor: By how much.
+
+    Raises:
+        UserError: The share is out of range.
+    """
+
+    def __init__(self, at: float = 0.8, factor: float = 0.1) -> None:
+        if not 0 <= at <= 1:
+            raise UserError(f"schedule: at={at} must lie in [0, 1]")
+        self.at = at
+        self.factor = factor
+
+    def __call__(self, done: float) -> float:
+        """Factor at the share ``done`` of training."""
+        return self.factor if done >= self.at else 1.0

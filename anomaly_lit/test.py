@@ -30,7 +30,7 @@ def test(cfg: DictConfig) -> None:
     from anomaly_lit.callbacks.run import StepSeeds
     from anomaly_lit.checkpoint import build_method, read_checkpoint
     from anomaly_lit.files import environment, write_json
-    from anomaly_lit.train import SELECTIONS, print_results, quiet
+    from anomaly_lit.train import print_results, quiet, selection_of
 
     quiet()
     checkpoint = read_checkpoint(config["ckpt_path"])
@@ -60,7 +60,7 @@ def test(cfg: DictConfig) -> None:
     trainer.test(method, datamodule=datamodule, verbose=False)
     metrics = {
         **{f"test/{key}": value for key, value in evaluation.results.items()},
-        "selection": SELECTIONS[trained["selection"]],
+        "selection": selection_of(trained["selection"], method),
         "seed": trained["seed"],
         "ckpt_path": str(config["ckpt_path"]),
         "data_digest": datamodule.digest,

@@ -310,7 +310,7 @@ def fit_and_test(
     metrics |= {
         **validation,
         "setting": "one-class" if len(datamodule.categories) == 1 else "multi-class",
-        "selection": SELECTIONS[config["selection"]],
+        "selection": selection_of(config["selection"], method),
         "seed": config["seed"],
         "method": config["method"]["_target_"],
         "steps": trainer.global_step,
@@ -334,6 +334,11 @@ def fit_and_test(
         write_json(directory / "metrics.json", metrics)
         print_results(metrics, directory)
     return metrics
+
+
+def selection_of(selection: str, method: Method) -> str:
+    """How the weights were chosen, and what else was taken from the test set, for tables."""
+    return "; ".join(text for text in (SELECTIONS[selection], method.oracle) if text)
 
 
 def latency(method: Method, datamodule: AnomalyDataModule) -> float:

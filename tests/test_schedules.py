@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from anomaly_lit.methods.base import Method
-from anomaly_lit.schedules import Cosine
+from anomaly_lit.schedules import Cosine, Step
 from anomaly_lit.types import UserError
 
 
@@ -19,6 +19,13 @@ def test_cosine_rises_then_falls_to_its_end():
 def test_cosine_refuses_what_is_out_of_range(wrong):
     with pytest.raises(UserError, match="schedule"):
         Cosine(**wrong)
+
+
+def test_step_is_lower_from_its_share_on():
+    schedule = Step(at=0.8, factor=0.1)
+    assert [schedule(done) for done in (0, 0.79, 0.8, 1)] == [1, 1, 0.1, 0.1]
+    with pytest.raises(UserError, match="at=80"):
+        Step(at=80)
 
 
 def test_a_schedule_sees_the_share_of_training_that_is_done():

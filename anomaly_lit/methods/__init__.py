@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from anomaly_lit.methods.ami_net import AMINet
     from anomaly_lit.methods.base import Method
+    from anomaly_lit.methods.uniad import UniAD
 
-__all__ = ["AMINet", "Method"]
-FILES = {"AMINet": "ami_net", "Method": "base"}
+__all__ = ["AMINet", "Method", "UniAD"]
+FILES = {"AMINet": "ami_net", "Method": "base", "UniAD": "uniad"}
 
 
 def __getattr__(name: str) -> Any:

@@ -31,7 +31,12 @@ from anomaly_lit.losses import loss_terms
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import aggregate, resize, smooth
 from anomaly_lit.nn.backbone import Backbone
-from anomaly_lit.nn.transformer import TransformerBlock, sincos_positions
+from anomaly_lit.nn.transformer import (
+    TransformerBlock,
+    add_jitter,
+    init_linear,
+    sincos_positions,
+)
 from anomaly_lit.types import Batch, Prediction, UserError
 
 MaskFn = Callable[[int, int, int, torch.Generator], Tensor]
@@ -217,21 +222,6 @@ class ClusterBranch(nn.Module):
         centres = self.centres.to(x.dtype).expand(len(x), -1, -1)
         mixed = self.blocks(torch.cat([centres, noisy], dim=1))
         return (x + self.positions).float(), self.norm(mixed[:, : len(self.centres)]).float()
-
-
-def init_linear(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-
-
-def add_jitter(tokens: Tensor, relative_norm: float) -> Tensor:
-    """Gaussian noise whose norm is about ``relative_norm`` times the token's norm."""
-    if relative_norm == 0:
-        return tokens
-    scale = tokens.norm(dim=-1, keepdim=True) * relative_norm / math.sqrt(tokens.shape[-1])
-    return tokens + torch.randn_like(tokens) * scale
 
 
 def token_distance(tokens: Tensor, centres: Tensor) -> Tensor:

@@ -28,9 +28,11 @@ class Method(pl.LightningModule):
     Attributes:
         needs: Keys of the batch that training reads although not every batch has them:
             ``corrupted`` (with ``corruption``) and ``prompt``.
+        oracle: What scoring takes from the test set, to be said in every table; empty is nothing.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    oracle: str = ""
 
     def __init__(self, optimizer: OptimizerFn, schedule: ScheduleFn | None = None) -> None:
         super().__init__()

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from anomaly_lit.types import UserError
+
 
 def aggregate(features: Sequence[Tensor], grid: Sequence[int], average: bool = False) -> Tensor:
     """Brings every stage to one grid and joins the channels.
@@ -56,6 +58,27 @@ def smooth(anomaly_map: Tensor, sigma: float) -> Tensor:
         )
         flat = F.conv2d(flat[..., _reflected(width, radius, flat.device)], kernel.view(1, 1, 1, -1))
     return flat.view(batch, channels, height, width)
+
+
+def grid_of(image_size: int | Sequence[int], stride: int) -> tuple[int, int]:
+    """Rows and columns of a map with one position every ``stride`` pixels.
+
+    Raises:
+        UserError: The stride does not divide the image.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if height % stride or width % stride:
+        raise UserError(
+            f"image_size={image_size} is no multiple of {stride}, the stride of the feature map"
+        )
+    return height // stride, width // stride
+
+
+def pooled_maximum(anomaly_map: Tensor, window: int) -> Tensor:
+    """(B,) greatest mean over a square window that lies within the (B, 1, H, W) map."""
+    height, width = anomaly_map.shape[-2:]
+    size = (min(window, height), min(window, width))
+    return F.avg_pool2d(anomaly_map, size, stride=1).amax(dim=(1, 2, 3))
 
 
 def _reflected(length: int, radius: int, device: torch.device) -> Tensor:

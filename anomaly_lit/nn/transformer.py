@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,6 +54,27 @@ class TransformerBlock(nn.Module):
         """(B, N, dim) to (B, N, dim)."""
         tokens = tokens + self.attention(self.norm1(tokens))
         return tokens + self.mlp(self.norm2(tokens))
+
+
+def add_jitter(tokens: Tensor, relative_norm: float) -> Tensor:
+    """Gaussian noise whose norm is about ``relative_norm`` times the token's norm (UniAD).
+
+    Args:
+        tokens: (B, N, dim).
+        relative_norm: At least 0; 0 returns the tokens as they are.
+    """
+    if relative_norm == 0:
+        return tokens
+    scale = tokens.norm(dim=-1, keepdim=True) * relative_norm / math.sqrt(tokens.shape[-1])
+    return tokens + torch.randn_like(tokens) * scale
+
+
+def init_linear(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases, for ``Module.apply``."""
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def sincos_positions(dim: int, height: int, width: int) -> Tensor:

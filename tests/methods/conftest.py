@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
+from torch.utils.data import DataLoader
 
 from anomaly_lit.config import config_dir, instantiate, nodes, plain
 from anomaly_lit.types import Batch
 
-NUMBERS = {"grid": 8, "dim": 32, "heads": 2, "depth": 1, "patch": 2, "smoothing": 1.0}
+NUMBERS = {
+    "grid": 8,
+    "dim": 32,
+    "heads": 2,
+    "depth": 1,
+    "patch": 2,
+    "smoothing": 1.0,
+    "feedforward": 32,
+    "encoder_depth": 1,
+    "decoder_depth": 1,
+    "window": 3,
+    "refiner_dim": 8,
+}
+
+
+def compose_published(name: str, image_size: int) -> dict[str, Any]:
+    """The ``method`` node of ``method=NAME`` as it is."""
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        overrides = [f"method={name}", f"image_size={image_size}", "output_dir=unused"]
+        return plain(compose("train", overrides))["method"]
 
 
 def compose_method(name: str) -> dict[str, Any]:
     """The ``method`` node of ``method=NAME``, small where the method has such a key."""
-    with initialize_config_dir(config_dir(), version_base="1.3"):
-        cfg = compose("train", [f"method={name}", "image_size=64", "output_dir=unused"])
-    config = plain(cfg)["method"]
+    config = compose_published(name, 64)
     config |= {key: value for key, value in NUMBERS.items() if key in config}
     for _, node in nodes(config):
         if node["_target_"] == "anomaly_lit.nn.backbone.Backbone":
@@ -53,16 +72,65 @@ def small_method() -> Callable[..., Any]:
     return build
 
 
+@pytest.fixture(scope="session")
+def published_method() -> Callable[..., Any]:
+    """Builds ``published_method(name, image_size)`` with the paper's numbers and no weights."""
+    return lambda name, image_size: instantiate(compose_published(name, image_size))
+
+
+class Repeated(pl.LightningDataModule):
+    """One batch again and again, which is also all there is of normal images."""
+
+    def __init__(self, batch: Any, steps: int) -> None:
+        super().__init__()
+        self.batch = batch
+        self.steps = steps
+        self.categories = list(dict.fromkeys(batch["category"]))
+
+    def train_dataloader(self) -> Any:
+        return DataLoader([self.batch] * self.steps, batch_size=None)
+
+    def normal_batches(self, split: str, most: int) -> Iterator[Any]:
+        yield self.batch
+
+    def corrupt(self, batch: Any, step: int = 0) -> Any:
+        return batch
+
+
+@pytest.fixture(scope="session")
+def fit() -> Callable[..., None]:
+    """Trains ``fit(method, batch, steps)`` on one batch."""
+
+    def train(method: Any, batch: Any, steps: int) -> None:
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(method, datamodule=Repeated(batch, steps))
+
+    return train
+
+
 @pytest.fixture
 def make_batch() -> Callable[..., Batch]:
-    """Gives ``make_batch(count, height, width)`` of smooth seeded images."""
+    """Gives ``make_batch(count, height, width)`` of smooth images, with all optional keys."""
 
     def make(count: int = 2, height: int = 64, width: int = 64) -> Batch:
         generator = torch.Generator().manual_seed(count)
         coarse = torch.rand(count, 3, 8, 8, generator=generator)
         image = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
+        image = image.clamp(0, 1)
+        corruption = torch.zeros(count, 1, height, width, dtype=torch.bool)
+        corruption[..., 16:40, 24:48] = True
         return {
-            "image": image.clamp(0, 1),
+            "image": image,
+            "corrupted": torch.where(corruption, 1 - image, image),
+            "corruption": corruption,
+            "prompt": image.roll(1, dims=0),
             "index": torch.arange(count),
             "label": torch.zeros(count, dtype=torch.bool),
             "gt_mask": torch.zeros(count, 1, height, width, dtype=torch.bool),

@@ -22,12 +22,11 @@ from anomaly_lit.methods.ami_net import (
     ClusterBranch,
     InpaintingNetwork,
     adaptive_mask,
-    add_jitter,
     cluster_loss,
     token_distance,
 )
 from anomaly_lit.nn.aggregate import aggregate
-from anomaly_lit.nn.transformer import sincos_positions
+from anomaly_lit.nn.transformer import add_jitter, sincos_positions
 from anomaly_lit.types import UserError
 
 Build = Callable[..., Any]

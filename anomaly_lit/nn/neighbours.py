@@ -1,0 +1,143 @@
+"""Parts of transformers that must not look at a position's own neighbourhood (UniAD, OneNIP).
+
+Tokens are (B, N, dim) with N = rows * columns, row by row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anomaly_lit.types import UserError
+
+
+def neighbour_mask(rows: int, columns: int, window: int) -> Tensor:
+    """Which key each query may attend to: all but a window centred on it, itself included.
+
+    Args:
+        rows: Height of the grid.
+        columns: Width of the grid.
+        window: Side of the window, in positions; cut at the borders, and 0 for none. An even one
+            reaches as far as the next odd one.
+
+    Returns:
+        (N, N) bool, true where query i may attend to key j.
+
+    Raises:
+        UserError: A position would have nothing to attend to.
+    """
+    reach = window // 2 if window else -1
+    if rows <= 2 * reach + 1 and columns <= 2 * reach + 1:
+        raise UserError(
+            f"a window of {window} covers the whole map of {rows} x {columns} positions: lower "
+            "method.window, or raise image_size"
+        )
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    near_rows = (row.flatten()[:, None] - row.flatten()).abs() <= reach
+    near_columns = (column.flatten()[:, None] - column.flatten()).abs() <= reach
+    return ~(near_rows & near_columns)
+
+
+class LearnedPositions(nn.Module):
+    """Position code of a learned column half and a learned row half, uniform in [0, 1) at first.
+
+    Args:
+        rows: Height of the grid.
+        columns: Width of the grid.
+        dim: Width of a token, even.
+    """
+
+    def __init__(self, rows: int, columns: int, dim: int) -> None:
+        super().__init__()
+        self.row = nn.Parameter(torch.rand(rows, dim // 2))
+        self.column = nn.Parameter(torch.rand(columns, dim // 2))
+
+    def forward(self) -> Tensor:
+        """(N, dim): the column's code, then the row's."""
+        rows, columns = len(self.row), len(self.column)
+        column = self.column.expand(rows, -1, -1)
+        row = self.row[:, None].expand(-1, columns, -1)
+        return torch.cat([column, row], dim=-1).flatten(0, 1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose queries, keys and values may come from different tokens.
+
+    Args:
+        dim: Width of a token; a multiple of ``heads``.
+        heads: Number of heads.
+        dropout: Share of attention weights dropped in training.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None
+    ) -> Tensor:
+        """(B, N, dim), (B, M, dim), (B, M, dim) and (N, M) bool or None to (B, N, dim)."""
+        parts = (self.query(query), self.key(key), self.value(value))
+        heads = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(*heads, attn_mask=allowed, dropout_p=dropout)
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+
+class NeighbourEncoderLayer(nn.Module):
+    """Post-norm transformer layer; positions are added to queries and keys, never to values.
+
+    Args:
+        dim: Width of a token.
+        heads: Number of heads.
+        feedforward: Width of the hidden layer.
+        dropout: Of attention weights, the hidden layer and both residuals.
+    """
+
+    def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(dim, heads, dropout)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, feedforward), nn.ReLU(), nn.Dropout(dropout), nn.Linear(feedforward, dim)
+        )
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
+        """(B, N, dim), (N, dim) and (N, N) bool to (B, N, dim)."""
+        placed = tokens + positions
+        tokens = self.norm1(tokens + self.dropout(self.attention(placed, placed, tokens, allowed)))
+        return self.norm2(tokens + self.dropout(self.mlp(tokens)))
+
+
+class NeighbourEncoder(nn.Module):
+    """Layers one after the other, without a final norm.
+
+    Args:
+        dim: Width of a token.
+        heads: Number of heads.
+        feedforward: Width of the hidden layers.
+        depth: Number of layers.
+        dropout: See the layer.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, feedforward: int, depth: int, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            NeighbourEncoderLayer(dim, heads, feedforward, dropout) for _ in range(depth)
+        )
+
+    def forward(self, tokens: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
+        """(B, N, dim), (N, dim) and (N, N) bool to (B, N, dim)."""
+        for layer in self.layers:
+            tokens = layer(tokens, positions, allowed)
+        return tokens
