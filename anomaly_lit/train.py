@@ -194,7 +194,13 @@ def build_trainer(
     from anomaly_lit.callbacks.evaluation import Evaluation
     from anomaly_lit.callbacks.outputs import LossCurves
     from anomaly_lit.callbacks.progress import progress_bar
-    from anomaly_lit.callbacks.run import ResumeCheckpoint, StepSeeds, StopAtNaN, WholeCheckpoint
+    from anomaly_lit.callbacks.run import (
+        FillFeatureCache,
+        ResumeCheckpoint,
+        StepSeeds,
+        StopAtNaN,
+        WholeCheckpoint,
+    )
 
     folder = str(directory / "checkpoints")
     named = config["callbacks"] or {}
@@ -205,6 +211,7 @@ def build_trainer(
             "callbacks: none is an anomaly_lit.callbacks.Evaluation, which every run needs"
         )
     callbacks += [
+        FillFeatureCache(),
         StepSeeds(config["seed"]),
         StopAtNaN(),
         WholeCheckpoint(config, data_digest),

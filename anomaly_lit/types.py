@@ -41,7 +41,9 @@ class Batch(TypedDict):
     corrupted: NotRequired[Tensor]  # (B, 3, H, W), the image after synthesis
     corruption: NotRequired[Tensor]  # (B, 1, H, W) bool, true where synthesis changed it
     prompt: NotRequired[Tensor]  # (B, 3, H, W), a normal image of the same category
+    prompt_path: NotRequired[list[str]]
     features: NotRequired[dict[str, list[Tensor]]]  # cached clean features, by backbone
+    prompt_features: NotRequired[dict[str, list[Tensor]]]  # those of the prompts
 
 
 class Prediction(NamedTuple):

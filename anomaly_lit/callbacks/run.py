@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from anomaly_lit.data.sampler import mixed_seed
+from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.types import UserError
 
 FORMAT_VERSION = 1
@@ -196,3 +197,23 @@ class StopAtNaN(pl.Callback):
                 "method.optimizer.lr, or set trainer.precision=32-true, or clip gradients with "
                 f"trainer.gradient_clip_val=1. Last images: {', '.join(self.paths[:3])}"
             )
+
+
+class FillFeatureCache(pl.Callback):
+    """Computes the features of frozen backbones once, before the first step, in its precision."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Fills the data module's feature cache, if it has one."""
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        cache = getattr(datamodule, "feature_cache", None)
+        if cache is None:
+            return
+        named = pl_module.named_modules()
+        backbones = {name: module for name, module in named if isinstance(module, Backbone)}
+        samples = [*datamodule.train_samples, *datamodule.holdout_samples]
+        batches = (
+            pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+            for batch in datamodule.batches_of(samples)
+        )
+        with trainer.precision_plugin.forward_context():
+            cache.fill(backbones, batches, len(samples))

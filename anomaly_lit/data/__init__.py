@@ -12,13 +12,28 @@ if TYPE_CHECKING:
     from anomaly_lit.data.cache import HostCache
     from anomaly_lit.data.datamodule import AnomalyDataModule
     from anomaly_lit.data.demo import Demo
+    from anomaly_lit.data.features import FeatureCache
     from anomaly_lit.data.sets import BTAD, Folder, MVTecAD, VisA
 
-__all__ = ["BTAD", "AnomalyDataModule", "Demo", "Folder", "HostCache", "MVTecAD", "VisA"]
+__all__ = [
+    "BTAD",
+    "AnomalyDataModule",
+    "Demo",
+    "FeatureCache",
+    "Folder",
+    "HostCache",
+    "MVTecAD",
+    "VisA",
+]
+FILES = {
+    "AnomalyDataModule": "datamodule",
+    "Demo": "demo",
+    "FeatureCache": "features",
+    "HostCache": "cache",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    files = {"AnomalyDataModule": "datamodule", "Demo": "demo", "HostCache": "cache"}
-    return getattr(import_module(f"{__name__}.{files.get(name, 'sets')}"), name)
+    return getattr(import_module(f"{__name__}.{FILES.get(name, 'sets')}"), name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -123,16 +123,26 @@ def tell(text: str) -> None:
 def in_threads(work: Callable[[T], R], items: Sequence[T], title: str) -> list[R]:
     """Do `work` on all items in threads, in order; a progress bar appears if it takes long."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(_watched(pool.map(work, items), len(items), title))
+        return list(watched(pool.map(work, items), len(items), title))
 
 
-def _watched(results: Iterable[R], total: int, title: str) -> Iterable[R]:
+def watched(
+    results: Iterable[R], total: int, title: str, step: Callable[[R], int] = lambda result: 1
+) -> Iterator[R]:
+    """Pass results on; a progress bar appears if it takes long.
+
+    Args:
+        results: What is passed on.
+        total: Steps in all.
+        title: Shown beside the bar.
+        step: Steps that a result stands for.
+    """
     start, done, bar = time.monotonic(), 0, None
     hidden = getattr(rank_zero_only, "rank", 0) != 0
     try:
         for result in results:
             yield result
-            done += 1
+            done += step(result)
             if bar is None and not hidden and time.monotonic() - start > PATIENCE:
                 bar = Progress(transient=True, console=Console(stderr=True))
                 bar.start()

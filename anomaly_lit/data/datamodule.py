@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from anomaly_lit.data.cache import HostCache, in_threads, tell
+from anomaly_lit.data.features import FeatureCache
 from anomaly_lit.data.folders import Listing
 from anomaly_lit.data.images import Resize, check_sizes, read_header, read_sample
 from anomaly_lit.data.sampler import ShardSampler, TrainBatches, WithPartners, mixed_seed
@@ -31,7 +32,7 @@ class Item:
     sample: Sample
     image: Tensor  # (h, w, 3) uint8
     mask: Tensor | None  # (h, w) bool
-    prompt: Tensor | None = None  # (h, w, 3) uint8
+    prompt: Item | None = None
 
 
 class Images(Dataset[Item]):
@@ -48,8 +49,7 @@ class Images(Dataset[Item]):
     def __getitem__(self, index: int | tuple[int, int]) -> Item:
         """Give a sample by its index, or, by a pair of them, with another one's image as prompt."""
         if isinstance(index, tuple):
-            item, prompt = self[index[0]], self[index[1]].image
-            return replace(item, prompt=prompt)
+            return replace(self[index[0]], prompt=self[index[1]])
         sample = self.samples[index]
         image = None if self.cache is None else self.cache.get(sample.path)
         if image is not None and self.cache is not None:
@@ -77,7 +77,10 @@ def collate(items: list[Item]) -> Batch:
         "path": [item.sample.path for item in items],
     }
     prompts = [item.prompt for item in items if item.prompt is not None]
-    return {**batch, "prompt": _as_float(prompts)} if prompts else batch
+    if prompts:
+        batch["prompt"] = _as_float([item.image for item in prompts])
+        batch["prompt_path"] = [item.sample.path for item in prompts]
+    return batch
 
 
 def _as_float(images: list[Tensor]) -> Tensor:
@@ -117,6 +120,7 @@ class AnomalyDataModule(pl.LightningDataModule):
         masks: `required` (an anomalous image without a mask is an error), `optional` (all or
             none of them have one) or `none` (masks are not read; no pixel metrics).
         cache: Where decoded images are kept; None decodes them each time.
+        feature_cache: Where features of frozen backbones are kept; None computes them each time.
         synthesis: Makes anomalies out of training images, `(image, generator, category)` to
             `(corrupted, corruption)` with the batch's shapes; None gives plain batches.
         validate_on_synthesis: Also score held-out images after synthesis, as `val/synthetic_*`.
@@ -146,6 +150,7 @@ class AnomalyDataModule(pl.LightningDataModule):
         seed: int = 0,
         masks: Literal["required", "optional", "none"] = "required",
         cache: HostCache | None = None,
+        feature_cache: FeatureCache | None = None,
         synthesis: nn.Module | None = None,
         validate_on_synthesis: bool = False,
     ) -> None:
@@ -162,6 +167,7 @@ class AnomalyDataModule(pl.LightningDataModule):
         self.seed = seed
         self.masks = masks
         self.cache = cache
+        self.feature_cache = feature_cache
         self.synthesis = synthesis
         self.validate_on_synthesis = validate_on_synthesis
         self._check_arguments()
@@ -275,25 +281,33 @@ class AnomalyDataModule(pl.LightningDataModule):
         for category in self.categories:
             own = [row for row, sample in enumerate(samples) if sample.category == category]
             rows += own[:: max(1, -(-len(own) // share))]
+        yield from self.batches_of([samples[row] for row in rows])
+
+    def batches_of(self, samples: list[Sample]) -> Iterator[Batch]:
+        """Give batches of some images in order, the same on every rank."""
         images = Images(samples, self.resize, self.cache)
-        for start in range(0, len(rows), self.eval_batch_size):
-            yield collate([images[row] for row in rows[start : start + self.eval_batch_size]])
+        for start in range(0, len(samples), self.eval_batch_size):
+            rows = range(start, min(start + self.eval_batch_size, len(samples)))
+            yield collate([images[row] for row in rows])
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Add `corrupted` and `corruption` in training and validation, where synthesis is on.
+        """Add what is kept of the features, and corrupted images where synthesis is on.
 
-        The loader `synthetic` of a validation gives the corrupted images in place
-        of the clean ones, with their truth.
+        Both in training and validation alone. The loader `synthetic` of a validation gives the
+        corrupted images in place of the clean ones, with their truth.
         """
         trainer = self.trainer
-        if self.synthesis is None or trainer is None:
+        if trainer is None:
             return batch
         if trainer.training:
-            return self.corrupt(batch, self._position())
+            batch = self._with_features(batch)
+            return batch if self.synthesis is None else self.corrupt(batch, self._position())
         if not (trainer.validating or trainer.sanity_checking):
             return batch
         split = self.validation_names()[dataloader_idx]
-        if split == "test":
+        if split == "holdout":
+            batch = self._with_features(batch)
+        if split == "test" or self.synthesis is None:
             return batch
         batch = self.corrupt(batch)
         if split == "holdout":
@@ -305,6 +319,20 @@ class AnomalyDataModule(pl.LightningDataModule):
             "gt_mask": batch["corruption"],
             "label": label,
         }
+
+    def _with_features(self, batch: Batch) -> Batch:
+        if self.feature_cache is None:
+            return batch
+        device = batch["image"].device
+        features = self.feature_cache.get(batch["path"], device)
+        if features is None:
+            return batch
+        batch = {**batch, "features": features}
+        if "prompt_path" in batch:
+            prompted = self.feature_cache.get(batch["prompt_path"], device)
+            assert prompted is not None  # prompts are training images
+            batch["prompt_features"] = prompted
+        return batch
 
     def corrupt(self, batch: Batch, step: int = 0) -> Batch:
         """Add `corrupted` and `corruption`; the draw depends on seed, step and images alone.

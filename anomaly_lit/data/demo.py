@@ -19,6 +19,7 @@ from torch import nn
 
 from anomaly_lit.data.cache import HostCache
 from anomaly_lit.data.demo_products import GOOD, PRODUCTS, picture
+from anomaly_lit.data.features import FeatureCache
 from anomaly_lit.data.sets import MVTecAD
 from anomaly_lit.types import UserError
 
@@ -43,6 +44,7 @@ class Demo(MVTecAD):
         seed: Chooses the held-out images and the shots, and shuffles.
         drawing_seed: Decides the pictures; another one needs another root.
         cache: Where decoded images are kept; None decodes them each time.
+        feature_cache: Where features of frozen backbones are kept; None computes them each time.
         synthesis: Makes anomalies out of training images; None gives plain batches.
         validate_on_synthesis: Also score held-out images after synthesis.
     """
@@ -63,6 +65,7 @@ class Demo(MVTecAD):
         seed: int = 0,
         drawing_seed: int = 0,
         cache: HostCache | None = None,
+        feature_cache: FeatureCache | None = None,
         synthesis: nn.Module | None = None,
         validate_on_synthesis: bool = False,
     ) -> None:
@@ -78,6 +81,7 @@ class Demo(MVTecAD):
             balanced=balanced,
             seed=seed,
             cache=cache,
+            feature_cache=feature_cache,
             synthesis=synthesis,
             validate_on_synthesis=validate_on_synthesis,
         )

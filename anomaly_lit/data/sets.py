@@ -10,6 +10,7 @@ from torch import nn
 
 from anomaly_lit.data.cache import HostCache
 from anomaly_lit.data.datamodule import AnomalyDataModule, raise_all
+from anomaly_lit.data.features import FeatureCache
 from anomaly_lit.data.folders import (
     Listing,
     list_btad,
@@ -104,6 +105,7 @@ class Folder(AnomalyDataModule):
         seed: See there; it also chooses the images of `test_share`.
         masks: See there.
         cache: See there.
+        feature_cache: See there.
         synthesis: See there.
         validate_on_synthesis: See there.
     """
@@ -132,6 +134,7 @@ class Folder(AnomalyDataModule):
         seed: int = 0,
         masks: Literal["required", "optional", "none"] = "optional",
         cache: HostCache | None = None,
+        feature_cache: FeatureCache | None = None,
         synthesis: nn.Module | None = None,
         validate_on_synthesis: bool = False,
     ) -> None:
@@ -150,6 +153,7 @@ class Folder(AnomalyDataModule):
             seed=seed,
             masks=masks,
             cache=cache,
+            feature_cache=feature_cache,
             synthesis=synthesis,
             validate_on_synthesis=validate_on_synthesis,
         )

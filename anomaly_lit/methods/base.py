@@ -24,6 +24,8 @@ class Method(pl.LightningModule):
     Args:
         optimizer: Builds the optimiser from the trainable parameters.
         schedule: Factor of the learning rate at a share of training, in [0, 1]; None keeps it.
+        gradient_clip: Greatest norm of all gradients together, where a method cannot do without;
+            ``trainer.gradient_clip_val`` has precedence.
 
     Attributes:
         needs: Keys of the batch that training reads although not every batch has them:
@@ -34,10 +36,16 @@ class Method(pl.LightningModule):
     needs: ClassVar[frozenset[str]] = frozenset()
     oracle: str = ""
 
-    def __init__(self, optimizer: OptimizerFn, schedule: ScheduleFn | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: OptimizerFn,
+        schedule: ScheduleFn | None = None,
+        gradient_clip: float | None = None,
+    ) -> None:
         super().__init__()
         self.optimizer = optimizer
         self.schedule = schedule
+        self.gradient_clip = gradient_clip
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The terms of the loss, each a scalar; ``loss`` is what training lowers."""
@@ -57,10 +65,23 @@ class Method(pl.LightningModule):
             if isinstance(module, Backbone):
                 module.load_weights()
 
-    def features(self, backbone: Backbone, batch: Batch, name: str = "backbone") -> list[Tensor]:
-        """Clean features of the batch's images: from the cache where there is one."""
-        cached = batch.get("features", {})
-        return cached[name] if name in cached else backbone(batch["image"])
+    def features(
+        self,
+        backbone: Backbone,
+        batch: Batch,
+        name: str = "backbone",
+        of: Literal["image", "prompt"] = "image",
+    ) -> list[Tensor]:
+        """Features of the batch's clean images or prompts: from the cache where there is one.
+
+        Args:
+            backbone: Computes them otherwise.
+            batch: Its images, and what the cache holds of them.
+            name: The backbone's attribute path in this module, such as ``teacher``.
+            of: Which images.
+        """
+        cached = batch.get("features", {}) if of == "image" else batch.get("prompt_features", {})
+        return cached[name] if name in cached else backbone(batch[of])
 
     def normal_batches(
         self, split: Literal["train", "holdout"], most: int = 256
@@ -144,3 +165,13 @@ class Method(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips at the trainer's value, else at the method's."""
+        limit = gradient_clip_val or self.gradient_clip
+        self.clip_gradients(optimizer, limit, gradient_clip_algorithm or "norm")

@@ -45,6 +45,8 @@ class UniAD(Method):
         loss: Reconstruction loss on (B, C, h, w) maps.
         optimizer: Builds the optimiser.
         schedule: Factor of the learning rate over training.
+        gradient_clip: Greatest norm of the gradients. Without it the first, large gradients leave
+            AdamW's second moments so high that hundreds of steps learn next to nothing.
         image_size: Height and width of the images, or one number for both.
         stride: Pixels per position of the feature map; divides the image.
         dim: Width of a token; the heads divide it.
@@ -70,6 +72,7 @@ class UniAD(Method):
         loss: nn.Module,
         optimizer: OptimizerFn,
         schedule: ScheduleFn | None = None,
+        gradient_clip: float | None = 0.1,
         image_size: int | Sequence[int] = 224,
         stride: int = 16,
         dim: int = 256,
@@ -83,7 +86,7 @@ class UniAD(Method):
         score: Literal["max", "std", "mean"] = "max",
         pool: int = 16,
     ) -> None:
-        super().__init__(optimizer, schedule)
+        super().__init__(optimizer, schedule, gradient_clip)
         if dim % heads or dim % 2:
             raise UserError(f"method.heads={heads} and 2 must divide method.dim={dim}")
         self.backbone = backbone

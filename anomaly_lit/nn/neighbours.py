@@ -83,10 +83,12 @@ class Attention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None
     ) -> Tensor:
         """(B, N, dim), (B, M, dim), (B, M, dim) and (N, M) bool or None to (B, N, dim)."""
-        parts = (self.query(query), self.key(key), self.value(value))
-        heads = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, dim / heads)
+            for part in (self.query(query), self.key(key), self.value(value))
+        )
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(*heads, attn_mask=allowed, dropout_p=dropout)
+        mixed = F.scaled_dot_product_attention(q, k, v, allowed, dropout)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 

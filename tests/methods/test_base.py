@@ -1,0 +1,61 @@
+"""What the base of all methods does on its own."""
+
+from __future__ import annotations
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from anomaly_lit.methods.base import Method
+from anomaly_lit.types import UserError
+
+
+class Steep(Method):
+    """A loss whose gradient is 8, minimised by plain gradient descent."""
+
+    def __init__(self, gradient_clip: float | None) -> None:
+        super().__init__(lambda p: torch.optim.SGD(p, lr=1.0), gradient_clip=gradient_clip)
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def losses(self, batch: dict) -> dict[str, Tensor]:
+        return {"loss": -8 * self.weight}
+
+
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*")
+@pytest.mark.parametrize(
+    ("own", "trainer_s", "expected"),
+    [(None, None, 8), (0.5, None, 0.5), (0.5, 2.0, 2), (None, 3.0, 3)],
+)
+def test_gradients_are_clipped_at_the_trainer_s_norm_else_the_method_s(
+    own: float | None, trainer_s: float | None, expected: float
+) -> None:
+    method = Steep(own)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        gradient_clip_val=trainer_s,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(method, DataLoader([{"image": torch.zeros(1, 3, 8, 8)}], batch_size=None))
+    assert method.weight.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*")
+def test_statistics_need_a_data_module() -> None:
+    class Curious(Steep):
+        def on_fit_start(self) -> None:
+            list(self.normal_batches("train"))
+
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, max_steps=1,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="datamodule="):
+        trainer.fit(
+            Curious(None), DataLoader([{"image": torch.zeros(1, 3, 8, 8)}], batch_size=None)
+        )
