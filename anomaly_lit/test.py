@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from omegaconf import DictConfig
 
 from anomaly_lit import config as configuration
 from anomaly_lit.types import UserError
+
+if TYPE_CHECKING:
+    from anomaly_lit.methods.base import Method
 
 
 def main() -> None:
@@ -35,12 +40,12 @@ def test(cfg: DictConfig) -> None:
     quiet()
     checkpoint = read_checkpoint(config["ckpt_path"])
     trained = checkpoint["anomaly_lit"]["config"]
-    method = build_method(trained, config["trust"])
-    method.load_state_dict(checkpoint["state_dict"])
-    changes = {key: value for key, value in config["dataset"].items() if value is not None}
-    dataset = trained["dataset"] | changes
-    configuration.check_targets(dataset, config["trust"])
-    configuration.validate({"dataset": dataset})
+    node = trained["method"] | config["method"]
+    dataset = trained["dataset"] | {k: v for k, v in config["dataset"].items() if v is not None}
+    configuration.check_targets({"method": node, "dataset": dataset}, config["trust"])
+    configuration.validate({"method": node, "dataset": dataset})
+    method = build_method({**trained, "method": node}, config["trust"])
+    load_weights(method, checkpoint["state_dict"], config["method"])
     datamodule = configuration.instantiate(dataset)
     datamodule.prepare_data()
     datamodule.setup("test")
@@ -57,17 +62,36 @@ def test(cfg: DictConfig) -> None:
         enable_model_summary=False,
         callbacks=[evaluation, outputs, StepSeeds(trained["seed"]), progress_bar()],
     )
+    if config["method"]:  # other scores need other thresholds
+        datamodule.setup("validate")
+        trainer.validate(method, datamodule=datamodule, verbose=False)
     trainer.test(method, datamodule=datamodule, verbose=False)
     metrics = {
         **{f"test/{key}": value for key, value in evaluation.results.items()},
         "selection": selection_of(trained["selection"], method),
         "seed": trained["seed"],
+        "method_changes": config["method"],
         "ckpt_path": str(config["ckpt_path"]),
         "data_digest": datamodule.digest,
         **environment(),
     }
     write_json(directory / "metrics.json", metrics)
     print_results(metrics, directory)
+
+
+def load_weights(method: Method, weights: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Loads weights into a method that differs in some values from the trained one.
+
+    Raises:
+        UserError: The values do not fit the weights.
+    """
+    try:
+        method.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"method {changes} does not fit the checkpoint's weights: change only what scoring "
+            "reads, not what shapes the network"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -454,6 +454,31 @@ def test_sweeper_gets_the_metric_it_names(
     assert run_here("train", *known).code == 1
 
 
+def test_scoring_can_be_changed_for_a_test_and_gets_thresholds_of_its_own(
+    run_here: Run, weights: Path, finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "max"
+    changed = [f"ckpt_path={weights}", "+method.score=max", f"output_dir={folder}"]
+    outcome = run_here("test", *changed)
+    assert outcome.code == 0, outcome.err
+    found, before = (read_rows(f / "predictions.csv") for f in (folder, finished))
+    assert read_json(folder / "metrics.json")["method_changes"] == {"score": "max"}
+    assert found[0]["score"] != before[0]["score"]
+    assert found[0]["threshold"] != before[0]["threshold"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [("+method.depth=2", "does not fit the checkpoint"), ("+method.sigmas=1", "did you mean")],
+)
+def test_other_changes_of_the_method_are_refused(
+    run_here: Run, weights: Path, tmp_path: Path, change: str, text: str
+) -> None:
+    outcome = run_here("test", f"ckpt_path={weights}", change, f"output_dir={tmp_path / 'out'}")
+    assert outcome.code == 1
+    assert text in outcome.err
+
+
 # -------------------------------------------------------------------------------- two processes
 
 
