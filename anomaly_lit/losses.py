@@ -1,19 +1,40 @@
-"""Reconstruction losses: ``loss(prediction, target)`` on two (B, C, H, W) maps gives a scalar.
+"""Losses: ``loss(prediction, target)`` on two (B, C, H, W) maps gives a scalar.
 
 A loss of several terms has ``terms``, which gives them weighted: they sum to the loss.
+``dice_loss`` and ``focal_loss`` compare a probability with a truth and belong to methods that
+segment; they are no options of the group ``loss``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from anomaly_lit.types import UserError
 
 
 def loss_terms(loss: nn.Module, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
     """The weighted terms of a loss by name; one, ``reconstruction``, where it has no names."""
-    if isinstance(loss, MSECosineLoss):
-        return loss.terms(prediction, target)
+    terms: Any = getattr(loss, "terms", None)
+    if terms is not None:
+        return terms(prediction, target)
     return {"reconstruction": loss(prediction, target)}
+
+
+class SumOfTerms(nn.Module):
+    """A loss that is the sum of its ``terms``."""
+
+    def terms(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Weighted scalars by name."""
+        raise NotImplementedError
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Scalar from two (B, C, H, W) maps."""
+        return torch.stack(list(self.terms(prediction, target).values())).sum()
 
 
 class CosineLoss(nn.Module):
@@ -24,7 +45,7 @@ class CosineLoss(nn.Module):
         return (1 - F.cosine_similarity(prediction, target, dim=1)).mean()
 
 
-class MSECosineLoss(nn.Module):
+class MSECosineLoss(SumOfTerms):
     """Distance and direction: mean squared error plus a weighted cosine term (AMI-Net).
 
     AMI-Net hands over its maps with the positions of a patch folded into channels, so that its
@@ -46,7 +67,162 @@ class MSECosineLoss(nn.Module):
             "direction": self.direction_weight * self.direction(prediction, target),
         }
 
+
+class SSIMLoss(nn.Module):
+    """One minus the mean structural similarity, channel by channel (Wang et al., 2004).
+
+    Args:
+        window: Side of the Gaussian window, odd, in positions.
+        sigma: Its standard deviation, in positions.
+        data_range: Distance between the least and the greatest value that maps should have.
+
+    Raises:
+        UserError: The window is even.
+    """
+
+    def __init__(self, window: int = 11, sigma: float = 1.5, data_range: float = 1.0) -> None:
+        super().__init__()
+        if window < 1 or window % 2 == 0:
+            raise UserError(f"method.loss: window={window} must be odd")
+        self.window = window
+        self.sigma = sigma
+        self.data_range = data_range
+
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Scalar from two (B, C, H, W) maps."""
-        terms = self.terms(prediction, target)
-        return terms["distance"] + terms["direction"]
+        """Scalar in [0, 2] from two (B, C, H, W) maps."""
+        similarity = ssim_map(prediction, target, self.window, self.sigma, self.data_range)
+        return 1 - similarity.mean()
+
+
+class HybridLoss(SumOfTerms):
+    """Pixel by pixel and in structure: mean squared error plus weighted SSIM loss (MFRNet).
+
+    Args:
+        structure_weight: Weight of the structural term.
+        window: See ``SSIMLoss``.
+        sigma: See there.
+        data_range: See there.
+    """
+
+    def __init__(
+        self,
+        structure_weight: float = 1.0,
+        window: int = 11,
+        sigma: float = 1.5,
+        data_range: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.structure_weight = structure_weight
+        self.structure = SSIMLoss(window, sigma, data_range)
+
+    def terms(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """``pixel`` and the weighted ``structure``."""
+        return {
+            "pixel": F.mse_loss(prediction, target),
+            "structure": self.structure_weight * self.structure(prediction, target),
+        }
+
+
+class WeightedSum(SumOfTerms):
+    """Several losses, each with its weight.
+
+    Args:
+        losses: Losses by name.
+        weights: The weight of each, by the same names.
+
+    Raises:
+        UserError: The names differ, or there are none.
+    """
+
+    def __init__(self, losses: Mapping[str, nn.Module], weights: Mapping[str, float]) -> None:
+        super().__init__()
+        if not losses or set(losses) != set(weights):
+            raise UserError(
+                f"method.loss.losses names {', '.join(sorted(losses)) or 'nothing'}, "
+                f"method.loss.weights {', '.join(sorted(weights)) or 'nothing'}: the same names "
+                "are needed in both"
+            )
+        self.losses = nn.ModuleDict(losses)
+        self.weights = dict(weights)
+
+    def terms(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Each loss times its weight."""
+        return {
+            name: self.weights[name] * loss(prediction, target)
+            for name, loss in self.losses.items()
+        }
+
+
+def ssim_map(
+    prediction: Tensor,
+    target: Tensor,
+    window: int = 11,
+    sigma: float = 1.5,
+    data_range: float = 1.0,
+) -> Tensor:
+    """Structural similarity at every position and channel, in float32.
+
+    Means, variances and the covariance are taken under a Gaussian window; beyond the border lie
+    zeros in both maps. Each of the five filters is one product with a banded matrix from either
+    side, which for maps of up to 64 x 64 is faster than a convolution.
+
+    Args:
+        prediction: (B, C, H, W).
+        target: (B, C, H, W).
+        window: Side of the window, odd.
+        sigma: Its standard deviation.
+        data_range: Distance between the least and the greatest value that maps should have.
+
+    Returns:
+        (B, C, H, W) float32 in [-1, 1].
+    """
+    with torch.autocast(prediction.device.type, enabled=False):  # differences of large numbers
+        x, y = prediction.float(), target.float()
+        rows = _gaussian_band(x.shape[-2], window, sigma, x.device)
+        columns = _gaussian_band(x.shape[-1], window, sigma, x.device)
+        moments = rows @ torch.stack([x, y, x * x, y * y, x * y]) @ columns
+        mean_x, mean_y, square_x, square_y, product = moments.unbind(0)
+        variances = (square_x - mean_x.square() + square_y - mean_y.square()).clamp(min=0)
+        covariance = product - mean_x * mean_y
+        c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+        light = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
+        return light * (2 * covariance + c2) / (variances + c2)
+
+
+def _gaussian_band(length: int, window: int, sigma: float, device: torch.device) -> Tensor:
+    """(length, length) symmetric matrix that filters along an axis, with zeros beyond the ends."""
+    place = torch.arange(length, device=device, dtype=torch.float32)
+    offset = (place[:, None] - place).abs()
+    kernel = torch.arange(window, device=device, dtype=torch.float32) - window // 2
+    total = torch.exp(-0.5 * (kernel / sigma) ** 2).sum()
+    return torch.exp(-0.5 * (offset / sigma) ** 2) / total * (offset <= window // 2)
+
+
+def dice_loss(probability: Tensor, target: Tensor, factor: float = 1.0) -> Tensor:
+    """One minus the smoothed overlap of a probability with a truth, per image, then the mean.
+
+    1 - (factor * sum(p t) + 1) / (sum(p^2) + sum(t^2) + 1).
+
+    Args:
+        probability: (B, 1, H, W) in [0, 1].
+        target: (B, 1, H, W) in {0, 1}.
+        factor: 2 is dice as usually written, with 0 for a perfect mask; 1 is the form in OneNIP's
+            code, where a perfect mask leaves about one half and gradients are half as large.
+    """
+    overlap = (probability * target).sum(dim=(1, 2, 3))
+    total = probability.square().sum(dim=(1, 2, 3)) + target.square().sum(dim=(1, 2, 3))
+    return (1 - (factor * overlap + 1) / (total + 1)).mean()
+
+
+def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
+    """Cross entropy of a two-class truth, weighted by (1 - p)^gamma of the true class; the mean.
+
+    Lin et al., 2017, without their class weight.
+
+    Args:
+        logits: (B, 1, H, W), of the class that is 1.
+        target: (B, 1, H, W) in {0, 1}.
+        gamma: 0 is plain cross entropy.
+    """
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return ((1 - torch.exp(-entropy)) ** gamma * entropy).mean()

@@ -1,10 +1,13 @@
 """Masks: what a network may not see. True where a position is hidden.
 
 Every mask is a callable ``mask(batch, height, width, generator)`` that returns ``(n, B, h, w)``
-bool: n sets of hidden positions per image. Training-time masks here have n = 1.
+bool: n sets of hidden positions per image, n = 1 unless said otherwise. ``for_scoring`` gives the
+sets under which a method that hides positions at test time, too, should look at an image.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +15,19 @@ from torch import Tensor
 from anomaly_lit.types import UserError
 
 
-class NoMask:
+class Mask:
+    """Base of all masks."""
+
+    def __call__(self, batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+        """(n, B, h, w) bool, true where hidden."""
+        raise NotImplementedError
+
+    def for_scoring(self, height: int, width: int, generator: torch.Generator) -> list[Tensor]:
+        """Sets (n, 1, h, w) for any image; a score is the mean over the list."""
+        return [self(1, height, width, generator)]
+
+
+class NoMask(Mask):
     """Hides nothing."""
 
     def __call__(self, batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
@@ -20,7 +35,7 @@ class NoMask:
         return torch.zeros(1, batch, height, width, dtype=torch.bool, device=generator.device)
 
 
-class RandomMask:
+class RandomMask(Mask):
     """Random positions in a random quantity (AMI-Net, training).
 
     Per image the share r is uniform in [low, high); floor(r * h * w) positions are hidden, drawn
@@ -47,7 +62,7 @@ class RandomMask:
         return _hide(share, height, width, generator)
 
 
-class FixedRatioMask:
+class FixedRatioMask(Mask):
     """Random positions, the same share of every image.
 
     Args:
@@ -66,6 +81,62 @@ class FixedRatioMask:
         """(1, B, h, w) bool."""
         share = torch.full((batch, 1), self.ratio, device=generator.device)
         return _hide(share, height, width, generator)
+
+
+class CrossedMasks(Mask):
+    """Sets of square cells that together hide every position exactly once (MFRNet).
+
+    The cells of a grid are dealt at random, image by image, to ``sets`` sets of nearly equal
+    size; two sets are strict complements. Cells at the lower and right border are smaller where
+    the side of a cell does not divide the map.
+
+    Args:
+        sizes: Sides of a cell, in positions; each call draws one of them.
+        sets: Number of sets, at least 2.
+        score_sizes: Sides used in scoring, one after the other; None takes all of ``sizes``.
+
+    Raises:
+        UserError: A number is out of range, or, when called, a map has fewer cells than sets.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int] = (2, 4, 8),
+        sets: int = 3,
+        score_sizes: Sequence[int] | None = None,
+    ) -> None:
+        self.sizes = list(sizes)
+        self.sets = sets
+        self.score_sizes = self.sizes if score_sizes is None else list(score_sizes)
+        if sets < 2 or not self.sizes or min(self.sizes + self.score_sizes) < 1:
+            raise UserError(
+                f"mask: sizes={self.sizes} must be sides of at least 1, and sets={sets} at least 2"
+            )
+
+    def __call__(self, batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+        """(sets, B, h, w) bool; any two are disjoint and together they cover the map."""
+        drawn = [self._partition(size, batch, height, width, generator) for size in self.sizes]
+        pick = torch.randint(len(drawn), (1,), generator=generator, device=generator.device)
+        return torch.stack(drawn).index_select(0, pick)[0]  # without waiting for the device
+
+    def for_scoring(self, height: int, width: int, generator: torch.Generator) -> list[Tensor]:
+        """One partition (sets, 1, h, w) for each of ``score_sizes``."""
+        return [self._partition(size, 1, height, width, generator) for size in self.score_sizes]
+
+    def _partition(
+        self, size: int, batch: int, height: int, width: int, generator: torch.Generator
+    ) -> Tensor:
+        rows, columns = -(-height // size), -(-width // size)
+        if rows * columns < self.sets:
+            raise UserError(
+                f"mask: a map of {height} x {width} has {rows * columns} cells of side {size}, "
+                f"fewer than sets={self.sets}: lower mask sizes"
+            )
+        noise = torch.rand(batch, rows * columns, generator=generator, device=generator.device)
+        rank = noise.argsort(dim=1).argsort(dim=1).view(batch, rows, columns)
+        cells = rank.repeat_interleave(size, dim=1).repeat_interleave(size, dim=2)
+        number = torch.arange(self.sets, device=generator.device).view(-1, 1, 1, 1)
+        return cells[None, :, :height, :width] % self.sets == number
 
 
 def _hide(share: Tensor, height: int, width: int, generator: torch.Generator) -> Tensor:

@@ -1,16 +1,30 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from kornia.losses import binary_focal_loss_with_logits
+from skimage.metrics import structural_similarity
 from torch import nn
 
 from anomaly_lit.config import config_dir, instantiate, plain
-from anomaly_lit.losses import CosineLoss, MSECosineLoss, loss_terms
+from anomaly_lit.losses import (
+    CosineLoss,
+    HybridLoss,
+    MSECosineLoss,
+    SSIMLoss,
+    WeightedSum,
+    dice_loss,
+    focal_loss,
+    loss_terms,
+    ssim_map,
+)
+from anomaly_lit.types import UserError
 
-LOSSES = ["l1", "mse", "cosine", "mse_cosine"]
+LOSSES = sorted(path.stem for path in Path(config_dir(), "loss").glob("*.yaml"))
 
 
 def maps() -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,3 +78,103 @@ def test_length_does_not_change_the_direction() -> None:
     torch.testing.assert_close(
         CosineLoss()(10 * prediction, target), CosineLoss()(prediction, target)
     )
+
+
+def plain_ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Window by window, from the definition, with zeros beyond the border."""
+    offsets = range(-5, 6)
+    weights = torch.tensor(
+        [[math.exp(-(i * i + j * j) / (2 * 1.5**2)) for j in offsets] for i in offsets]
+    ).double()
+    weights /= weights.sum()
+    x, y = (nn.functional.pad(m.double(), (5, 5, 5, 5)) for m in (x, y))
+    result = torch.zeros(x.shape[0] - 10, x.shape[1] - 10, dtype=torch.float64)
+    for i in range(len(result)):
+        for j in range(result.shape[1]):
+            p, q = x[i : i + 11, j : j + 11], y[i : i + 11, j : j + 11]
+            mp, mq = (weights * p).sum(), (weights * q).sum()
+            vp, vq = (weights * p * p).sum() - mp**2, (weights * q * q).sum() - mq**2
+            cov = (weights * p * q).sum() - mp * mq
+            result[i, j] = ((2 * mp * mq + 1e-4) * (2 * cov + 9e-4)) / (
+                (mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)
+            )
+    return result
+
+
+@pytest.mark.parametrize("size", [(7, 9), (16, 14)])
+def test_ssim_equals_its_definition(size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.rand(2, 1, 2, *size, generator=generator)
+    found = ssim_map(x, y)
+    for channel in range(2):
+        expected = plain_ssim(x[0, channel], y[0, channel])
+        torch.testing.assert_close(found[0, channel].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ssim_equals_scikit_image_s_within_the_border() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.rand(2, 24, 20, generator=generator)
+    _, expected = structural_similarity(
+        x.numpy(), y.numpy(), gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+        data_range=1.0, full=True,
+    )  # fmt: skip
+    found = ssim_map(x[None, None], y[None, None])[0, 0]
+    torch.testing.assert_close(
+        found[5:-5, 5:-5], torch.from_numpy(expected)[5:-5, 5:-5], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_ssim_of_a_map_with_itself_is_one_under_any_precision() -> None:
+    x = torch.rand(1, 3, 8, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ssim_map(x, x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.ones_like(found))
+    assert SSIMLoss()(x, x).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_hybrid_is_the_pixel_term_and_the_weighted_structure() -> None:
+    prediction, target = maps()
+    terms = HybridLoss(structure_weight=3.0).terms(prediction, target)
+    assert terms["pixel"] == nn.functional.mse_loss(prediction, target)
+    assert terms["structure"] == 3 * SSIMLoss()(prediction, target)
+
+
+def test_weighted_sum_weighs_each_and_refuses_other_names() -> None:
+    prediction, target = maps()
+    loss = WeightedSum({"near": nn.L1Loss(), "far": nn.MSELoss()}, {"near": 2.0, "far": 0.5})
+    expected = 2 * nn.L1Loss()(prediction, target) + 0.5 * nn.MSELoss()(prediction, target)
+    torch.testing.assert_close(loss(prediction, target), expected)
+    assert list(loss_terms(loss, prediction, target)) == ["near", "far"]
+    with pytest.raises(UserError, match=r"losses names near.*weights near, other"):
+        WeightedSum({"near": nn.L1Loss()}, {"near": 1.0, "other": 1.0})
+
+
+def test_even_window_is_refused() -> None:
+    with pytest.raises(UserError, match="window=10"):
+        SSIMLoss(window=10)
+
+
+def test_dice_has_the_form_of_the_code_and_the_usual_one() -> None:
+    truth = torch.zeros(2, 1, 4, 4)
+    truth[0, 0, :2] = 1
+    probability = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for factor in (1.0, 2.0):
+        values = []
+        for p, t in zip(probability, truth, strict=True):
+            overlap, total = (p * t).sum(), (p * p).sum() + (t * t).sum()
+            values.append(1 - (factor * overlap + 1) / (total + 1))
+        expected = torch.stack(values).mean()
+        torch.testing.assert_close(dice_loss(probability, truth, factor), expected)
+    assert dice_loss(truth, truth, 2.0).item() == 0
+    assert dice_loss(truth[:1], truth[:1]).item() == pytest.approx(1 - 9 / 17)
+
+
+def test_focal_loss_is_kornia_s_and_cross_entropy_without_focus() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 1, 4, 4, generator=generator)
+    truth = (torch.rand(2, 1, 4, 4, generator=generator) > 0.5).float()
+    expected = binary_focal_loss_with_logits(logits, truth, alpha=None, gamma=2.0, reduction="mean")
+    torch.testing.assert_close(focal_loss(logits, truth), expected)
+    entropy = nn.functional.binary_cross_entropy_with_logits(logits, truth)
+    torch.testing.assert_close(focal_loss(logits, truth, gamma=0.0), entropy)

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from anomaly_lit.masks import FixedRatioMask, NoMask, RandomMask
+from anomaly_lit.masks import CrossedMasks, FixedRatioMask, NoMask, RandomMask
 from anomaly_lit.types import UserError
 
 MASKS = [NoMask(), RandomMask(), RandomMask(0.2, 0.4), FixedRatioMask(0.3)]
@@ -82,3 +82,47 @@ def test_shares_out_of_order_are_refused(low: float, high: float) -> None:
 def test_ratio_out_of_range_is_refused(ratio: float) -> None:
     with pytest.raises(UserError, match="ratio"):
         FixedRatioMask(ratio)
+
+
+@pytest.mark.parametrize("sets", [2, 3, 4, 7])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_crossed_sets_hide_every_position_once(size: int, sets: int) -> None:
+    hidden = draw(CrossedMasks([size], sets), batch=3, side=11)
+    assert hidden.shape == (sets, 3, 11, 13)
+    assert (hidden.sum(dim=0) == 1).all()
+
+
+def test_crossed_sets_are_whole_cells_of_nearly_equal_number() -> None:
+    hidden = draw(CrossedMasks([3], 4), batch=2, side=8)  # 3 x 4 cells on 8 x 10 positions
+    counts = []
+    for chosen in hidden.flatten(0, 1):
+        count = 0
+        for top in range(0, 8, 3):
+            for left in range(0, 10, 3):
+                cell = chosen[top : top + 3, left : left + 3]
+                assert cell.all() or not cell.any()
+                count += int(cell.all())
+        counts.append(count)
+    assert counts == [3] * 8
+
+
+def test_two_crossed_sets_are_complements_and_images_differ() -> None:
+    one, other = draw(CrossedMasks([2], 2), batch=3)
+    assert torch.equal(one, ~other)
+    assert not torch.equal(one[0], one[1])
+
+
+def test_every_size_is_drawn_in_training_and_used_in_scoring() -> None:
+    mask = CrossedMasks([1, 4], 2)
+    runs = {int(draw(mask, seed=seed)[0, 0, 0, :4].float().diff().abs().sum()) for seed in range(9)}
+    assert len(runs) > 1  # cells of four and of one
+    generator = torch.Generator().manual_seed(0)
+    assert [len(sets) for sets in mask.for_scoring(8, 8, generator)] == [2, 2]
+    assert len(CrossedMasks([1, 4], 2, [4]).for_scoring(8, 8, generator)) == 1
+
+
+def test_a_map_with_fewer_cells_than_sets_is_refused() -> None:
+    with pytest.raises(UserError, match="4 cells of side 4"):
+        draw(CrossedMasks([4], 5), side=6)
+    with pytest.raises(UserError, match="sets=1"):
+        CrossedMasks([4], 1)

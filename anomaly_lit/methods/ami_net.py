@@ -20,7 +20,7 @@ Follows the authors' published code where the paper leaves a choice open. Differ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anomaly_lit.losses import loss_terms
+from anomaly_lit.masks import Mask
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import aggregate, resize, smooth
 from anomaly_lit.nn.backbone import Backbone
@@ -39,15 +40,13 @@ from anomaly_lit.nn.transformer import (
 )
 from anomaly_lit.types import Batch, Prediction, UserError
 
-MaskFn = Callable[[int, int, int, torch.Generator], Tensor]
-
 
 class AMINet(Method):
     """Adaptive mask inpainting network.
 
     Args:
         backbone: Frozen feature extractor; the paper takes stages 1-3 of WideResNet-50-2.
-        mask: Hides patches in training, as (1, B, h, w) bool.
+        mask: Hides patches in training, as (n, B, h, w) bool: n copies are inpainted.
         loss: Reconstruction loss on maps whose channels are whole patches.
         optimizer: Builds the optimiser.
         schedule: Factor of the learning rate over training; None keeps it constant, as published.
@@ -74,7 +73,7 @@ class AMINet(Method):
     def __init__(
         self,
         backbone: Backbone,
-        mask: MaskFn,
+        mask: Mask,
         loss: nn.Module,
         optimizer: OptimizerFn,
         schedule: ScheduleFn | None = None,
@@ -141,10 +140,11 @@ class AMINet(Method):
         """
         target = self.tokens(self.features(self.backbone, batch))
         rows, columns = (side // self.patch for side in self.grid)
-        hidden = self.mask(len(target), rows, columns, self.generator())[0].flatten(1)
+        hidden = self.mask(len(target), rows, columns, self.generator())  # (n, B, rows, columns)
         jitter = self.jitter if self.training else 0.0
-        prediction = self.inpainting(target, hidden, jitter).float()
-        terms = loss_terms(self.loss, self.map_of(prediction), self.map_of(target))
+        whole = target.repeat(len(hidden), 1, 1)  # (n * B, N, C * patch^2)
+        prediction = self.inpainting(whole, hidden.flatten(2).flatten(0, 1), jitter).float()
+        terms = loss_terms(self.loss, self.map_of(prediction), self.map_of(whole))
         tokens, centres = self.clustering(target, jitter)
         terms["clusters"] = self.cluster_weight * cluster_loss(tokens, centres)
         return {**terms, "loss": torch.stack(list(terms.values())).sum()}
