@@ -91,12 +91,13 @@ class CrossedMasks(Mask):
     the side of a cell does not divide the map.
 
     Args:
-        sizes: Sides of a cell, in positions; each call draws one of them.
+        sizes: Sides of a cell, in positions; each call draws one of those that give the map at
+            least as many cells as there are sets.
         sets: Number of sets, at least 2.
         score_sizes: Sides used in scoring, one after the other; None takes all of ``sizes``.
 
     Raises:
-        UserError: A number is out of range, or, when called, a map has fewer cells than sets.
+        UserError: A number is out of range, or, when called, no side gives enough cells.
     """
 
     def __init__(
@@ -115,23 +116,31 @@ class CrossedMasks(Mask):
 
     def __call__(self, batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
         """(sets, B, h, w) bool; any two are disjoint and together they cover the map."""
-        drawn = [self._partition(size, batch, height, width, generator) for size in self.sizes]
+        drawn = [
+            self._partition(size, batch, height, width, generator)
+            for size in self._fitting(self.sizes, height, width)
+        ]
         pick = torch.randint(len(drawn), (1,), generator=generator, device=generator.device)
         return torch.stack(drawn).index_select(0, pick)[0]  # without waiting for the device
 
     def for_scoring(self, height: int, width: int, generator: torch.Generator) -> list[Tensor]:
-        """One partition (sets, 1, h, w) for each of ``score_sizes``."""
-        return [self._partition(size, 1, height, width, generator) for size in self.score_sizes]
+        """One partition (sets, 1, h, w) for each of ``score_sizes`` that gives enough cells."""
+        sizes = self._fitting(self.score_sizes, height, width)
+        return [self._partition(size, 1, height, width, generator) for size in sizes]
+
+    def _fitting(self, sizes: Sequence[int], height: int, width: int) -> list[int]:
+        enough = [s for s in sizes if -(-height // s) * -(-width // s) >= self.sets]
+        if not enough:
+            raise UserError(
+                f"mask: a map of {height} x {width} has fewer than sets={self.sets} cells of side "
+                f"{min(sizes)}: lower method.mask.sizes"
+            )
+        return enough
 
     def _partition(
         self, size: int, batch: int, height: int, width: int, generator: torch.Generator
     ) -> Tensor:
         rows, columns = -(-height // size), -(-width // size)
-        if rows * columns < self.sets:
-            raise UserError(
-                f"mask: a map of {height} x {width} has {rows * columns} cells of side {size}, "
-                f"fewer than sets={self.sets}: lower mask sizes"
-            )
         noise = torch.rand(batch, rows * columns, generator=generator, device=generator.device)
         rank = noise.argsort(dim=1).argsort(dim=1).view(batch, rows, columns)
         cells = rank.repeat_interleave(size, dim=1).repeat_interleave(size, dim=2)

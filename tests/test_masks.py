@@ -122,7 +122,8 @@ def test_every_size_is_drawn_in_training_and_used_in_scoring() -> None:
 
 
 def test_a_map_with_fewer_cells_than_sets_is_refused() -> None:
-    with pytest.raises(UserError, match="4 cells of side 4"):
+    with pytest.raises(UserError, match="fewer than sets=5 cells of side 4"):
         draw(CrossedMasks([4], 5), side=6)
+    assert len(CrossedMasks([2, 4], 5).for_scoring(6, 8, torch.Generator())) == 1
     with pytest.raises(UserError, match="sets=1"):
         CrossedMasks([4], 1)

@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from anomaly_lit.methods.ami_net import AMINet
     from anomaly_lit.methods.base import Method
+    from anomaly_lit.methods.mfrnet import MFRNet
+    from anomaly_lit.methods.onenip import OneNIP
     from anomaly_lit.methods.uniad import UniAD
 
-__all__ = ["AMINet", "Method", "UniAD"]
-FILES = {"AMINet": "ami_net", "Method": "base", "UniAD": "uniad"}
+__all__ = ["AMINet", "MFRNet", "Method", "OneNIP", "UniAD"]
+FILES = {
+    "AMINet": "ami_net",
+    "MFRNet": "mfrnet",
+    "Method": "base",
+    "OneNIP": "onenip",
+    "UniAD": "uniad",
+}
 
 
 def __getattr__(name: str) -> Any:

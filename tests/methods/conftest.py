@@ -27,6 +27,10 @@ NUMBERS = {
     "decoder_depth": 1,
     "window": 3,
     "refiner_dim": 8,
+    "dims": [16, 16],
+    "depths": [1, 1],
+    "head_dim": 8,
+    "pools": [1, 2],
 }
 
 

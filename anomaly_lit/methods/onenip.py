@@ -1,0 +1,427 @@
+"""OneNIP: one normal image prompt for many classes (Gao, ECCV 2024, arXiv:2505.09264).
+
+UniAD's encoder describes the image and one normal image of the same category, the prompt. A
+decoder lets the two look at each other, layer by layer, and rebuilds from the prompt's side the
+features that the image ought to have. It learns to rebuild normal images and to restore corrupted
+ones, always towards the clean features. A refiner, trained with the corruption as its truth, turns
+the remaining error into a sharp map.
+
+Follows the second version of the authors' published code (the first one's decoder never let the
+image look at the prompt). Differs from it:
+
+- The prompt of a test image is the first of ``prompts`` training images of its category, whose
+  frozen features are kept in the checkpoint; the code draws any training image at random.
+- The constant that brings the refiner's map to the scale of the error's is taken from training
+  images and corrupted ones, not from the test set (``fusion="test"``, the paper's protocol).
+- AUROC is never mirrored when it falls below one half.
+- Features of clean images and prompts come from the cache where there is one, so that only the
+  corrupted images pass through the backbone in a step.
+
+With EfficientNet-B4 there are 8.373 million trainable parameters at 224 x 224, 0.593 of them the
+refiner's. Positions are learned, so a checkpoint is tied to its image size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anomaly_lit.losses import dice_loss, loss_terms
+from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
+from anomaly_lit.nn.aggregate import aggregate, grid_of, pooled_maximum, resize
+from anomaly_lit.nn.backbone import Backbone
+from anomaly_lit.nn.neighbours import (
+    Attention,
+    LearnedPositions,
+    NeighbourEncoder,
+    neighbour_mask,
+)
+from anomaly_lit.nn.transformer import add_jitter, init_linear
+from anomaly_lit.types import Batch, Prediction, UserError
+
+FUSION_IMAGES = 64  # training images from which the fusion constant is taken
+
+
+class OneNIP(Method):
+    """One normal image prompt.
+
+    Args:
+        backbone: Frozen feature extractor; the paper takes four stages of EfficientNet-B4.
+        loss: Reconstruction loss on (B, C, h, w) maps.
+        optimizer: Builds the optimiser.
+        schedule: Factor of the learning rate over training.
+        gradient_clip: Greatest norm of the gradients. Without it the first, large gradients leave
+            AdamW's second moments so high that hundreds of steps learn next to nothing.
+        image_size: Height and width of the images, or one number for both.
+        stride: Pixels per position of the feature map; divides the image.
+        dim: Width of a token; the heads divide it.
+        heads: Attention heads.
+        feedforward: Width of the hidden layers.
+        encoder_depth: Layers of the encoder.
+        decoder_depth: Layers of the decoder.
+        dropout: Share dropped of attention weights, the encoder's hidden layers and residuals.
+        window: Side of the neighbourhood that attention leaves out, in positions; None is half of
+            the map's side (7, 9 and 11 positions at 224, 256 and 320 pixels), 0 leaves out none.
+        jitter: Noise on tokens in training, see UniAD.
+        refiner_dim: Channels of the refiner.
+        refiner_weight: Weight of its dice loss.
+        dice_factor: 1 as in the code, 2 as dice is usually written.
+        stop_gradient: Keep the refiner's gradient out of the reconstruction.
+        prompts: Training images per category kept as prompts.
+        prompt: Which of them a scored image gets: ``fixed`` (number ``prompt_index`` of its
+            category), ``random`` (any of its category) or ``nearest`` (the one of all categories
+            with the most similar mean feature: needs no category). An image of unknown category
+            gets the nearest under ``fixed`` too.
+        prompt_index: From 0 to ``prompts`` - 1.
+        fusion: Where the constant that scales the refiner's map comes from: ``train`` images, or
+            the ``test`` set as in the paper.
+        pool: Side of the window whose greatest mean is the score, in pixels.
+
+    Raises:
+        UserError: A value does not fit another, or an image's size.
+    """
+
+    needs = frozenset({"corrupted", "prompt"})
+    fusion_constant: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        loss: nn.Module,
+        optimizer: OptimizerFn,
+        schedule: ScheduleFn | None = None,
+        gradient_clip: float | None = 0.1,
+        image_size: int | Sequence[int] = 224,
+        stride: int = 16,
+        dim: int = 256,
+        heads: int = 8,
+        feedforward: int = 1024,
+        encoder_depth: int = 4,
+        decoder_depth: int = 4,
+        dropout: float = 0.1,
+        window: int | None = None,
+        jitter: float = 20.0,
+        refiner_dim: int = 128,
+        refiner_weight: float = 0.5,
+        dice_factor: float = 1.0,
+        stop_gradient: bool = False,
+        prompts: int = 5,
+        prompt: Literal["fixed", "random", "nearest"] = "fixed",
+        prompt_index: int = 0,
+        fusion: Literal["train", "test"] = "train",
+        pool: int = 16,
+    ) -> None:
+        super().__init__(optimizer, schedule, gradient_clip)
+        if dim % heads or dim % 2:
+            raise UserError(f"method.heads={heads} and 2 must divide method.dim={dim}")
+        if not 0 <= prompt_index < prompts:
+            raise UserError(
+                f"method.prompt_index={prompt_index} must lie in 0 to {prompts - 1}, since "
+                f"method.prompts={prompts} are kept of each category"
+            )
+        self.backbone = backbone
+        self.loss = loss
+        self.grid = grid_of(image_size, stride)
+        self.refiner_weight = refiner_weight
+        self.dice_factor = dice_factor
+        self.stop_gradient = stop_gradient
+        self.prompt_count = prompts
+        self.prompt = prompt
+        self.prompt_index = prompt_index
+        self.fusion = fusion
+        self.oracle = "fusion constant from test images" if fusion == "test" else ""
+        self.pool = pool
+        channels = sum(backbone.channels)
+        self.jitter = jitter / math.sqrt(channels)  # norm of the noise over that of the token
+        window = min(self.grid) // 2 if window is None else window
+        self.register_buffer("allowed", neighbour_mask(*self.grid, window), persistent=False)
+        self.register_buffer("fusion_constant", torch.ones(()))
+        self.stored = StoredPrompts(channels, self.grid)
+        self.positions = LearnedPositions(*self.grid, dim)
+        self.embed = nn.Linear(channels, dim)
+        self.encoder = NeighbourEncoder(dim, heads, feedforward, encoder_depth, dropout)
+        self.decoder = BidirectionalDecoder(dim, heads, feedforward, decoder_depth, dropout)
+        self.head = nn.Linear(dim, channels)
+        self.refiner = Refiner(channels, refiner_dim)
+        for part in (self.embed, self.encoder, self.decoder, self.head, self.refiner):
+            part.apply(init_linear)
+
+    def encode(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) to tokens (B, N, dim); with jitter in training."""
+        tokens = features.flatten(2).transpose(1, 2)  # (B, N, C)
+        tokens = self.embed(add_jitter(tokens, self.jitter if self.training else 0.0))
+        return self.encoder(tokens, self.positions(), self.allowed)
+
+    def reconstruct(self, image: Tensor, prompt: Tensor) -> Tensor:
+        """Encoded tokens of images and of their prompts to (B, C, h, w), in float32."""
+        decoded = self.head(self.decoder(image, prompt, self.positions(), self.allowed))
+        return decoded.float().transpose(1, 2).unflatten(2, self.grid)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Reconstruction of clean and restoration of corrupted images, and the refiner's dice."""
+        normal = aggregate(self.features(self.backbone, batch), self.grid).float()
+        corrupted = aggregate(self.backbone(batch["corrupted"]), self.grid).float()
+        if "prompt" in batch:
+            prompt = aggregate(self.features(self.backbone, batch, of="prompt"), self.grid).float()
+        else:  # a validation
+            prompt = self.stored.features[self.stored.rows(batch["category"], self.prompt_index)]
+        image, restored, prompted = self.encode(torch.cat([normal, corrupted, prompt])).chunk(3)
+        both = torch.cat([image, restored])
+        rebuilt = self.reconstruct(both, torch.cat([prompted, prompted]))
+        terms = loss_terms(self.loss, rebuilt, torch.cat([normal, normal]))
+        given = torch.cat([normal, corrupted])
+        probability = self.refine(rebuilt, given, batch["image"].shape[-2:])
+        corruption = batch["corruption"].float()
+        truth = torch.cat([torch.zeros_like(corruption), corruption])
+        terms["dice"] = self.refiner_weight * dice_loss(probability, truth, self.dice_factor)
+        return {**terms, "loss": torch.stack(list(terms.values())).sum()}
+
+    def refine(self, rebuilt: Tensor, given: Tensor, size: Sequence[int]) -> Tensor:
+        """(B, C, h, w) twice to the probability of a defect, (B, 1, H, W) in [0, 1]."""
+        rebuilt = rebuilt.detach() if self.stop_gradient else rebuilt
+        return resize(self.refiner((rebuilt - given).abs()).float(), size).sigmoid()
+
+    def errors(self, features: Tensor, prompts: Tensor, size: Sequence[int]) -> tuple[Tensor, ...]:
+        """Distance of what is rebuilt, and the refiner's map: each (B, 1, H, W).
+
+        Args:
+            features: (B, C, h, w) of the images.
+            prompts: (B, N, dim), the prompts' tokens.
+            size: H and W.
+        """
+        rebuilt = self.reconstruct(self.encode(features), prompts)
+        distance = (rebuilt - features).norm(dim=1, keepdim=True)
+        return resize(distance, size), self.refine(rebuilt, features, size)
+
+    def forward(self, image: Tensor) -> Prediction:
+        """Scores images with the nearest prompts; see the base class."""
+        features = aggregate(self.backbone(image), self.grid).float()
+        return self._score(features, self.stored.nearest(features), image.shape[-2:])
+
+    def predict_batch(self, batch: Batch) -> Prediction:
+        """Scores a batch with the prompts that ``prompt`` names."""
+        image, categories = batch["image"], batch["category"]
+        known = all(category in self.stored.categories for category in categories)
+        if self.prompt == "nearest" or not known:
+            return self(image)
+        features = aggregate(self.backbone(image), self.grid).float()
+        index: list[int] | int = self.prompt_index
+        if self.prompt == "random":
+            index = torch.randint(self.prompt_count, (len(categories),)).tolist()
+        return self._score(features, self.stored.rows(categories, index), image.shape[-2:])
+
+    def _score(self, features: Tensor, rows: Tensor, size: Sequence[int]) -> Prediction:
+        used, place = rows.unique(
+            return_inverse=True
+        )  # a prompt that serves several is encoded once
+        prompts = self.encode(self.stored.features[used])[place]
+        distance, refined = self.errors(features, prompts, size)
+        anomaly_map = 0.5 * distance + 0.5 * self.fusion_constant * refined
+        return Prediction(anomaly_map, pooled_maximum(anomaly_map, self.pool))
+
+    # ------------------------------------------------------------- what is taken of the data
+
+    def on_fit_start(self) -> None:
+        """Keeps the prompts of each category, unless a checkpoint brought them."""
+        if self.stored.categories:
+            return
+        categories = self.trainer.datamodule.categories  # type: ignore[attr-defined]
+        maps: list[Tensor] = []
+        names: list[str] = []
+        with torch.no_grad():
+            for batch in self.normal_batches("train", self.prompt_count * len(categories)):
+                maps.append(aggregate(self.backbone(batch["image"]), self.grid).float())
+                names += batch["category"]
+        self.stored.fill(torch.cat(maps), names, self.prompt_count)
+
+    def on_validation_start(self) -> None:
+        """Takes the fusion constant of the present weights, from training images."""
+        if self.fusion == "train":
+            self.fusion_constant.copy_(
+                self._middle(self.normal_batches("train", FUSION_IMAGES), corrupted=True)
+            )
+
+    def on_test_start(self) -> None:
+        """Takes the fusion constant from the test set, where the paper's protocol is asked for."""
+        if self.fusion == "test":
+            loader = self.trainer.datamodule.test_dataloader()  # type: ignore[attr-defined]
+            moved = (self.transfer_batch_to_device(batch, self.device, 0) for batch in loader)
+            self.fusion_constant.copy_(self._middle(moved, corrupted=False))
+
+    @torch.no_grad()
+    def _middle(self, batches: Iterable[Batch], corrupted: bool) -> Tensor:
+        """Middle between the least and the greatest distance in the maps of all images."""
+        extremes: list[Tensor] = []
+        with torch.autocast(self.device.type, enabled=False):
+            for batch in batches:
+                images = [batch["image"], batch["corrupted"]] if corrupted else [batch["image"]]
+                for image in images:
+                    features = aggregate(self.backbone(image), self.grid).float()
+                    rows = self.stored.rows(batch["category"], self.prompt_index)
+                    prompts = self.encode(self.stored.features[rows])
+                    distance, _ = self.errors(features, prompts, image.shape[-2:])
+                    extremes.append(torch.stack([-distance.amin(), distance.amax()]))
+        gathered = self.all_gather(torch.stack(extremes).amax(dim=0))
+        assert isinstance(gathered, Tensor)  # (2,), or (ranks, 2)
+        greatest = gathered.reshape(-1, 2).amax(dim=0)
+        return (greatest[1] - greatest[0]) / 2
+
+
+class StoredPrompts(nn.Module):
+    """The frozen features of a few normal images of each category; part of the state dict.
+
+    Args:
+        channels: C of the feature maps.
+        grid: Their height and width.
+
+    Attributes:
+        categories: Names, in order.
+        features: (categories * count, C, h, w), the prompts of one category side by side.
+    """
+
+    features: Tensor
+
+    def __init__(self, channels: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.categories: list[str] = []
+        self.count = 0
+        self.register_buffer("features", torch.zeros(0, channels, *grid), persistent=False)
+
+    def fill(self, features: Tensor, categories: Sequence[str], count: int) -> None:
+        """Keeps ``count`` of the (n, C, h, w) maps of each category, again from the first."""
+        self.categories = list(dict.fromkeys(categories))
+        self.count = count
+        rows: list[int] = []
+        for name in self.categories:
+            own = [row for row, category in enumerate(categories) if category == name]
+            rows += [own[number % len(own)] for number in range(count)]
+        self.features = features[rows]
+
+    def rows(self, categories: Sequence[str], index: int | Sequence[int]) -> Tensor:
+        """(B,) rows of prompt number ``index`` of each named category.
+
+        Raises:
+            UserError: A category has no prompt.
+        """
+        unknown = sorted(set(categories) - set(self.categories))
+        if unknown:
+            raise UserError(
+                f"no prompt for {', '.join(unknown)}: the checkpoint holds those of "
+                f"{', '.join(self.categories) or 'no category'}. Set method.prompt=nearest"
+            )
+        numbers = [index] * len(categories) if isinstance(index, int) else index
+        places = [self.categories.index(name) * self.count for name in categories]
+        rows = [place + number for place, number in zip(places, numbers, strict=True)]
+        return torch.tensor(rows, device=self.features.device)
+
+    def nearest(self, features: Tensor) -> Tensor:
+        """(B,) rows of the prompts whose mean feature points most in the direction of the image's.
+
+        Raises:
+            UserError: There is no prompt.
+        """
+        if not self.categories:
+            raise UserError("OneNIP has no prompts yet: train it first, or load a checkpoint")
+        means = [F.normalize(maps.mean(dim=(2, 3)), dim=1) for maps in (features, self.features)]
+        return (means[0] @ means[1].mT).argmax(dim=1)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Prompts, as plain data and a tensor."""
+        return {"categories": self.categories, "count": self.count, "features": self.features}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes what ``get_extra_state`` gave."""
+        self.categories, self.count = list(state["categories"]), state["count"]
+        self.features = state["features"].to(self.features.device)
+
+
+class BidirectionalDecoder(nn.Module):
+    """Prompt and image look at each other in every layer; the prompt's side is the output.
+
+    Args:
+        dim: Width of a token.
+        heads: Attention heads.
+        feedforward: Width of the hidden layers.
+        depth: Number of layers.
+        dropout: Of attention weights and residuals.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, feedforward: int, depth: int, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            BidirectionalLayer(dim, heads, feedforward, dropout) for _ in range(depth)
+        )
+        self.last = Attention(dim, heads, dropout)
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, image: Tensor, prompt: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
+        """Tokens (B, N, dim) of images and prompts, (N, dim) and (N, N) bool to (B, N, dim)."""
+        for layer in self.layers:
+            image, prompt = layer(image, prompt, positions, allowed)
+        mixed = self.last(prompt + positions, image + positions, image)  # without a mask
+        return self.norm(prompt + self.dropout(mixed))
+
+
+class BidirectionalLayer(nn.Module):
+    """The prompt looks at the image, then the image at the prompt; both avoid neighbours.
+
+    Args:
+        dim: Width of a token.
+        heads: Attention heads.
+        feedforward: Width of the hidden layer.
+        dropout: Of attention weights and residuals.
+    """
+
+    def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.to_image = Attention(dim, heads, dropout)
+        self.to_prompt = Attention(dim, heads, dropout)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, feedforward), nn.ReLU(), nn.Linear(feedforward, dim)
+        )
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, image: Tensor, prompt: Tensor, positions: Tensor, allowed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, dim) of images and of prompts, of the next layer."""
+        mixed = self.to_image(prompt + positions, image + positions, image, allowed)
+        prompt = self.norm1(prompt + self.dropout(mixed))
+        prompt = self.norm2(prompt + self.dropout(self.mlp(prompt)))
+        mixed = self.to_prompt(image + positions, prompt + positions, prompt, allowed)
+        return self.norm3(image + self.dropout(mixed)), prompt
+
+
+class Refiner(nn.Sequential):
+    """Logits of a defect, (B, 1, 4 h, 4 w), from the error of each channel, (B, C, h, w).
+
+    Args:
+        channels: C.
+        dim: Channels in between.
+    """
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__(
+            *_enlarging_block(channels, dim), *_enlarging_block(dim, dim), nn.Conv2d(dim, 1, 1)
+        )
+
+
+def _enlarging_block(channels: int, dim: int) -> tuple[nn.Module, ...]:
+    """Twice as high and wide."""
+    return (
+        nn.Conv2d(channels, dim, 3, padding=1, bias=False),
+        nn.BatchNorm2d(dim),
+        nn.ReLU(),
+        nn.ConvTranspose2d(dim, dim, 2, stride=2),
+    )

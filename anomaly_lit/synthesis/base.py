@@ -1,0 +1,206 @@
+"""What holds for every recipe, and the choice among several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anomaly_lit.types import UserError
+
+
+class Synthesis(nn.Module):
+    """Base of all recipes; one writes ``propose``, and this keeps the promises.
+
+    Called with a batch of images and a generator on the same device, it returns corrupted copies
+    and where they were changed. The draw depends on the generator alone. Outside the corruption
+    every pixel is the image's own, to the bit.
+
+    Args:
+        probability: Share of images that are corrupted, in [0, 1].
+        foreground: Corrupt only what stands out from the colour of the image's border. For
+            objects on a plain ground; a texture has no foreground.
+        allow_empty: Accept that a recipe leaves an image unchanged. Otherwise a small disc is
+            inverted there instead, so that every image chosen has a corruption.
+
+    Raises:
+        UserError: The probability is out of range.
+    """
+
+    def __init__(
+        self, probability: float = 1.0, foreground: bool = False, allow_empty: bool = False
+    ) -> None:
+        super().__init__()
+        if not 0 <= probability <= 1:
+            raise UserError(f"dataset.synthesis: probability={probability} must lie in [0, 1]")
+        self.probability = probability
+        self.foreground = foreground
+        self.allow_empty = allow_empty
+
+    def propose(
+        self, image: Tensor, generator: torch.Generator, category: Sequence[str] | None
+    ) -> tuple[Tensor, Tensor]:
+        """What images would look like, and where they are to be so.
+
+        Args:
+            image: (B, 3, H, W) float32 in [0, 1].
+            generator: Decides every draw.
+            category: Of each image, where known.
+
+        Returns:
+            (B, 3, H, W) float32, also outside the corruption, and (B, 1, H, W) bool.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def forward(
+        self, image: Tensor, generator: torch.Generator, category: Sequence[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Corrupts images.
+
+        Args:
+            image: (B, 3, H, W) float in [0, 1].
+            generator: On the image's device.
+            category: Of each image, for recipes that take material from another image.
+
+        Returns:
+            ``corrupted`` (B, 3, H, W) in [0, 1], and ``corruption`` (B, 1, H, W) bool.
+        """
+        with torch.autocast(image.device.type, enabled=False):
+            plain = image.float()
+            source, corruption = self.propose(plain, generator, category)
+            ground = foreground_of(plain) if self.foreground else torch.ones_like(corruption)
+            corruption = corruption & ground
+            if not self.allow_empty:
+                disc = random_disc(ground, generator)
+                empty = ~corruption.flatten(1).any(dim=1).view(-1, 1, 1, 1)
+                source = torch.where(empty, 1 - plain, source)
+                corruption = torch.where(empty, disc, corruption)
+            corruption = corruption & (uniform(image, generator) < self.probability)
+            return torch.where(corruption, source.clamp(0, 1).to(image.dtype), image), corruption
+
+
+class Mixed(Synthesis):
+    """Each image gets one of several recipes.
+
+    Args:
+        recipes: Recipes by name, each with its own probability and promises.
+        weights: How often each is chosen, by the same names.
+        probability: Share of images that get a recipe at all.
+
+    Raises:
+        UserError: The names differ, or no weight is positive.
+    """
+
+    def __init__(
+        self,
+        recipes: Mapping[str, Synthesis],
+        weights: Mapping[str, float],
+        probability: float = 1.0,
+    ) -> None:
+        super().__init__(probability, allow_empty=True)
+        if set(recipes) != set(weights) or not any(weight > 0 for weight in weights.values()):
+            raise UserError(
+                f"dataset.synthesis.recipes names {', '.join(sorted(recipes)) or 'nothing'}, "
+                f"dataset.synthesis.weights {', '.join(sorted(weights)) or 'nothing'}: the same "
+                "names are needed, and one weight above 0"
+            )
+        self.recipes = nn.ModuleDict(recipes)
+        total = sum(weights.values())
+        self.shares = [weights[name] / total for name in recipes]
+
+    def propose(
+        self, image: Tensor, generator: torch.Generator, category: Sequence[str] | None
+    ) -> tuple[Tensor, Tensor]:
+        """On a CPU each recipe sees its own images; on a GPU, where to ask is to wait, all."""
+        bounds = torch.tensor(self.shares[:-1], device=image.device).cumsum(dim=0)
+        number = torch.bucketize(uniform(image, generator).flatten(), bounds, right=True)
+        corrupted, corruption = image, torch.zeros_like(image[:, :1], dtype=torch.bool)
+        for own, recipe in enumerate(self.recipes.values()):
+            mine = number == own
+            if not mine.is_cpu:
+                source, changed = recipe(image, generator, category)
+                corrupted = torch.where(mine.view(-1, 1, 1, 1), source, corrupted)
+                corruption = torch.where(mine.view(-1, 1, 1, 1), changed, corruption)
+            elif mine.any():
+                rows = mine.nonzero()[:, 0]
+                names = None if category is None else [category[row] for row in rows.tolist()]
+                source, changed = recipe(image[rows], generator, names)
+                corrupted = corrupted.index_copy(0, rows, source)
+                corruption = corruption.index_copy(0, rows, changed)
+        return corrupted, corruption
+
+
+def uniform(
+    image: Tensor, generator: torch.Generator, low: float = 0.0, high: float = 1.0
+) -> Tensor:
+    """(B, 1, 1, 1) numbers, one for each image of a batch, uniform in [low, high)."""
+    draw = torch.rand(len(image), 1, 1, 1, generator=generator, device=image.device)
+    return low + (high - low) * draw
+
+
+def random_disc(ground: Tensor, generator: torch.Generator) -> Tensor:
+    """(B, 1, H, W) bool: a disc of a sixteenth of the image, centred in the ground and cut to it.
+
+    Args:
+        ground: (B, 1, H, W) bool, true somewhere in each image.
+        generator: Decides the centres.
+    """
+    height, width = ground.shape[-2:]
+    count = ground.flatten(1).cumsum(dim=1, dtype=torch.int32)
+    draw = torch.rand(len(ground), 1, generator=generator, device=ground.device)
+    wanted = (draw * count[:, -1:]).int() + 1
+    centre = torch.searchsorted(count, wanted).view(-1, 1, 1, 1)  # the first with that count
+    rows, columns = pixel_grid(height, width, ground.device)
+    row, column = centre // width, centre % width
+    radius = max(min(height, width) / 16, 1.0)
+    return ((rows - row) ** 2 + (columns - column) ** 2 <= radius**2) & ground
+
+
+def pixel_grid(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row numbers (H, 1) and column numbers (1, W), as floats."""
+    rows = torch.arange(height, device=device, dtype=torch.float32)[:, None]
+    return rows, torch.arange(width, device=device, dtype=torch.float32)[None, :]
+
+
+def foreground_of(image: Tensor) -> Tensor:
+    """What differs from the median colour of the border: Otsu's threshold, then a closing.
+
+    Args:
+        image: (B, 3, H, W) float32 in [0, 1].
+
+    Returns:
+        (B, 1, H, W) bool; all true where nothing differs.
+    """
+    edges = [image[:, :, 0], image[:, :, -1], image[:, :, :, 0], image[:, :, :, -1]]
+    border = torch.cat(edges, dim=2).median(dim=2).values[..., None, None]
+    distance = (image - border).abs().mean(dim=1, keepdim=True)
+    ground = (distance > otsu(distance)).float()
+    side = max(min(image.shape[-2:]) // 32, 1) * 2 + 1
+    grown = F.max_pool2d(ground, side, stride=1, padding=side // 2)
+    closed = -F.max_pool2d(-grown, side, stride=1, padding=side // 2) > 0.5
+    return closed | ~closed.flatten(1).any(dim=1).view(-1, 1, 1, 1)
+
+
+def otsu(values: Tensor, bins: int = 64) -> Tensor:
+    """(B, 1, 1, 1) threshold that separates each image's values into two narrow classes.
+
+    Args:
+        values: (B, 1, H, W) float32, at least 0.
+        bins: Of the histogram between 0 and the greatest value.
+    """
+    flat = values.flatten(1)
+    greatest = flat.amax(dim=1, keepdim=True).clamp(min=1e-6)
+    place = (flat / greatest * (bins - 1)).long()
+    count = torch.zeros(len(flat), bins, device=flat.device)
+    count.scatter_add_(1, place, torch.ones_like(flat))
+    level = torch.arange(bins, device=flat.device, dtype=torch.float32)
+    below, mass = count.cumsum(dim=1), (count * level).cumsum(dim=1)
+    above = below[:, -1:] - below
+    gap = mass / below.clamp(min=1) - (mass[:, -1:] - mass) / above.clamp(min=1)
+    apart = below * above * gap.square()
+    best = (apart >= apart.amax(dim=1, keepdim=True)).float()  # several, where a range is empty
+    middle = (best * (level + 0.5)).sum(dim=1, keepdim=True) / best.sum(dim=1, keepdim=True)
+    return (middle / (bins - 1) * greatest).view(-1, 1, 1, 1)

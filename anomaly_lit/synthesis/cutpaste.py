@@ -1,0 +1,130 @@
+"""CutPaste: parts of the image in other places (Li et al., CVPR 2021, arXiv:2104.04015)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from anomaly_lit.synthesis.augment import colour_jitter
+from anomaly_lit.synthesis.base import Synthesis, pixel_grid, uniform
+from anomaly_lit.types import UserError
+
+
+class CutPaste(Synthesis):
+    """Cuts a rectangle, changes its colours, and pastes it elsewhere in the same image.
+
+    A patch stands upright; a scar is thin and turned. Lengths of scars are in pixels of an image
+    whose shorter side is 256, and scale with it.
+
+    Args:
+        kind: ``patch``, ``scar``, or ``both``, an even chance of either.
+        area: Least and greatest share of the image in a patch.
+        aspect: Least and greatest width over height of a patch.
+        aspect_scale: ``log`` draws the aspect's logarithm uniformly (CutPaste); ``halves`` draws it
+            uniformly below 1 or above 1, with an even chance of either (OneNIP).
+        scar_width: Least and greatest width of a scar, in pixels.
+        scar_length: Likewise its length.
+        scar_angle: Greatest turn of a scar, in degrees.
+        jitter: Change of brightness, contrast and saturation, relative.
+        hue: Change of hue, in circles.
+        probability: See ``Synthesis``.
+        foreground: See there.
+        allow_empty: See there.
+
+    Raises:
+        UserError: A range is not one.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["patch", "scar", "both"] = "both",
+        area: Sequence[float] = (0.02, 0.15),
+        aspect: Sequence[float] = (0.3, 3.3),
+        aspect_scale: Literal["log", "halves"] = "log",
+        scar_width: Sequence[float] = (2, 16),
+        scar_length: Sequence[float] = (10, 25),
+        scar_angle: float = 45.0,
+        jitter: float = 0.1,
+        hue: float = 0.1,
+        probability: float = 1.0,
+        foreground: bool = False,
+        allow_empty: bool = False,
+    ) -> None:
+        super().__init__(probability, foreground, allow_empty)
+        ranges = {"area": area, "aspect": aspect, "scar_width": scar_width}
+        ranges |= {"scar_length": scar_length}
+        wrong = [f"{k}={list(v)}" for k, v in ranges.items() if not 0 < v[0] <= v[1]]
+        if wrong or area[1] >= 1 or not aspect[0] <= 1 <= aspect[1]:
+            raise UserError(
+                f"dataset.synthesis: {', '.join(wrong) or f'area={list(area)}, aspect={aspect}'}: "
+                "ranges must rise from above 0, area to below 1, and aspect across 1"
+            )
+        self.kind = kind
+        self.area = area
+        self.aspect = aspect
+        self.aspect_scale = aspect_scale
+        self.scar_width = scar_width
+        self.scar_length = scar_length
+        self.scar_angle = scar_angle
+        self.jitter = jitter
+        self.hue = hue
+
+    def propose(
+        self, image: Tensor, generator: torch.Generator, category: Sequence[str] | None
+    ) -> tuple[Tensor, Tensor]:
+        """See the base class."""
+        height, width, angle = self._shape(image, generator)
+        sides = image.shape[-2:]
+        rows, columns = pixel_grid(sides[0], sides[1], image.device)
+        cut, paste = (
+            [
+                _within(uniform(image, generator), length, side)
+                for length, side in zip((height, width), sides, strict=True)
+            ]
+            for _ in range(2)
+        )
+        down, right = rows - paste[0], columns - paste[1]  # (B, 1, H, W) together
+        along = angle.cos() * down - angle.sin() * right  # in the rectangle's own axes
+        across = angle.sin() * down + angle.cos() * right
+        corruption = (along.abs() <= height / 2) & (across.abs() <= width / 2)
+        row = (along + cut[0]).round().clamp(0, sides[0] - 1)
+        column = (across + cut[1]).round().clamp(0, sides[1] - 1)
+        place = (row * sides[1] + column).long().flatten(2).expand(-1, 3, -1)
+        moved = image.flatten(2).gather(2, place).view_as(image)
+        return colour_jitter(moved, self.jitter, self.hue, generator), corruption
+
+    def _shape(self, image: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Height, width and angle of each image's rectangle, each (B, 1, 1, 1)."""
+        sides = image.shape[-2:]
+        area = uniform(image, generator, *self.area) * sides[0] * sides[1]
+        aspect = self._aspect(image, generator)
+        patch = (area / aspect).sqrt(), (area * aspect).sqrt(), torch.zeros_like(area)
+        unit = min(sides) / 256
+        scar = (
+            uniform(image, generator, *self.scar_length) * unit,
+            uniform(image, generator, *self.scar_width) * unit,
+            uniform(image, generator, -1, 1) * math.radians(self.scar_angle),
+        )
+        chance = {"patch": 0.0, "scar": 1.0, "both": 0.5}[self.kind]
+        scarred = uniform(image, generator) < chance
+        height, width, angle = (
+            torch.where(scarred, thin, upright) for thin, upright in zip(scar, patch, strict=True)
+        )
+        return height.clamp(1, sides[0]), width.clamp(1, sides[1]), angle
+
+    def _aspect(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        low, high = self.aspect
+        if self.aspect_scale == "log":
+            return uniform(image, generator, math.log(low), math.log(high)).exp()
+        wide = uniform(image, generator) < 0.5
+        above, below = uniform(image, generator, 1, high), uniform(image, generator, low, 1)
+        return torch.where(wide, above, below)
+
+
+def _within(share: Tensor, length: Tensor, side: int) -> Tensor:
+    """Centre of a stretch that lies within an axis, from a share in [0, 1) of the free way."""
+    return length / 2 - 0.5 + share * (side - length)
