@@ -240,6 +240,37 @@ def panel(
     return _compose(tiles, caption, low, high)
 
 
+def training_panel(
+    image: np.ndarray,
+    caption: str,
+    corrupted: np.ndarray | None = None,
+    corruption: np.ndarray | None = None,
+    prompt: np.ndarray | None = None,
+) -> Image.Image:
+    """Put what training sees of one image side by side above one line of text.
+
+    Args:
+        image: (H, W, 3) uint8.
+        caption: Such as the category and the file's name.
+        corrupted: (H, W, 3) uint8, shown as it is and with its corruption outlined.
+        corruption: (H, W) bool; comes with ``corrupted``.
+        prompt: (H, W, 3) uint8.
+
+    Raises:
+        ValueError: The arrays do not have one size.
+    """
+    _check_sizes(image, corruption)
+    size = _tile_size(image.shape)
+    tiles = {"image": _fit_image(image, size)}
+    if corrupted is not None and corruption is not None:
+        tiles["corrupted"] = _fit_image(corrupted, size)
+        heading = "corruption" if corruption.any() else "corruption: none"
+        tiles[heading] = draw_outline(tiles["corrupted"], _fit_values(corruption, size))
+    if prompt is not None:
+        tiles["prompt"] = _fit_image(prompt, size)
+    return _compose(tiles, caption, 0.0, 1.0)
+
+
 def contact_sheet(panels: Sequence[Image.Image], columns: int) -> Image.Image:
     """Arrange pictures of any sizes in rows of so many columns.
 

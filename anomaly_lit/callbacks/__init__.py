@@ -7,11 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anomaly_lit.callbacks.evaluation import Evaluation
-    from anomaly_lit.callbacks.outputs import LossCurves, Outputs
+    from anomaly_lit.callbacks.outputs import LossCurves, Outputs, TrainingPictures
     from anomaly_lit.callbacks.run import ResumeCheckpoint, StepSeeds, StopAtNaN
 
-__all__ = ["Evaluation", "LossCurves", "Outputs", "ResumeCheckpoint", "StepSeeds", "StopAtNaN"]
-FILES = {"Evaluation": "evaluation", "LossCurves": "outputs", "Outputs": "outputs"}
+__all__ = [
+    "Evaluation",
+    "LossCurves",
+    "Outputs",
+    "ResumeCheckpoint",
+    "StepSeeds",
+    "StopAtNaN",
+    "TrainingPictures",
+]
+FILES = {
+    "Evaluation": "evaluation",
+    "LossCurves": "outputs",
+    "Outputs": "outputs",
+    "TrainingPictures": "outputs",
+}
 
 
 def __getattr__(name: str) -> Any:

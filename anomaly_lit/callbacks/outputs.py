@@ -18,6 +18,7 @@ from anomaly_lit.pictures import (
     save_curves,
     save_image,
     save_loss_curves,
+    training_panel,
 )
 from anomaly_lit.types import UserError
 
@@ -28,6 +29,47 @@ KINDS = {
     (True, "defect"): "found",
     (False, "good"): "passed",
 }
+
+
+class TrainingPictures(pl.Callback):
+    """Writes ``training.png``: the first batch as training sees it, with synthesis and prompts.
+
+    Args:
+        directory: Where to write.
+        max_images: Most images shown; 0 writes none.
+    """
+
+    def __init__(self, directory: str, max_images: int = 8) -> None:
+        self.path = Path(directory) / "training.png"
+        self.max_images = max_images
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Writes the picture, unless this run or the one it resumes did; on the first rank only."""
+        if not self.max_images or not trainer.is_global_zero or self.path.exists():
+            return
+        optional = {
+            key: batch[key] for key in ("corrupted", "corruption", "prompt") if key in batch
+        }
+        panels = [
+            training_panel(
+                _picture(batch["image"][row]),
+                f"{batch['category'][row]}  {Path(batch['path'][row]).name}",
+                **{key: _picture(value[row]) for key, value in optional.items()},
+            )
+            for row in range(min(self.max_images, len(batch["image"])))
+        ]
+        save_image(contact_sheet(panels, 2), self.path)
+        self.max_images = 0
+
+
+def _picture(tensor: torch.Tensor) -> np.ndarray:
+    """(3, H, W) in [0, 1] to (H, W, 3) uint8; (1, H, W) bool to (H, W)."""
+    array = tensor.detach().float().cpu().numpy()
+    if tensor.dtype == torch.bool:
+        return array[0] > 0.5
+    return (array.transpose(1, 2, 0) * 255).round().astype(np.uint8)
 
 
 class Outputs(pl.Callback):
