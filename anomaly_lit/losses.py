@@ -180,13 +180,14 @@ def ssim_map(
         x, y = prediction.float(), target.float()
         rows = _gaussian_band(x.shape[-2], window, sigma, x.device)
         columns = _gaussian_band(x.shape[-1], window, sigma, x.device)
-        moments = rows @ torch.stack([x, y, x * x, y * y, x * y]) @ columns
-        mean_x, mean_y, square_x, square_y, product = moments.unbind(0)
-        variances = (square_x - mean_x.square() + square_y - mean_y.square()).clamp(min=0)
-        covariance = product - mean_x * mean_y
+        # apart, so that a target without a gradient costs none
+        mean_y, square_y = (rows @ torch.stack([y, y * y]) @ columns).unbind(0)
+        mean_x, square_x, product = (rows @ torch.stack([x, x * x, x * y]) @ columns).unbind(0)
+        both, squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
+        variances = (square_x + square_y - squares).clamp(min=0)
         c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-        light = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
-        return light * (2 * covariance + c2) / (variances + c2)
+        above = (2 * both + c1) * (2 * (product - both) + c2)
+        return above / ((squares + c1) * (variances + c2))
 
 
 def _gaussian_band(length: int, window: int, sigma: float, device: torch.device) -> Tensor:

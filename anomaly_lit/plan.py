@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from anomaly_lit.nn.backbone import Backbone
+from anomaly_lit.types import Batch
+
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
@@ -51,15 +54,31 @@ def steps_of(trainer: pl.Trainer, steps_per_epoch: int) -> int | None:
 def seconds_per_step(trainer: pl.Trainer, method: Method, datamodule: AnomalyDataModule) -> float:
     """Forward pass of the loss on one batch, in evaluation mode, twice; the second one counts."""
     batch = next(iter(datamodule.train_dataloader()))
+    if datamodule.synthesis is not None:
+        batch = datamodule.corrupt(batch)
     training = method.training
     state = torch.get_rng_state()
     method.eval()
     with torch.no_grad(), trainer.precision_plugin.forward_context():
+        share_frozen = 0.5  # about half of the pass
+        if datamodule.feature_cache is not None:
+            batch, share_frozen = with_features(batch, method), 0.0
         for _ in range(2):
             start = time.perf_counter()
             method.losses(batch)
             duration = time.perf_counter() - start
     method.train(training)
     torch.set_rng_state(state)
-    step = duration * (1 + BACKWARD_SHARE / 2)  # about half of the pass is frozen
+    step = duration * (1 + BACKWARD_SHARE * (1 - share_frozen))
     return step * trainer.accumulate_grad_batches
+
+
+def with_features(batch: Batch, method: Method) -> Batch:
+    """The batch with the features that the cache will hold of its images and prompts."""
+    named = method.named_modules()
+    backbones = {name: module for name, module in named if isinstance(module, Backbone)}
+    of_image = {name: module(batch["image"]) for name, module in backbones.items()}
+    whole: Batch = {**batch, "features": of_image}
+    if "prompt" in batch:
+        whole["prompt_features"] = {n: module(batch["prompt"]) for n, module in backbones.items()}
+    return whole
