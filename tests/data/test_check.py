@@ -195,7 +195,7 @@ def test_every_option_shows_all_parameters_of_its_class(name: str) -> None:
     validate(config)
     target = import_target(config["dataset"]["_target_"])
     parameters = set(inspect.signature(target).parameters)
-    given_elsewhere = {"cache", "synthesis"}
+    given_elsewhere = {"cache", "feature_cache", "synthesis"}
     assert set(config["dataset"]) == parameters - given_elsewhere | {"_target_"}
 
 
