@@ -4,7 +4,8 @@
     python experiments/tables.py write experiments/NAME                 # writes again
 
 ``collect`` copies each run's metrics into ``experiments/NAME/runs/``; both write
-``results.csv`` and the part of ``README.md`` between the two marks.
+``results.csv`` and the part of ``README.md`` between the two marks, in the method's folder and, for
+all methods side by side, in ``experiments/README.md``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import shutil
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
@@ -29,7 +31,13 @@ METRICS = {
     "pixel_f1max": "pixel F1-max",
     "pixel_aupro": "AUPRO 0.3",
 }
-COSTS = ("steps", "training_seconds", "training_cpu_seconds", "latency_seconds", "peak_memory_mb")
+COSTS = {
+    "training_seconds": ("training, s", "{:.0f}"),
+    "training_cpu_seconds": ("training, CPU s", "{:.0f}"),
+    "latency_seconds": ("one image, s", "{:.2f}"),
+    "peak_memory_mb": ("peak memory, MB", "{:.0f}"),
+    "trainable_parameters": ("trainable parameters", "{:.0f}"),
+}
 Run = dict[str, object]
 
 
@@ -38,7 +46,10 @@ def main(arguments: list[str]) -> None:
     folder = Path(arguments[1])
     if arguments[0] == "collect":
         collect(folder, Path(arguments[2]))
-    write(folder)
+    runs = read_runs(folder)
+    (folder / "results.csv").write_text(as_csv(runs), encoding="utf-8")
+    write_between_marks(folder / "README.md", as_markdown(runs))
+    write_between_marks(folder.parent / "README.md", comparison(folder.parent))
 
 
 def collect(folder: Path, outputs: Path) -> None:
@@ -47,13 +58,11 @@ def collect(folder: Path, outputs: Path) -> None:
         shutil.copyfile(metrics, folder / "runs" / f"{metrics.parent.name}.json")
 
 
-def write(folder: Path) -> None:
-    runs = read_runs(folder)
-    (folder / "results.csv").write_text(as_csv(runs), encoding="utf-8")
-    readme = folder / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{as_markdown(runs)}{END}{after}", encoding="utf-8")
+def write_between_marks(readme: Path, text: str) -> None:
+    """Raises ``IndexError`` where a mark is missing."""
+    page = readme.read_text(encoding="utf-8")
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -75,8 +84,8 @@ def read_runs(folder: Path) -> list[Run]:
                     **{key: metrics[f"test/{category}/{key}"] for key in METRICS},
                     "image_auroc_low": metrics[f"test/{category}/image_auroc_low"],
                     "image_auroc_high": metrics[f"test/{category}/image_auroc_high"],
+                    "steps": metrics["steps"],
                     **{key: metrics[key] for key in COSTS},
-                    "trainable_parameters": metrics["trainable_parameters"],
                     "selection": metrics["selection"],
                     "commit": metrics["commit"],
                     "hardware": metrics["hardware"],
@@ -96,28 +105,61 @@ def as_csv(rows: list[Run]) -> str:
 
 def as_markdown(rows: list[Run]) -> str:
     """Per category and for their mean: mean over seeds, deviation where there are several."""
-    titles = ["backbone", "model", "category", "seeds", *METRICS.values(), "training, s",
-              "training, CPU s", "one image, s", "peak memory, MB"]  # fmt: skip
-    lines = [_row(titles), _row(["---"] * 4 + ["--:"] * (len(titles) - 4))]
-    groups = dict.fromkeys((row["backbone"], row["model"]) for row in rows)
-    for backbone, model in groups:
-        group = [r for r in rows if (r["backbone"], r["model"]) == (backbone, model)]
+    titles = ["backbone", "model", "category", "steps", "seeds", *METRICS.values(),
+              "image AUROC's 95 %", *(title for title, _ in COSTS.values())]  # fmt: skip
+    lines = [_row(titles), _row(["---"] * 3 + ["--:"] * (len(titles) - 3))]
+    for backbone, model, steps in dict.fromkeys(_model_of(row) for row in rows):
+        group = [r for r in rows if _model_of(r) == (backbone, model, steps)]
         for category in dict.fromkeys(row["category"] for row in group):
             part = [row for row in group if row["category"] == category]
-            lines.append(_row([backbone, model, category, len(part), *_cells(part)]))
+            lines.append(_row([backbone, model, category, steps, len(part), *_cells(part)]))
         means = [_mean_over_categories([r for r in group if r["seed"] == seed])
                  for seed in dict.fromkeys(row["seed"] for row in group)]  # fmt: skip
-        cells = [f"**{cell}**" for cell in _cells(means)]
+        cells = [f"**{cell}**" if cell else "" for cell in _cells(means)]
         count = len({row["category"] for row in group})
-        lines.append(_row([backbone, model, f"**mean of {count}**", len(means), *cells]))
+        mean = f"**mean of {count}**"
+        lines.append(_row([backbone, model, mean, steps, len(means), *cells]))
     notes = {key: ", ".join(sorted({str(row[key]) for row in rows}))
              for key in ("commit", "hardware", "selection")}  # fmt: skip
     lines.append(
-        "\nPer cent; mean over seeds ± standard deviation. Weights: "
-        f"{notes['selection']}. Commit {notes['commit']}; {notes['hardware']}. The commands are in "
-        "`results.csv`."
+        "\nPer cent; mean over seeds ± standard deviation; the interval (bootstrap over images) is "
+        f"the mean of the seeds' intervals. Weights: {notes['selection']}. Commit "
+        f"{notes['commit']}; {notes['hardware']}. The commands are in `results.csv`."
     )
     return "\n".join(lines) + "\n"
+
+
+def comparison(experiments: Path) -> str:
+    """A table per metric: methods x categories, one-class and multi-class, with the baselines.
+
+    Means over seeds. ``baselines.csv`` holds what another library's methods gave on these images.
+    """
+    methods = [runs.parent for runs in sorted(experiments.glob("*/runs"))]
+    rows = [{**row, "method": method.name} for method in methods for row in read_runs(method)]
+    with (experiments / "baselines.csv").open(encoding="utf-8", newline="") as file:
+        rows += [{**row, "model": "one-class", "steps": ""} for row in csv.DictReader(file)]
+    names = ("method", "backbone", "model", "steps")
+    categories = sorted({str(row["category"]) for row in rows})
+    models = sorted(
+        {tuple(str(row[name]) for name in names) for row in rows},
+        key=lambda model: (model[2] != "one-class", model[1] != "resnet18", model),
+    )
+    lines = []
+    for metric, title in METRICS.items():
+        lines += [f"### {title}", "", _row([*names, *categories, "mean"]),
+                  _row(["---"] * 3 + ["--:"] * (len(categories) + 2))]  # fmt: skip
+        for model in models:
+            own = [row for row in rows if tuple(str(row[name]) for name in names) == model]
+            scores = [[row[metric] for row in own if row["category"] == c] for c in categories]
+            cells = [f"{100 * _mean(values):.1f}" if values else "" for values in scores]
+            whole = f"{100 * _mean([_mean(s) for s in scores]):.1f}" if all(scores) else ""
+            lines.append(_row([*model, *cells, whole]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _model_of(row: Run) -> tuple[object, ...]:
+    return row["backbone"], row["model"], row["steps"]
 
 
 def _mean_over_categories(rows: list[Run]) -> Run:
@@ -126,8 +168,15 @@ def _mean_over_categories(rows: list[Run]) -> Run:
 
 def _cells(rows: list[Run]) -> list[str]:
     scores = [_with_deviation([100 * float(str(row[key])) for row in rows]) for key in METRICS]
-    costs = [_mean([row[key] for row in rows]) for key in COSTS[1:]]
-    return [*scores, *(f"{cost:.0f}" for cost in costs[:2]), f"{costs[2]:.2f}", f"{costs[3]:.0f}"]
+    costs = [form.format(_mean([row[key] for row in rows])) for key, (_, form) in COSTS.items()]
+    return [*scores, _interval(rows), *costs]
+
+
+def _interval(rows: list[Run]) -> str:
+    if "image_auroc_low" not in rows[0]:
+        return ""
+    low, high = (_mean([row[f"image_auroc_{end}"] for row in rows]) for end in ("low", "high"))
+    return f"{100 * low:.1f} to {100 * high:.1f}"
 
 
 def _with_deviation(values: list[float]) -> str:
@@ -136,7 +185,7 @@ def _with_deviation(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def _mean(values: list[object]) -> float:
+def _mean(values: Sequence[object]) -> float:
     numbers = [float(str(value)) for value in values]
     return math.fsum(numbers) / len(numbers)
 

@@ -33,3 +33,10 @@ def test_every_number_carries_its_commit_seed_hardware_and_command(folder):
         assert not str(run["commit"]).endswith("+changes"), run["run"]
         assert f"seed={run['seed']}" in str(run["command"])
         assert run["hardware"]
+
+
+def test_the_comparison_is_generated_from_all_runs():
+    tables = load_tables()
+    written = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    generated = written.split(tables.BEGIN)[1].split(tables.END)[0].lstrip("\n")
+    assert generated == tables.comparison(ROOT / "experiments")
