@@ -7,14 +7,14 @@ from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.types import Batch, Prediction, UserError
 
-OptimizerFn = Callable[[Iterable[nn.Parameter]], Optimizer]
+OptimizerFn = Callable[[Iterable[Any]], Optimizer]  # parameters, or groups of them
 ScheduleFn = Callable[[float], float]
 
 

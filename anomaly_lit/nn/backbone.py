@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from anomaly_lit.nn.weights import find_weights
@@ -33,6 +34,7 @@ class Backbone(nn.Module):
         mean: Mean of each channel, for pixels in [0, 1]; default: that of the weights.
         std: Standard deviation likewise.
         options: More arguments for ``timm.create_model``.
+        final_norm: Whether the maps of a transformer pass its last layer normalisation.
 
     Attributes:
         channels: Channels of each returned map.
@@ -54,6 +56,7 @@ class Backbone(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         options: Mapping[str, Any] | None = None,
+        final_norm: bool = False,
     ) -> None:
         super().__init__()
         self.name = name
@@ -61,6 +64,7 @@ class Backbone(nn.Module):
         self.file_stem = file_stem
         self.out_indices = tuple(out_indices)
         self.options = dict(options or {})
+        self.final_norm = final_norm
         self.network = self._build()
         self.channels: list[int] = self.network.feature_info.channels()
         self.strides: list[int] = self.network.feature_info.reduction()
@@ -78,9 +82,7 @@ class Backbone(nn.Module):
             near = timm.list_models(f"*{architecture[:8]}*")[:8]
             raise UserError(f"timm has no model {architecture!r}; near: {', '.join(near) or '-'}")
         try:
-            return timm.create_model(
-                architecture, features_only=True, out_indices=self.out_indices, **self.options
-            )
+            return self._create(architecture)
         except (IndexError, AssertionError) as error:
             stages: Any = timm.create_model(architecture, features_only=True, **self.options)
             last = len(stages.feature_info) - 1
@@ -89,6 +91,20 @@ class Backbone(nn.Module):
                 f"{list(self.out_indices)} that it lacks: its stages are 0 to {last}; "
                 "set method.backbone.out_indices"
             ) from error
+
+    def _create(self, name: str, pretrained: bool = False) -> Any:
+        options = {"pretrained": pretrained, **self.options}
+        if not self.final_norm:
+            return timm.create_model(
+                name, features_only=True, out_indices=self.out_indices, **options
+            )
+        network: Any = timm.create_model(name, **options)
+        if not hasattr(network, "forward_intermediates") or not hasattr(network, "norm"):
+            raise UserError(
+                f"the backbone {self.name} has no last layer normalisation: "
+                "method.backbone.final_norm=false"
+            )
+        return FeatureGetterNet(network, out_indices=self.out_indices, norm=True)
 
     def load_weights(self) -> None:
         """Reads the weights; a second call, or one after a state dict was loaded, does nothing.
@@ -99,8 +115,17 @@ class Backbone(nn.Module):
         if self.loaded:
             return
         file = find_weights(self.name, self.weights, self.file_stem)
-        state = _hub_state(self.name, self.out_indices, self.options) if file is None else None
-        self._load(_read_state(file) if file else state, source=str(file or f"hub: {self.name}"))
+        state = _read_state(file) if file else self._hub_state()
+        self._load(state, source=str(file or f"hub: {self.name}"))
+
+    def _hub_state(self) -> Any:
+        try:
+            return self._create(self.name, pretrained=True).state_dict()
+        except Exception as error:
+            raise UserError(
+                f"the hub gave no weights for {self.name} ({type(error).__name__}: {error}); "
+                "set method.backbone.weights=FILE"
+            ) from error
 
     def _load(self, state: Any, source: str) -> None:
         prefix = "model." if hasattr(self.network, "model") else ""
@@ -182,16 +207,3 @@ def _read_state(file: Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping):
         raise UserError(f"the weights file {file} holds a {type(state).__name__}, no state dict")
     return state.get("state_dict", state)
-
-
-def _hub_state(name: str, out_indices: Sequence[int], options: Mapping[str, Any]) -> Any:
-    try:
-        network = timm.create_model(
-            name, pretrained=True, features_only=True, out_indices=tuple(out_indices), **options
-        )
-    except Exception as error:
-        raise UserError(
-            f"the hub gave no weights for {name} ({type(error).__name__}: {error}); "
-            "set method.backbone.weights=FILE"
-        ) from error
-    return network.state_dict()

@@ -31,6 +31,7 @@ NUMBERS = {
     "depths": [1, 1],
     "head_dim": 8,
     "pools": [1, 2],
+    "steps": 2,
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from anomaly_lit.config import config_dir
 from anomaly_lit.nn.backbone import Backbone
@@ -104,8 +105,11 @@ def test_losses_are_finite_scalars_that_depend_on_the_seed_alone(
 
 
 def test_frozen_parts_stay_as_they_are(method: Any, fit: Fit, make_batch: MakeBatch) -> None:
+    averages = [k for k, m in method.named_modules() if isinstance(m, AveragedModel)]
+
     def frozen() -> dict[str, Tensor]:
-        parameters = {k: p for k, p in method.named_parameters() if not p.requires_grad}
+        named = [(k, p) for k, p in method.named_parameters() if not p.requires_grad]
+        parameters = {k: p for k, p in named if not k.startswith(tuple(averages))}
         backbones = {k: m for k, m in method.named_modules() if isinstance(m, Backbone)}
         buffers = {f"{k}.{n}": b for k, m in backbones.items() for n, b in m.named_buffers()}
         return copy.deepcopy({k: v.detach() for k, v in (parameters | buffers).items()})

@@ -1,0 +1,294 @@
+"""RSTPM: a second, reconstructing student (Yamada and Hotta, 2021, arXiv:2111.15376).
+
+It extends STPM, student-teacher feature pyramid matching (Wang et al., BMVC 2021,
+arXiv:2103.04257). Two frozen teachers, two students, trained on normal images only. The first
+student sees the image and learns to give the first teacher's maps. The second sees the first
+teacher's last map alone, a bottleneck that has no room for the unforeseen, and must give the second
+teacher's maps from coarse to fine; attention computed from the second teacher gates what it hands
+on to finer stages. Six maps of 1 - cosine between teacher and student, added by scale and
+multiplied over scales, are the anomaly map.
+
+There is no code by the authors; the text and an unofficial code's behaviour were followed. Differs:
+
+- The gate is (1 + a) x at both stages (``attention=residual``); that code has a x at the coarsest.
+- The second student starts at a rate that rises over the first hundredth of training, and its
+  gradient is clipped: a rate of 0.4 is fragile on its transposed convolutions.
+- ``width`` makes the second student narrower, with a 1 x 1 convolution to the teacher's channels.
+- The discriminative network of the follow-up paper (arXiv:2210.07548) is not part of it.
+
+With ResNet-18 and ResNet-50 the students have 2.8 and 101 million parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
+from anomaly_lit.nn.aggregate import smooth
+from anomaly_lit.nn.backbone import Backbone
+from anomaly_lit.types import Batch, Prediction, UserError
+
+
+class RSTPM(Method):
+    """Student-teacher pyramid matching with a reconstructing second student.
+
+    Args:
+        teacher: Frozen; its last stage feeds the second student, the others are matched.
+        second_teacher: Frozen; every stage is matched. Its strides are those matched of the first.
+        optimizer: Builds the one optimiser of both students.
+        schedule: Factor of the learning rate over training.
+        gradient_clip: Greatest norm of all gradients together.
+        attention: ``residual``: (1 + a) x; ``mul``: a x; ``none``.
+        width: Channels inside the second student, over those of the second teacher.
+        second_warmup: Share of training in which the second student's rate rises to the full.
+        second_clip: Greatest norm of the second student's gradients; None does not clip.
+        smoothing: Standard deviation of a Gaussian filter on the map, in pixels.
+
+    Raises:
+        UserError: The teachers' strides do not fit each other.
+    """
+
+    def __init__(
+        self,
+        teacher: Backbone,
+        second_teacher: Backbone,
+        optimizer: OptimizerFn,
+        schedule: ScheduleFn | None = None,
+        gradient_clip: float | None = None,
+        attention: Literal["residual", "mul", "none"] = "residual",
+        width: float = 1.0,
+        second_warmup: float = 0.01,
+        second_clip: float | None = 1.0,
+        smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(optimizer, schedule, gradient_clip)
+        check_strides(teacher, second_teacher)
+        self.teacher = teacher
+        self.second_teacher = second_teacher
+        self.second_warmup = second_warmup
+        self.second_clip = second_clip
+        self.smoothing = smoothing
+        self.student = Student(teacher)
+        self.second_student = ReconstructionStudent(
+            teacher.channels[-1], second_teacher.channels, width, attention
+        )
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Mean of 1 - cosine, summed over stages: ``first`` and ``second`` pair."""
+        first = self.features(self.teacher, batch, "teacher")
+        second = self.features(self.second_teacher, batch, "second_teacher")
+        students = self.student(batch["image"]), self.second_student(first[-1], second)
+        terms = {
+            name: torch.stack(
+                [distance(t, s).mean() for t, s in zip(teacher, student, strict=True)]
+            )
+            for name, teacher, student in zip(
+                ("first", "second"), (first[:-1], second), students, strict=True
+            )
+        }
+        sums = {name: levels.sum() for name, levels in terms.items()}
+        return {**sums, "loss": sums["first"] + sums["second"]}
+
+    def forward(self, image: Tensor) -> Prediction:
+        """Scores images; see the base class."""
+        first, second = self.teacher(image), self.second_teacher(image)
+        pairs = [
+            zip(first[:-1], self.student(image), strict=True),
+            zip(second, self.second_student(first[-1], second), strict=True),
+        ]
+        maps = [[at_size(distance(t, s), image.shape[-2:]) for t, s in pair] for pair in pairs]
+        by_scale = [torch.stack(level).sum(dim=0) for level in zip(*maps, strict=True)]
+        anomaly_map = smooth(torch.stack(by_scale).prod(dim=0), self.smoothing)  # (B, 1, H, W)
+        return Prediction(anomaly_map, anomaly_map.amax(dim=(1, 2, 3)))
+
+    def configure_optimizers(self) -> Any:
+        """One optimiser; the second student's rate rises first."""
+        students: list[Any] = [self.student, self.second_student]
+        optimizer = self.optimizer([{"params": list(s.parameters())} for s in students])
+        total = self.trainer.estimated_stepping_batches
+        schedule = self.schedule or (lambda done: 1.0)
+        warmup = max(self.second_warmup * total, 1)
+        factors = [
+            lambda step: schedule(step / total),
+            lambda step: schedule(step / total) * min((step + 1) / warmup, 1.0),
+        ]
+        scheduler = {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the second student's gradients, then all as the base class does."""
+        if self.second_clip is not None:
+            nn.utils.clip_grad_norm_(self.second_student.parameters(), self.second_clip)
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+
+class Student(nn.Module):
+    """The teacher's architecture with random weights, up to the last stage that is matched.
+
+    Args:
+        teacher: Gives the architecture and the normalisation of the input.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, teacher: Backbone) -> None:
+        super().__init__()
+        self.network: Any = timm.create_model(
+            teacher.name.split(".")[0],
+            features_only=True,
+            out_indices=teacher.out_indices[:-1],
+            **teacher.options,
+        )
+        self.register_buffer("mean", teacher.mean.clone(), persistent=False)
+        self.register_buffer("std", teacher.std.clone(), persistent=False)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) in [0, 1] to the maps of all of the teacher's stages but the last."""
+        return list(self.network((image - self.mean) / self.std))
+
+
+class ReconstructionStudent(nn.Module):
+    """From the first teacher's last map to the second teacher's maps, coarse to fine.
+
+    Args:
+        bottleneck: Channels of the map it sees.
+        channels: Channels of the maps it gives, finest first.
+        width: See ``RSTPM``.
+        attention: See there.
+    """
+
+    def __init__(
+        self, bottleneck: int, channels: Sequence[int], width: float, attention: str
+    ) -> None:
+        super().__init__()
+        coarse_first = list(reversed(channels))
+        inner = [max(int(width * count), 1) for count in coarse_first]
+        self.residual = attention == "residual"
+        self.stem = nn.Sequential(
+            nn.Conv2d(bottleneck, inner[0], 3, padding=1, bias=False),
+            nn.BatchNorm2d(inner[0]),
+            nn.ReLU(),
+            BasicBlock(inner[0]),
+        )
+        before = [inner[0], *inner[:-1]]
+        self.ups = nn.ModuleList(
+            nn.Sequential(
+                nn.ConvTranspose2d(given, made, 3, 2, padding=1, output_padding=1, bias=False),
+                nn.BatchNorm2d(made),
+                nn.Identity() if number == len(inner) - 1 else nn.ReLU(),
+            )
+            for number, (given, made) in enumerate(zip(before, inner, strict=True))
+        )
+        self.layers = nn.ModuleList(
+            nn.Sequential(BasicBlock(count), BasicBlock(count)) for count in inner
+        )
+        self.adapters = nn.ModuleList(
+            nn.Identity() if own == wanted else nn.Conv2d(own, wanted, 1)
+            for own, wanted in zip(inner, coarse_first, strict=True)
+        )
+        gated = coarse_first[:-1] if attention != "none" else []
+        self.gates = nn.ModuleList(SpatialAttention(count) for count in gated)
+
+    def forward(self, bottleneck: Tensor, teacher: Sequence[Tensor]) -> list[Tensor]:
+        """Maps in the order and shapes of ``teacher``, each taken before its gate.
+
+        Args:
+            bottleneck: (B, C, h, w).
+            teacher: The second teacher's maps, finest first; they only gate.
+
+        Raises:
+            UserError: The maps do not double in size from stage to stage.
+        """
+        maps = []
+        x = self.stem(bottleneck)
+        for number, (up, layer, adapter) in enumerate(
+            zip(self.ups, self.layers, self.adapters, strict=True)
+        ):
+            target = teacher[-1 - number]
+            x = layer(up(x))
+            if x.shape[-2:] != target.shape[-2:]:
+                raise UserError(
+                    f"a map of {tuple(x.shape[-2:])} meets the second teacher's of "
+                    f"{tuple(target.shape[-2:])}: image_size must be a multiple of 32"
+                )
+            maps.append(adapter(x))
+            if number < len(self.gates):
+                gate = self.gates[number](target)
+                x = x * (1 + gate) if self.residual else x * gate
+        return maps[::-1]
+
+
+class SpatialAttention(nn.Sequential):
+    """One gate in (0, 1) for each position of a (B, C, h, w) map: (B, 1, h, w).
+
+    Args:
+        channels: Channels C of the map.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, 1, 1),
+            nn.Sigmoid(),
+        )
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions with batch normalisation around a shortcut (ResNet).
+
+    Args:
+        channels: Channels in and out.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to the same."""
+        return F.relu(x + self.body(x))
+
+
+def distance(teacher: Tensor, student: Tensor) -> Tensor:
+    """(B, 1, h, w): 1 - cosine of channel vectors, half the squared distance of unit vectors."""
+    return 1 - F.cosine_similarity(teacher.float(), student.float(), dim=1)[:, None]
+
+
+def at_size(map_: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, 1, h, w) to (B, 1, *size), bilinear."""
+    return F.interpolate(map_, (size[0], size[1]), mode="bilinear")
+
+
+def check_strides(teacher: Backbone, second_teacher: Backbone) -> None:
+    """Raises ``UserError`` unless the maps to be matched double in size and share their strides."""
+    first, second = teacher.strides, second_teacher.strides
+    doubling = all(2 * fine == coarse for fine, coarse in pairwise(first))
+    if len(first) < 2 or first[:-1] != second or not doubling:
+        raise UserError(
+            f"the first teacher's stages have strides {first}, the second's {second}: all of the "
+            "first but the last (each twice the one before) must be those of the second; set "
+            "method.teacher.out_indices and method.second_teacher.out_indices"
+        )
