@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.types import Batch
 
 if TYPE_CHECKING:
@@ -75,8 +74,7 @@ def seconds_per_step(trainer: pl.Trainer, method: Method, datamodule: AnomalyDat
 
 def with_features(batch: Batch, method: Method) -> Batch:
     """The batch with the features that the cache will hold of its images and prompts."""
-    named = method.named_modules()
-    backbones = {name: module for name, module in named if isinstance(module, Backbone)}
+    backbones = method.training_backbones()
     of_image = {name: module(batch["image"]) for name, module in backbones.items()}
     whole: Batch = {**batch, "features": of_image}
     if "prompt" in batch:

@@ -56,3 +56,25 @@ class Step:
     def __call__(self, done: float) -> float:
         """Factor at the share ``done`` of training."""
         return self.factor if done >= self.at else 1.0
+
+
+class Decay:
+    """Lower by the same factor, several times, at even distances.
+
+    Args:
+        factor: Of each fall.
+        times: How many stretches of equal length training has; the first is at the full rate.
+
+    Raises:
+        UserError: There is no stretch.
+    """
+
+    def __init__(self, factor: float = 0.9, times: int = 10) -> None:
+        if times < 1:
+            raise UserError(f"schedule: times={times} must be at least 1")
+        self.factor = factor
+        self.times = times
+
+    def __call__(self, done: float) -> float:
+        """Factor at the share ``done`` of training."""
+        return self.factor ** min(int(done * self.times), self.times - 1)

@@ -35,7 +35,7 @@ def test(cfg: DictConfig) -> None:
     from anomaly_lit.callbacks.run import StepSeeds
     from anomaly_lit.checkpoint import build_method, read_checkpoint
     from anomaly_lit.files import environment, write_json
-    from anomaly_lit.train import print_results, quiet, selection_of
+    from anomaly_lit.train import print_results, quiet, selection_of, tested
 
     quiet()
     checkpoint = read_checkpoint(config["ckpt_path"])
@@ -67,7 +67,7 @@ def test(cfg: DictConfig) -> None:
         trainer.validate(method, datamodule=datamodule, verbose=False)
     trainer.test(method, datamodule=datamodule, verbose=False)
     metrics = {
-        **{f"test/{key}": value for key, value in evaluation.results.items()},
+        **tested(trainer, evaluation),
         "selection": selection_of(trained["selection"], method),
         "seed": trained["seed"],
         "method_changes": config["method"],

@@ -313,8 +313,8 @@ def fit_and_test(
     trainer.test(method, datamodule=datamodule, verbose=False)
     testing_time = time.perf_counter() - start
     trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    metrics: dict[str, Any] = {f"test/{key}": value for key, value in evaluation.results.items()}
-    metrics |= {
+    metrics: dict[str, Any] = {
+        **tested(trainer, evaluation),
         **validation,
         "setting": "one-class" if len(datamodule.categories) == 1 else "multi-class",
         "selection": selection_of(config["selection"], method),
@@ -396,6 +396,12 @@ def print_plan(
     for line in plan_of(trainer, method, datamodule):
         print(line)
     print(f"{'Resuming in' if state == 'unfinished' else 'Writing to'} {directory}", flush=True)
+
+
+def tested(trainer: pl.Trainer, evaluation: Evaluation) -> dict[str, float]:
+    """Everything of the last test, ``test/...``: what a method logged itself, and the metrics."""
+    logged = {k: float(v) for k, v in trainer.callback_metrics.items() if k[:5] == "test/"}
+    return logged | {f"test/{key}": value for key, value in evaluation.results.items()}
 
 
 def print_results(metrics: dict[str, Any], directory: Path) -> None:

@@ -3,10 +3,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from kornia.losses import binary_focal_loss_with_logits
+from scipy import ndimage
 from skimage.metrics import structural_similarity
 from torch import nn
 
@@ -15,6 +17,7 @@ from anomaly_lit.losses import (
     CosineLoss,
     HybridLoss,
     MSECosineLoss,
+    MSGMSLoss,
     SSIMLoss,
     WeightedSum,
     dice_loss,
@@ -178,3 +181,28 @@ def test_focal_loss_is_kornia_s_and_cross_entropy_without_focus() -> None:
     torch.testing.assert_close(focal_loss(logits, truth), expected)
     entropy = nn.functional.binary_cross_entropy_with_logits(logits, truth)
     torch.testing.assert_close(focal_loss(logits, truth, gamma=0.0), entropy)
+
+
+def test_msgms_equals_its_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = [torch.rand(1, 3, 12, 8, generator=generator) for _ in range(2)]
+
+    def edges(map_: np.ndarray) -> np.ndarray:
+        grey = ndimage.median_filter(map_, 3, mode="mirror")
+        padded = np.pad(grey, 1, mode="edge")
+        slopes = [ndimage.prewitt(padded, axis) / 3 for axis in (0, 1)]
+        return np.sqrt(slopes[0] ** 2 + slopes[1] ** 2)[1:-1, 1:-1]
+
+    gaps = []
+    for size in (1, 2):
+        x, y = (
+            edges(nn.functional.avg_pool2d(i, size).mean(dim=1)[0].double().numpy()) for i in image
+        )
+        gaps.append(1 - ((2 * x * y + 0.0026) / (x * x + y * y + 0.0026)).mean())
+    assert float(MSGMSLoss(scales=2)(*image)) == pytest.approx(np.mean(gaps), abs=1e-4)
+    assert float(MSGMSLoss()(image[0], image[0])) == pytest.approx(0, abs=1e-6)
+
+
+def test_msgms_leaves_out_scales_that_do_not_fit() -> None:
+    image = torch.rand(2, 1, 1, 4, 4).unbind(0)
+    assert MSGMSLoss(scales=4)(*image) == pytest.approx(float(MSGMSLoss(scales=2)(*image)))

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from anomaly_lit.methods.base import Method
-from anomaly_lit.schedules import Cosine, Step
+from anomaly_lit.schedules import Cosine, Decay, Step
 from anomaly_lit.types import UserError
 
 
@@ -46,3 +46,12 @@ def test_a_schedule_sees_the_share_of_training_that_is_done():
         made["optimizer"].step()
         made["lr_scheduler"]["scheduler"].step()
     assert rates == pytest.approx([2.0, 1.5, 1.0, 0.5])
+
+
+def test_decay_falls_at_even_distances():
+    schedule = Decay(factor=0.9, times=10)
+    assert [schedule(done) for done in (0.0, 0.09, 0.1, 0.55, 0.99, 1.0)] == pytest.approx(
+        [1, 1, 0.9, 0.9**5, 0.9**9, 0.9**9]
+    )
+    with pytest.raises(UserError, match="times=0"):
+        Decay(times=0)

@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from anomaly_lit.data.sampler import mixed_seed
-from anomaly_lit.nn.backbone import Backbone
+from anomaly_lit.methods.base import Method
 from anomaly_lit.types import UserError
 
 FORMAT_VERSION = 1
@@ -208,8 +208,8 @@ class FillFeatureCache(pl.Callback):
         cache = getattr(datamodule, "feature_cache", None)
         if cache is None:
             return
-        named = pl_module.named_modules()
-        backbones = {name: module for name, module in named if isinstance(module, Backbone)}
+        assert isinstance(pl_module, Method)
+        backbones = pl_module.training_backbones()
         samples = [*datamodule.train_samples, *datamodule.holdout_samples]
         batches = (
             pl_module.transfer_batch_to_device(batch, pl_module.device, 0)

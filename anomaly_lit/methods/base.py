@@ -65,6 +65,13 @@ class Method(pl.LightningModule):
             if isinstance(module, Backbone):
                 module.load_weights()
 
+    def training_backbones(self) -> dict[str, Backbone]:
+        """Backbones whose features of clean images training reads, by attribute path.
+
+        All of them; a method that asks one only when it scores overrides this.
+        """
+        return {name: m for name, m in self.named_modules() if isinstance(m, Backbone)}
+
     def features(
         self,
         backbone: Backbone,

@@ -32,6 +32,7 @@ NUMBERS = {
     "head_dim": 8,
     "pools": [1, 2],
     "steps": 2,
+    "items": 10,
 }
 
 
@@ -45,6 +46,8 @@ def compose_published(name: str, image_size: int) -> dict[str, Any]:
 def compose_method(name: str) -> dict[str, Any]:
     """The ``method`` node of ``method=NAME``, small where the method has such a key."""
     config = compose_published(name, 64)
+    if config["_target_"].endswith("CMAAE"):
+        config["channels"] = [8, 16, 16]
     config |= {key: value for key, value in NUMBERS.items() if key in config}
     for _, node in nodes(config):
         if node["_target_"] == "anomaly_lit.nn.backbone.Backbone":

@@ -20,6 +20,14 @@ from anomaly_lit.config import config_dir, instantiate, plain
 from anomaly_lit.synthesis import NSA, CutPaste, Mixed, Perlin, Smudge, Synthesis
 from anomaly_lit.synthesis.augment import augment, colour_jitter
 from anomaly_lit.synthesis.base import foreground_of, otsu, random_disc
+from anomaly_lit.synthesis.general import (
+    GeneralAnomalies,
+    blob,
+    shifted,
+    shuffled_tiles,
+    strip,
+    stroke,
+)
 from anomaly_lit.synthesis.noise import perlin_noise
 from anomaly_lit.synthesis.nsa import fill_smoothly, partners
 from anomaly_lit.synthesis.perlin import PerlinMask
@@ -381,3 +389,84 @@ def test_real_textures_are_read() -> None:
         pytest.skip("ANOMALY_LIT_DATA is not set")
     drawn = TextureFolder(folder, 8)(4, 64, 64, seeded())
     assert drawn.std() > 0.05
+
+
+# ------------------------------------------------------------------------------ general
+
+
+@pytest.mark.parametrize("shape", [blob, strip, stroke])
+def test_shapes_are_small_and_varied(shape: Any) -> None:
+    region = shape(torch.zeros(60, 3, 128, 96), seeded())
+    share = region.flatten(1).float().mean(dim=1)
+    assert region.dtype == torch.bool
+    assert (share > 0).float().mean() > 0.9
+    assert share.max() < 0.25
+    assert share.std() > 0.2 * share.mean()
+
+
+def test_stroke_is_connected() -> None:
+    from scipy import ndimage
+
+    for mask in stroke(torch.zeros(20, 3, 256, 256), seeded())[:, 0].numpy():
+        _regions, count = ndimage.label(mask, np.ones((3, 3)))
+        assert count <= 3  # it may leave the image and come back
+
+
+def test_shifted_rolls_each_image_by_its_own_distance() -> None:
+    image = torch.rand(3, 3, 5, 7, generator=seeded())
+    moved = shifted(image, seeded(1))
+    for one, other in zip(image, moved, strict=True):
+        rolls = [one.roll((-i, -j), (1, 2)) for i in range(5) for j in range(7)]
+        assert sum(torch.equal(other, roll) for roll in rolls) == 1
+
+
+@pytest.mark.parametrize("size", [(16, 24), (17, 23)])
+def test_shuffled_tiles_are_the_image_s_tiles(size: tuple[int, int]) -> None:
+    image = torch.rand(2, 3, *size, generator=seeded())
+    mixed = shuffled_tiles(image, seeded(1))
+    assert mixed.shape == image.shape
+    assert not torch.equal(mixed, image)
+    if size == (16, 24):
+        for one, other in zip(image, mixed, strict=True):
+            tiles = [one[:, r : r + 2, c : c + 3] for r in range(0, 16, 2) for c in range(0, 24, 3)]
+            found = [
+                other[:, r : r + 2, c : c + 3] for r in range(0, 16, 2) for c in range(0, 24, 3)
+            ]
+            order = sorted(tuple(t.flatten().tolist()) for t in tiles)
+            assert order == sorted(tuple(t.flatten().tolist()) for t in found)
+
+
+def test_hard_border_keeps_to_one_content() -> None:
+    recipe = GeneralAnomalies(
+        contents={"grey": 1.0}, shapes={"strip": 1.0}, beta=(0.0, 0.0), augmentations=0, feather=1,
+        probability=1.0,
+    )  # fmt: skip
+    corrupted, corruption = recipe(images(6, 128, 128), seeded())
+    for image, mask in zip(corrupted, corruption, strict=True):
+        inside = image[mask.expand_as(image)]
+        assert inside.clamp(0.01, 0.99).std() < 0.15
+
+
+def test_feather_lies_within_the_reported_corruption() -> None:
+    """A faded border is weaker than the middle."""
+    recipe = GeneralAnomalies(
+        contents={"grey": 1.0}, shapes={"blob": 1.0}, beta=(0.0, 0.0), augmentations=0, feather=5,
+        probability=1.0,
+    )  # fmt: skip
+    image = torch.zeros(8, 3, 128, 128)
+    corrupted, corruption = recipe(image, seeded())
+    inner = -torch.nn.functional.max_pool2d(-corruption.float(), 9, 1, 4) > 0
+    border = corruption & ~inner
+    assert (
+        corrupted.mean(dim=1, keepdim=True)[border].mean()
+        < corrupted.mean(dim=1, keepdim=True)[inner].mean()
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"shapes": {"cube": 1.0}}, {"contents": {"grey": -1.0}}, {"beta": (0.5, 0.2)}, {"feather": 2}],
+)
+def test_general_refuses_what_makes_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"dataset\.synthesis"):
+        GeneralAnomalies(**wrong)
