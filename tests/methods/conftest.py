@@ -33,6 +33,12 @@ NUMBERS = {
     "pools": [1, 2],
     "steps": 2,
     "items": 10,
+    "hidden": 8,
+    "residual": 4,
+    "codes": 32,
+    "restriction": 8,
+    "object_width": 8,
+    "detector": [8, 8],
 }
 
 

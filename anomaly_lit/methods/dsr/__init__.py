@@ -1,0 +1,351 @@
+"""DSR: dual subspace re-projection (Zavrtanik, Kristan, Skočaj, ECCV 2022, arXiv:2208.01521).
+
+Three stages, one after the other in one run. First a quantised latent model learns to describe
+images of any kind by two levels of codes; it is frozen then. Second, codes of normal images are
+corrupted by drawing others that are far, but not too far: two restriction networks learn to bring
+the codes back, a decoder of the category's own to show them, and a detector to tell the image as
+it is (decoded by the general decoder) from the image as it ought to be. Third, an upsampling
+network sharpens the detector's answer, on normal images with smudges.
+
+Follows the authors' published code. Differs from it:
+
+- The first stage is part of the run, on the normal images and textures at hand, mirrored at random
+  but not cropped; the authors trained it on ImageNet, and no weights of theirs are assumed. Expect
+  less: a local codebook. It serves other categories too: ``latent_weights`` takes it from a
+  checkpoint and leaves the stage out. Codes that nothing takes are replaced.
+- Batches come from the data module, where an epoch was 8000 draws with replacement.
+- Pixel metrics are of the whole frame, not of its central 224 x 224.
+
+38 million parameters, 36 of them the category's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+
+from anomaly_lit.losses import focal_loss
+from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
+from anomaly_lit.methods.dsr.network import (
+    Codes,
+    LatentModel,
+    ObjectDecoder,
+    Restriction,
+    UNet,
+    corrupt_codes,
+    init_gaussian,
+)
+from anomaly_lit.synthesis.augment import rotate
+from anomaly_lit.synthesis.perlin import PerlinMask
+from anomaly_lit.synthesis.textures import TextureFolder, procedural_textures
+from anomaly_lit.types import Batch, Prediction, UserError
+
+Stage = Literal["latent", "detection", "upsampling"]
+STAGES: tuple[Stage, ...] = ("latent", "detection", "upsampling")
+
+
+class DSR(Method):
+    """Dual subspace re-projection.
+
+    Args:
+        optimizer: Builds the one optimiser; each stage moves its own parameters only.
+        schedule: Factor of the learning rate over the second stage; others have the full rate.
+        gradient_clip: Greatest norm of all gradients together.
+        hidden: Channels of the latent model, and the length D of a code's vector.
+        residual: Channels inside its residual blocks.
+        codes: Vectors of each of its two codebooks.
+        reseed: Steps without use after which a vector is replaced.
+        textures: Texture images in the first stage, for each image of the batch.
+        texture_dir: Folder they are taken from; None draws them.
+        restriction: Channels of the restriction networks' first stage.
+        object_width: Channels of the object decoder's first stage, a multiple of 4.
+        detector: Channels of the stages of detector and upsampling network.
+        shares: Shares of training of the three stages.
+        latent_weights: Checkpoint of another run of DSR with the same latent model; the first
+            stage is left out, and its share falls to the others.
+        window: Side of the window whose greatest mean is the score, in pixels, odd.
+
+    Raises:
+        UserError: A number is out of range.
+    """
+
+    needs = frozenset({"corrupted"})
+    started: Tensor
+
+    def __init__(
+        self,
+        optimizer: OptimizerFn,
+        schedule: ScheduleFn | None = None,
+        gradient_clip: float | None = None,
+        hidden: int = 128,
+        residual: int = 64,
+        codes: int = 4096,
+        reseed: int = 1000,
+        textures: float = 0.5,
+        texture_dir: str | None = None,
+        restriction: int = 128,
+        object_width: int = 256,
+        detector: Sequence[int] = (64, 128, 256, 256),
+        shares: Sequence[float] = (0.25, 0.5, 0.25),
+        latent_weights: str | None = None,
+        window: int = 21,
+    ) -> None:
+        super().__init__(optimizer, schedule, gradient_clip)
+        if codes < 20 or hidden % 2 or object_width % 4 or window % 2 == 0:
+            raise UserError(
+                f"method.codes={codes} must be at least 20, hidden={hidden} even, object_width="
+                f"{object_width} a multiple of 4 and window={window} odd"
+            )
+        if len(shares) != 3 or min(shares) < 0 or shares[1] <= 0 or shares[2] <= 0:
+            raise UserError(
+                f"method.shares={list(shares)}: give three shares, the last two above 0"
+            )
+        self.textures = textures
+        self.texture_folder = None if texture_dir is None else TextureFolder(texture_dir)
+        self.latent_weights = latent_weights
+        self.window = window
+        first = 0.0 if latent_weights else shares[0]
+        total = first + shares[1] + shares[2]
+        self.ends = (first / total, (first + shares[1]) / total)
+        self.done = 1.0  # share of training
+        self.latent = LatentModel(hidden, residual, codes, reseed)
+        self.register_buffer("started", torch.tensor(False))
+        self.restrict_low = Restriction(hidden, restriction)
+        self.restrict_high = Restriction(hidden, restriction)
+        self.object_decoder = ObjectDecoder(hidden, residual, object_width)
+        self.detector = UNet(6, detector)
+        self.upsampler = UNet(8, detector)
+        for part in (self.object_decoder, self.detector, self.upsampler):
+            part.apply(init_gaussian)
+        self.perlin = PerlinMask(attempts=1)
+        self.encodings: tuple[Tensor, Tensor] | None = None
+
+    # ------------------------------------------------------------------------------- stages
+
+    def stage_at(self, done: float) -> tuple[Stage, float]:
+        """The stage at a share of training, and the share of that stage, both in [0, 1]."""
+        bounds = (0.0, *self.ends, 1.0)
+        number = sum(done >= end for end in self.ends)
+        length = bounds[number + 1] - bounds[number]
+        return STAGES[number], min((done - bounds[number]) / length, 1.0)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Terms of the present stage; in evaluation of all, so that one number spans training."""
+        makers = {
+            "latent": self.latent_losses,
+            "detection": self.detection_losses,
+            "upsampling": self.upsampling_losses,
+        }
+        stage, _ = self.stage_at(self.done)
+        terms: dict[str, Tensor] = {}
+        for name in [stage] if self.training else STAGES:
+            terms |= makers[name](batch)
+        return {**terms, "loss": torch.stack(list(terms.values())).sum()}
+
+    def latent_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Reconstruction of anything through the codes, and the encodings' way to them."""
+        image = batch["image"]
+        if self.training:
+            image = mirrored(torch.cat([image, self.draw_textures(image)]))
+        features, z_low = self.latent.encode(image)
+        low = self.latent.low(z_low)
+        z_high = self.latent.encoding_high(features, low)
+        high = self.latent.high(z_high)
+        rebuilt = self.latent.decoder(self.latent.joined(Codes(low, high)))
+        if self.training:
+            self.encodings = (z_low.detach(), z_high.detach())
+        commitment = F.mse_loss(z_low, low.detach()) + F.mse_loss(z_high, high.detach())
+        return {"latent": F.mse_loss(rebuilt, image), "commitment": 0.25 * commitment}
+
+    def detection_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Codes brought back, the image as it ought to be, and what the detector says."""
+        generator = self.generator()
+        image = batch["image"]
+        if self.training:
+            image = turned(image, 0.4, generator)
+        with torch.no_grad():
+            clean, corrupted, truth = self.corrupted_codes(image, generator)
+            general = self.latent.decoder(self.latent.joined(corrupted))
+        low, high = self.restrict_low(corrupted.low), self.restrict_high(corrupted.high)
+        specific = self.show(low, high)
+        logits = self.detector(torch.cat([specific.detach(), general], dim=1))
+        return {
+            "codes": F.mse_loss(low, clean.low) + F.mse_loss(high, clean.high),
+            "image": 10 * F.mse_loss(specific, image),
+            "detection": focal_loss(odds(logits), truth),
+        }
+
+    def upsampling_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """What the upsampling network says of smudged images."""
+        whole = torch.cat([batch["corrupted"], batch["corruption"].to(batch["image"].dtype)], dim=1)
+        if self.training:
+            whole = turned(whole, 0.3, self.generator())
+        with torch.no_grad():
+            seen = self.detect(whole[:, :3])
+        logits = self.upsampler(torch.cat(seen, dim=1))
+        return {"upsampling": focal_loss(odds(logits), (whole[:, 3:] > 0.5).float())}
+
+    # -------------------------------------------------------------------------------- parts
+
+    def corrupted_codes(
+        self, image: Tensor, generator: torch.Generator
+    ) -> tuple[Codes, Codes, Tensor]:
+        """Clean codes, corrupted ones, and the truth (B, 1, H, W) in {0., 1.}.
+
+        Half of the images stay clean. Of the others half are corrupted at both levels, the finer
+        one after the coarser, and a quarter each at one of them.
+        """
+        clean, features, z_low = self.latent.codes(image)
+        draw = torch.rand(2, len(image), 1, 1, 1, generator=generator, device=image.device)
+        region = self.perlin(image, generator) & (draw[0] < 0.5)
+        both, low_only, high_only = (
+            draw[1] < 0.5,
+            (draw[1] >= 0.5) & (draw[1] < 0.75),
+            draw[1] >= 0.75,
+        )
+        at_low, at_high = (
+            F.adaptive_max_pool2d(region.float(), codes.shape[-2:]) > 0 for codes in clean
+        )
+        low = corrupt_codes(z_low, clean.low, at_low & ~high_only, self.latent.low, generator)
+        z_high = self.latent.encoding_high(features, torch.where(both, low, clean.low))
+        changed = corrupt_codes(
+            z_high, self.latent.high(z_high), at_high & ~low_only, self.latent.high, generator
+        )
+        high = torch.where(low_only, clean.high, changed)
+        size = image.shape[-2:]
+        coarse, fine = (F.interpolate(at.float(), size) for at in (at_low, at_high))
+        return clean, Codes(low, high), torch.where(high_only, fine, coarse)
+
+    def show(self, low: Tensor, high: Tensor) -> Tensor:
+        """Restricted codes of both levels, quantised, as the object decoder shows them."""
+        up = self.latent.up
+        assert up.bias is not None
+        fine = F.conv_transpose2d(
+            self.latent.low(low), up.weight.detach(), up.bias.detach(), stride=2, padding=1
+        )
+        return self.object_decoder(torch.cat([fine, self.latent.high(high)], dim=1))
+
+    def detect(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, H, W) as it ought to be, as it is, and (B, 2, H, W) shares of the two classes."""
+        codes, _, _ = self.latent.codes(image)
+        general = self.latent.decoder(self.latent.joined(codes))
+        specific = self.show(self.restrict_low(codes.low), self.restrict_high(codes.high))
+        logits = self.detector(torch.cat([specific, general], dim=1))
+        return specific, general, logits.softmax(dim=1)
+
+    def forward(self, image: Tensor) -> Prediction:
+        """Scores images; see the base class. A map's values lie in [0, 1]."""
+        height, width = image.shape[-2:]
+        if height % 32 or width % 32:
+            raise UserError(f"image_size={height} x {width}: DSR needs multiples of 32")
+        specific, general, share = self.detect(image)
+        logits = self.upsampler(torch.cat([specific, general, share], dim=1))
+        around = F.avg_pool2d(share[:, 1:], self.window, stride=1, padding=self.window // 2)
+        return Prediction(logits.softmax(dim=1)[:, 1:], around.amax(dim=(1, 2, 3)))
+
+    def draw_textures(self, image: Tensor) -> Tensor:
+        """Texture images for the first stage, (textures * B, 3, H, W)."""
+        count = math.ceil(self.textures * len(image))
+        height, width = image.shape[-2:]
+        draw = procedural_textures if self.texture_folder is None else self.texture_folder
+        return draw(count, height, width, self.generator()).to(image.dtype)
+
+    # -------------------------------------------------------------------------------- hooks
+
+    def on_fit_start(self) -> None:
+        """Takes the latent model from a checkpoint, or its first codes from normal images."""
+        strategy: Any = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get(
+            "find_unused_parameters"
+        ):
+            raise UserError(
+                "each stage of DSR leaves the others' parameters unused: set "
+                "trainer.strategy=ddp_find_unused_parameters_true"
+            )
+        self.total_steps = self.trainer.estimated_stepping_batches
+        if self.started:
+            return
+        if self.latent_weights:
+            self.latent.load_state_dict(read_latent(self.latent_weights))
+        else:
+            with torch.no_grad():
+                for batch in self.normal_batches("train", 16):
+                    features, z_low = self.latent.encode(batch["image"])
+                    self.latent.low.start(z_low)
+                    low = self.latent.low(z_low)
+                    self.latent.high.start(self.latent.encoding_high(features, low))
+                    break
+        self.started.fill_(True)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Tells the share of training."""
+        self.done = self.trainer.global_step / self.total_steps
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Moves the codebooks in the first stage."""
+        encodings, self.encodings = self.encodings, None
+        if encodings is None:
+            return
+        for name, book, z in zip(
+            ("low", "high"), (self.latent.low, self.latent.high), encodings, strict=True
+        ):
+            assigned = self.trainer.strategy.reduce(book.assigned(z), reduce_op="sum")
+            assert isinstance(assigned, Tensor)
+            book.move(assigned, z)
+            used = assigned[:, -1] / assigned[:, -1].sum()
+            self.log(f"train/perplexity_{name}", torch.exp(-(used * (used + 1e-10).log()).sum()))
+
+    def configure_optimizers(self) -> Any:
+        """One optimiser; in the second stage its rate follows the schedule."""
+        optimizer = self.optimizer(list(self.parameters()))
+        total = self.trainer.estimated_stepping_batches
+
+        def factor(step: int) -> float:
+            stage, done = self.stage_at(step / total)
+            return self.schedule(done) if self.schedule and stage == "detection" else 1.0
+
+        scheduler = {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+def odds(logits: Tensor) -> Tensor:
+    """(B, 2, H, W) logits to the one, (B, 1, H, W), whose sigmoid is the second class's share."""
+    return (logits[:, 1:] - logits[:, :1]).float()
+
+
+def mirrored(image: Tensor) -> Tensor:
+    """Each image as it is or mirrored, left and right."""
+    chosen = torch.rand(len(image), 1, 1, 1, device=image.device) < 0.5
+    return torch.where(chosen, image.flip(-1), image)
+
+
+def turned(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """A share of images turned by up to 90 degrees, black where nothing is."""
+    draw = torch.rand(2, len(image), generator=generator, device=image.device)
+    angle = torch.where(draw[0] < share, 180 * draw[1] - 90, torch.zeros_like(draw[1]))
+    moved = rotate(image.float(), angle).to(image.dtype)
+    return torch.where((draw[0] < share).view(-1, 1, 1, 1), moved, image)
+
+
+def read_latent(path: str) -> dict[str, Tensor]:
+    """The latent model's part of a checkpoint.
+
+    Raises:
+        UserError: It cannot be read or holds none.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"method.latent_weights={path}: no such file")
+    state = torch.load(file, map_location="cpu", weights_only=True).get("state_dict", {})
+    latent = {k.removeprefix("latent."): v for k, v in state.items() if k.startswith("latent.")}
+    if not latent:
+        raise UserError(f"method.latent_weights={path} is no checkpoint of DSR: no latent model")
+    return latent

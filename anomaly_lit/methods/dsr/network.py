@@ -1,0 +1,331 @@
+"""The networks of DSR: a quantised latent model, and what is trained around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROWS = 4096  # distances to all codes are computed for so many vectors at a time
+
+
+class Codes(NamedTuple):
+    """Both levels of an image's latent description, as the codebooks have them."""
+
+    low: Tensor  # (B, D, H / 8, W / 8)
+    high: Tensor  # (B, D, H / 4, W / 4)
+
+
+class Codebook(nn.Module):
+    """Vectors of which every position takes the nearest; they follow what is assigned to them.
+
+    Moving averages of what each vector got, and of how often (decay 0.99, Laplace smoothing 1e-5),
+    are their quotient; a vector that nothing took for ``reseed`` moves starts anew at an encoding.
+
+    Args:
+        count: Vectors K.
+        dim: Their length D.
+        decay: Of the averages.
+        reseed: Moves without use after which a vector is replaced.
+    """
+
+    vectors: Tensor
+    sums: Tensor
+    uses: Tensor
+    idle: Tensor
+
+    def __init__(self, count: int, dim: int, decay: float = 0.99, reseed: int = 1000) -> None:
+        super().__init__()
+        self.decay = decay
+        self.reseed = reseed
+        self.register_buffer("vectors", torch.randn(count, dim))
+        self.register_buffer("sums", self.vectors.clone())
+        self.register_buffer("uses", torch.ones(count))
+        self.register_buffer("idle", torch.zeros(count, dtype=torch.long))
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """(B, D, h, w) to (B, h, w) numbers of the nearest vectors (squared distance)."""
+        rows = [distances(part, self.vectors).argmin(dim=1) for part in tokens(z).split(ROWS)]
+        return torch.cat(rows).view(len(z), *z.shape[2:])
+
+    def look_up(self, number: Tensor) -> Tensor:
+        """(B, h, w) numbers to (B, D, h, w)."""
+        return F.embedding(number, self.vectors).permute(0, 3, 1, 2)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, D, h, w) to the nearest vectors; the gradient passes through as if to ``z``."""
+        nearest = self.look_up(self.nearest(z.detach())).to(z.dtype)
+        return z + (nearest - z).detach()
+
+    @torch.no_grad()
+    def start(self, z: Tensor) -> None:
+        """Takes vectors from (B, D, h, w) encodings, at random."""
+        rows = tokens(z)
+        self._replace(torch.ones_like(self.idle, dtype=torch.bool), rows)
+
+    def _replace(self, which: Tensor, rows: Tensor) -> None:
+        drawn = rows[torch.randint(len(rows), (len(which),), device=rows.device)]
+        self.vectors.copy_(torch.where(which[:, None], drawn, self.vectors))
+        self.sums.copy_(torch.where(which[:, None], drawn, self.sums))
+        self.uses.copy_(torch.where(which, torch.ones_like(self.uses), self.uses))
+        self.idle.masked_fill_(which, 0)
+
+    @torch.no_grad()
+    def assigned(self, z: Tensor) -> Tensor:
+        """(K, D + 1): the sum of what each vector gets of (B, D, h, w), and how often."""
+        rows = tokens(z)
+        rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
+        total = rows.new_zeros(len(self.vectors), rows.shape[1])
+        return total.index_add_(0, self.nearest(z).flatten(), rows)
+
+    @torch.no_grad()
+    def move(self, assigned: Tensor, z: Tensor) -> None:
+        """One step of the averages; what is idle for long is replaced by encodings of ``z``."""
+        self.sums.lerp_(assigned[:, :-1], 1 - self.decay)
+        self.uses.lerp_(assigned[:, -1], 1 - self.decay)
+        total = self.uses.sum()
+        smoothed = (self.uses + 1e-5) / (total + 1e-5 * len(self.uses)) * total
+        self.vectors.copy_(self.sums / smoothed[:, None])
+        self.idle.add_(1).masked_fill_(assigned[:, -1] > 0, 0)
+        self._replace(self.idle > self.reseed, tokens(z))
+
+
+def tokens(z: Tensor) -> Tensor:
+    """(B, D, h, w) to (B * h * w, D) float32."""
+    return z.float().permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def distances(rows: Tensor, vectors: Tensor) -> Tensor:
+    """(n, K) squared distances of (n, D) to (K, D), less the square of each row."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return vectors.square().sum(dim=1) - 2 * rows @ vectors.T
+
+
+class ResidualStack(nn.Module):
+    """Two residual blocks, then ReLU.
+
+    Args:
+        channels: In and out.
+        hidden: Between the convolutions of a block.
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.ReLU(),
+                nn.Conv2d(channels, hidden, 3, padding=1, bias=False),
+                nn.ReLU(),
+                nn.Conv2d(hidden, channels, 1, bias=False),
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to the same."""
+        for block in self.blocks:
+            x = x + block(x)
+        return F.relu(x)
+
+
+class LatentModel(nn.Module):
+    """Two levels of quantised encodings, and the decoder of all images (after VQ-VAE-2).
+
+    Args:
+        hidden: Channels, and length of the vectors.
+        residual: Channels inside residual blocks.
+        codes: Vectors of each level.
+        reseed: See ``Codebook``.
+    """
+
+    def __init__(self, hidden: int, residual: int, codes: int, reseed: int) -> None:
+        super().__init__()
+        self.encode_high = nn.Sequential(
+            nn.Conv2d(3, hidden // 2, 4, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(hidden // 2, hidden, 4, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(hidden, hidden, 3, padding=1),
+            ResidualStack(hidden, residual),
+        )
+        self.encode_low = nn.Sequential(
+            nn.Conv2d(hidden, hidden, 4, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(hidden, hidden, 3, padding=1),
+            nn.ReLU(),
+            ResidualStack(hidden, residual),
+            nn.Conv2d(hidden, hidden, 1),
+        )
+        self.low = Codebook(codes, hidden, reseed=reseed)
+        self.high = Codebook(codes, hidden, reseed=reseed)
+        self.up = nn.ConvTranspose2d(hidden, hidden, 4, 2, 1)
+        self.join = nn.Conv2d(2 * hidden, hidden, 1)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(2 * hidden, hidden, 3, padding=1),
+            ResidualStack(hidden, residual),
+            nn.ConvTranspose2d(hidden, hidden // 2, 4, 2, 1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(hidden // 2, 3, 4, 2, 1),
+        )
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) to the finer features (B, D, H / 4, W / 4) and the low level's encoding."""
+        features = self.encode_high(image)
+        return features, self.encode_low(features)
+
+    def encoding_high(self, features: Tensor, low: Tensor) -> Tensor:
+        """The high level's encoding, which depends on the low level's codes."""
+        return self.join(torch.cat([features, self.up(low)], dim=1))
+
+    def joined(self, codes: Codes) -> Tensor:
+        """(B, 2 D, H / 4, W / 4), as decoders read it."""
+        return torch.cat([self.up(codes.low), codes.high], dim=1)
+
+    def codes(self, image: Tensor) -> tuple[Codes, Tensor, Tensor]:
+        """Codes of images, the finer features, and the low level's encoding."""
+        features, z_low = self.encode(image)
+        low = self.low(z_low)
+        return Codes(low, self.high(self.encoding_high(features, low))), features, z_low
+
+
+def corrupt_codes(
+    z: Tensor, clean: Tensor, where: Tensor, book: Codebook, generator: torch.Generator
+) -> Tensor:
+    """Codes that are far from the encoding, but not too far, where an anomaly is to be.
+
+    Each image has a strength s in [0.2, 1): at each position one of the int(s K) + 1 nearest
+    vectors is drawn, the nearest twentieth left out.
+
+    Args:
+        z: (B, D, h, w) encoding.
+        clean: (B, D, h, w), its nearest vectors.
+        where: (B, 1, h, w) bool.
+        book: The level's codebook of K vectors.
+        generator: Decides the draws.
+    """
+    count = len(book.vectors)
+    strength = 0.2 + 0.8 * torch.rand(len(z), generator=generator, device=z.device)
+    last = ((strength * count).long() + 1).clamp(1, count - 1).clamp(min=count // 20 + 1)
+    image, row, column = where[:, 0].nonzero(as_tuple=True)  # only these are sorted
+    share = torch.rand(len(image), generator=generator, device=z.device)
+    first = count // 20
+    rank = first + (share * (last[image] - first)).long()
+    found = [
+        distances(rows, book.vectors).argsort(dim=1).gather(1, ranks[:, None])[:, 0]
+        for rows, ranks in zip(
+            z.detach().permute(0, 2, 3, 1)[image, row, column].float().split(ROWS),
+            rank.split(ROWS),
+            strict=True,
+        )
+    ]
+    changed = clean.detach().permute(0, 2, 3, 1).clone()
+    if found:
+        changed[image, row, column] = book.vectors[torch.cat(found)].to(changed.dtype)
+    return changed.permute(0, 3, 1, 2)
+
+
+def _convs(*channels: int) -> nn.Sequential:
+    """3 x 3 convolutions, each with instance normalisation and ReLU."""
+    layers: list[nn.Module] = []
+    for given, made in pairwise(channels):
+        layers += [nn.Conv2d(given, made, 3, padding=1), nn.InstanceNorm2d(made), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+
+
+class Restriction(nn.Module):
+    """Maps codes of anything onto codes of normal images, through a bottleneck without shortcuts.
+
+    Args:
+        dim: Length of the vectors.
+        width: Channels of the first stage.
+    """
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        w = width
+        self.down = nn.ModuleList(
+            [_convs(dim, w, w), _convs(w, 2 * w, 2 * w), _convs(2 * w, 4 * w, 4 * w)]
+        )
+        self.up = nn.ModuleList([_convs(4 * w, 2 * w, 2 * w, 2 * w), _convs(2 * w, w, w, w)])
+        self.out = nn.Conv2d(w, dim, 3, padding=1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """(B, D, h, w) to the same; h and w are multiples of 4."""
+        for number, stage in enumerate(self.down):
+            codes = stage(F.max_pool2d(codes, 2) if number else codes)
+        for stage in self.up:
+            codes = stage(_double(codes))
+        return self.out(codes)
+
+
+class ObjectDecoder(nn.Sequential):
+    """Codes of one category, (B, 2 D, h, w), to images (B, 3, 4 h, 4 w).
+
+    Args:
+        dim: Length D of the vectors.
+        residual: Channels inside residual blocks.
+        width: Channels of the first stage.
+    """
+
+    def __init__(self, dim: int, residual: int, width: int) -> None:
+        w, thin = width, width // 4
+        super().__init__(
+            _convs(2 * dim, w, 2 * w),
+            nn.MaxPool2d(2),
+            _convs(2 * w, 2 * w, 4 * w),
+            nn.MaxPool2d(2),
+            nn.Conv2d(4 * w, thin, 1),
+            nn.ConvTranspose2d(thin, thin, 4, 2, 1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(thin, thin, 4, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(thin, dim, 3, padding=1),
+            ResidualStack(dim, residual),
+            nn.ConvTranspose2d(dim, dim // 2, 4, 2, 1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(dim // 2, 3, 4, 2, 1),
+        )
+
+
+class UNet(nn.Module):
+    """Encoder-decoder with shortcuts; two classes a pixel.
+
+    Args:
+        channels: Of the input.
+        widths: Channels of the stages, finest first.
+    """
+
+    def __init__(self, channels: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        before = [channels, *widths[:-1]]
+        self.down = nn.ModuleList(
+            _convs(given, made, made) for given, made in zip(before, widths, strict=True)
+        )
+        fine_last = list(reversed(widths))
+        self.shrink = nn.ModuleList(_convs(coarse, fine) for coarse, fine in pairwise(fine_last))
+        self.up = nn.ModuleList(_convs(2 * fine, fine, fine) for fine in fine_last[1:])
+        self.out = nn.Conv2d(widths[0], 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to logits (B, 2, H, W)."""
+        stages: list[Tensor] = []
+        for number, stage in enumerate(self.down):
+            x = stage(F.max_pool2d(x, 2) if number else x)
+            stages.append(x)
+        for shrink, up, shortcut in zip(self.shrink, self.up, stages[-2::-1], strict=True):
+            x = up(torch.cat([shrink(_double(x)), shortcut], dim=1))
+        return self.out(x)
+
+
+def init_gaussian(module: nn.Module) -> None:
+    """Weights of convolutions from N(0, 0.02^2)."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
