@@ -19,6 +19,7 @@ run() {  # name of the backbones, name of the data, categories, further settings
 for category in toothbrush magnetic_tile ksdd hazelnut_toy; do
   case $method in
     rstpm) run mobilenetv2_100_tf2+resnet18 $category $category ;;  # its preset's two teachers
+    dsr) run none $category $category "method.texture_dir=\${oc.env:ANOMALY_LIT_DATA}/textures" ;;
     *) run resnet18 $category $category backbone=resnet18 ;;
   esac
 done

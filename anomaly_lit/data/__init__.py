@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from anomaly_lit.data.datamodule import AnomalyDataModule
     from anomaly_lit.data.demo import Demo
     from anomaly_lit.data.features import FeatureCache
-    from anomaly_lit.data.sets import BTAD, Folder, MVTecAD, VisA
+    from anomaly_lit.data.sets import BTAD, Folder, KolektorSDD2, MVTecAD, VisA
 
 __all__ = [
     "BTAD",
@@ -22,6 +22,7 @@ __all__ = [
     "FeatureCache",
     "Folder",
     "HostCache",
+    "KolektorSDD2",
     "MVTecAD",
     "VisA",
 ]

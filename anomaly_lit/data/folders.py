@@ -1,10 +1,15 @@
-"""Folder layouts: from files on disk to lists of samples. Nothing is decoded here."""
+"""Folder layouts: from files on disk to lists of samples.
+
+Nothing is decoded here but KolektorSDD2's masks, which alone tell good from defective.
+"""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
 from typing import NamedTuple
+
+from PIL import Image
 
 from anomaly_lit.data.images import SUFFIXES
 from anomaly_lit.types import Sample, UserError
@@ -104,6 +109,46 @@ def list_visa(root: Path, category: str, rows: list[dict[str, str]]) -> Listing:
             sample = Sample(path, category, "anomaly", True, mask)
         (listing.train if row["split"] == "train" else listing.test).append(sample)
     return listing
+
+
+def list_ksdd2(root: Path, category: str) -> tuple[Listing, int]:
+    """KolektorSDD2: `{train,test}/10000.png` with `10000_GT.png`, all black where it is good.
+
+    Returns:
+        The samples, and how many defective training images were left out.
+
+    Raises:
+        UserError: Masks are absent or cannot be read.
+    """
+    listing, left_out = Listing([], []), 0
+    absent: list[Path] = []
+    for split, samples in (("train", listing.train), ("test", listing.test)):
+        for path in list_images(root / split):
+            if path.stem.endswith("_GT"):
+                continue
+            mask = path.with_name(f"{path.stem}_GT.png")
+            if not mask.is_file():
+                absent.append(mask)
+            elif not _any_white(mask):
+                samples.append(_normal(path, category))
+            elif split == "test":
+                samples.append(Sample(str(path), category, "defect", True, str(mask)))
+            else:
+                left_out += 1
+    if absent:
+        raise UserError(
+            f"{absent[0]}: the mask that tells whether its image is good does not exist "
+            f"({len(absent)} such images); unpack KolektorSDD2 whole"
+        )
+    return listing, left_out
+
+
+def _any_white(mask: Path) -> bool:
+    try:
+        with Image.open(mask) as image:
+            return image.convert("L").getextrema()[1] != 0
+    except OSError as error:
+        raise UserError(f"{mask} cannot be read ({error}); unpack it again") from error
 
 
 def list_plain(

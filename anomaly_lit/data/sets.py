@@ -15,6 +15,7 @@ from anomaly_lit.data.folders import (
     Listing,
     list_btad,
     list_folders,
+    list_ksdd2,
     list_mvtec,
     list_plain,
     list_visa,
@@ -77,6 +78,33 @@ class VisA(AnomalyDataModule):
         """Images of one category, see `list_visa`."""
         rows = read_visa_split(root / self.split_file)
         return list_visa(root, category, rows.get(category, []))
+
+
+class KolektorSDD2(AnomalyDataModule):
+    """KolektorSDD2 (Božič et al., 2021) as published; its training defects are left out."""
+
+    licence = "KolektorSDD2 is CC BY-NC-SA 4.0 (non-commercial)"
+    mask_hint = "ROOT/test/<stem>_GT.png"
+    train_hint = "train"
+    left_out = 0
+
+    def find_categories(self, root: Path) -> list[str]:
+        """One, where there is a `train` or `test` folder."""
+        return ["ksdd2"] if (root / "train").is_dir() or (root / "test").is_dir() else []
+
+    def list_category(self, root: Path, category: str) -> Listing:
+        """Its images, see `list_ksdd2`."""
+        listing, self.left_out = list_ksdd2(root, category)
+        return listing
+
+    def folders(self) -> list[Path]:
+        """None: training defects lie beside what is trained on."""
+        return []
+
+    def notes(self) -> list[str]:
+        """Say also how many training images were left out."""
+        left_out = f"{self.left_out} defective images of train are left out"
+        return [*super().notes(), *([left_out] if self.left_out else [])]
 
 
 class Folder(AnomalyDataModule):

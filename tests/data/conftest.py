@@ -92,6 +92,19 @@ def visa(tmp_path: Path, write_image: Write, write_mask: Write) -> Path:
 
 
 @pytest.fixture
+def ksdd2(tmp_path: Path, write_image: Write, write_mask: Write) -> Path:
+    """Six training images, one of them defective, and two test images."""
+    root = tmp_path / "ksdd2"
+    for i in range(6):
+        write_image(root / "train" / f"{10000 + i}.png")
+        write_mask(root / "train" / f"{10000 + i}_GT.png", value=255 if i == 5 else 0)
+    for i in range(2):
+        write_image(root / "test" / f"{20000 + i}.png")
+        write_mask(root / "test" / f"{20000 + i}_GT.png", value=255 * i)
+    return root
+
+
+@pytest.fixture
 def plain(tmp_path: Path, write_image: Write, write_mask: Write) -> Path:
     """Folders of one's own: good (10), bad/{chip, stain}, masks for all of bad."""
     root = tmp_path / "plain"

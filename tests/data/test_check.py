@@ -16,7 +16,7 @@ from PIL import Image
 
 from anomaly_lit.check import Report, check_data
 from anomaly_lit.config import config_dir, import_target, plain, validate
-from anomaly_lit.data import BTAD, Folder, MVTecAD, VisA
+from anomaly_lit.data import BTAD, Folder, KolektorSDD2, MVTecAD, VisA
 
 Write = Callable[..., Path]
 
@@ -147,9 +147,11 @@ def test_an_empty_category_is_reported_beside_the_others(mvtec: Path) -> None:
     assert not report.ok
 
 
-def test_other_layouts_are_checked(btad: Path, visa: Path, plain: Path, tmp_path: Path) -> None:
+def test_other_layouts_are_checked(
+    btad: Path, visa: Path, ksdd2: Path, plain: Path, tmp_path: Path
+) -> None:
     folder = Folder(str(plain), abnormal_dir="bad", mask_dir="masks")
-    for datamodule in (BTAD(str(btad)), VisA(str(visa)), folder):
+    for datamodule in (BTAD(str(btad)), VisA(str(visa)), KolektorSDD2(str(ksdd2)), folder):
         report = check_data(datamodule, tmp_path / "report")
         assert report.ok
         assert not set(kinds(report, "warning")) - {"note", "values"}

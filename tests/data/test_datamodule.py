@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from anomaly_lit.data import BTAD, AnomalyDataModule, Folder, HostCache, MVTecAD, VisA
+from anomaly_lit.data import BTAD, AnomalyDataModule, Folder, HostCache, KolektorSDD2, MVTecAD, VisA
 from anomaly_lit.data.datamodule import Images
 from anomaly_lit.types import UserError
 
@@ -280,6 +280,15 @@ def test_btad_and_visa_are_read(btad: Path, visa: Path) -> None:
         truth = torch.cat([batch["gt_mask"] for batch in datamodule.test_dataloader()])
         assert truth.flatten(1).any(dim=1).sum() == len(categories)
         assert next(iter(datamodule.train_dataloader()))["image"].shape == (2, 3, 32, 32)
+
+
+def test_ksdd2_is_read_and_says_what_is_left_out(ksdd2: Path) -> None:
+    datamodule = KolektorSDD2(str(ksdd2), image_size=32, batch_size=2)
+    datamodule.setup()
+    assert datamodule.counts() == {
+        "ksdd2": {"train": 4, "holdout": 1, "test good": 1, "test defect": 1}
+    }
+    assert any("1 defective images of train are left out" in note for note in datamodule.notes())
 
 
 def folder(root: Path, **arguments: object) -> Folder:

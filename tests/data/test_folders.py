@@ -7,6 +7,7 @@ import pytest
 from anomaly_lit.data.folders import (
     list_btad,
     list_images,
+    list_ksdd2,
     list_mvtec,
     list_plain,
     list_visa,
@@ -48,6 +49,23 @@ def test_btad_masks_are_matched_by_stem(btad: Path) -> None:
     assert len(train) == 4
     assert [sample.defect_type for sample in test] == ["good", "ko"]
     assert Path(str(test[1].mask_path)).name == "0001.png"
+
+
+def test_ksdd2_is_told_apart_by_its_masks(ksdd2: Path) -> None:
+    (train, test), left_out = list_ksdd2(ksdd2, "ksdd2")
+    assert [len(train), left_out] == [5, 1]
+    assert [sample.label for sample in test] == [False, True]
+    assert test[0].mask_path is None
+    assert Path(str(test[1].mask_path)).name == "20001_GT.png"
+
+
+def test_ksdd2_without_a_mask_is_an_error(ksdd2: Path) -> None:
+    (ksdd2 / "train" / "10002_GT.png").unlink()
+    with pytest.raises(UserError, match=r"10002_GT\.png: the mask"):
+        list_ksdd2(ksdd2, "ksdd2")
+    (ksdd2 / "train" / "10002_GT.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"10002_GT\.png cannot be read"):
+        list_ksdd2(ksdd2, "ksdd2")
 
 
 def test_visa_follows_its_split_file(visa: Path) -> None:
