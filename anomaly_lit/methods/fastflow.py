@@ -108,8 +108,9 @@ class FastFlow(Method):
                 terms[f"stage{number}"] = total[-1].detach() / noise[0].numel()
         return {**terms, "loss": torch.stack(total).sum()}
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Moves the average of the weights."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Moves the average with the weights, before a checkpoint is written."""
+        super().optimizer_step(*args, **kwargs)
         if self.averaged is not None:
             self.averaged.update_parameters(self.flows)
 

@@ -289,11 +289,16 @@ class DSR(Method):
         """Tells the share of training."""
         self.done = self.trainer.global_step / self.total_steps
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Moves the codebooks in the first stage."""
-        encodings, self.encodings = self.encodings, None
-        if encodings is None:
-            return
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The base class's; in the first stage it also moves the codebooks."""
+        self.encodings = None
+        loss = super().training_step(batch, batch_idx)
+        if self.encodings is not None:
+            self.move_codebooks(self.encodings)
+        return loss
+
+    def move_codebooks(self, encodings: tuple[Tensor, Tensor]) -> None:
+        """A step of both codebooks' averages, over all ranks; logs how many vectors are in use."""
         for name, book, z in zip(
             ("low", "high"), (self.latent.low, self.latent.high), encodings, strict=True
         ):

@@ -1,0 +1,153 @@
+"""Methods beside AMI-Net through the commands: train, test, predict, stop and go on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+Run = Callable[..., Any]
+COMMON = (
+    "dataset=mvtec_ad", "dataset.batch_size=2", "image_size=64", "trainer=cpu",
+    "trainer.precision=32-true", "logger=none",
+)  # fmt: skip
+TRANSFORMER = (
+    "method.backbone.weights=random", "method.dim=32", "method.heads=2", "method.feedforward=32",
+    "method.encoder_depth=1", "method.decoder_depth=1", "method.window=1",
+)  # fmt: skip
+METHODS = {
+    "uniad": TRANSFORMER,
+    "onenip": (*TRANSFORMER, "method.refiner_dim=8"),
+    "mfrnet": ("method.backbone.weights=random", "method.grid=8", "method.dims=[16,16]",
+               "method.depths=[1,1]", "method.head_dim=8", "method.pools=[1,2]"),
+    "fastflow": ("method.backbone.weights=random", "method.steps=2"),
+    "rstpm": ("backbone@method.second_teacher=resnet18", "method.teacher.weights=random",
+              "backbone@method.teacher=resnet18", "method.second_teacher.weights=random"),
+    "cma_ae": ("method.backbone.weights=random", "method.channels=[8,16,16]", "method.items=10"),
+    "dsr": ("method.hidden=8", "method.residual=4", "method.codes=32", "method.restriction=8",
+            "method.object_width=8", "method.detector=[8,8]", "method.shares=[1,1,1]"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(mvtec_folder: Path) -> str:
+    return f"dataset.root={mvtec_folder}"
+
+
+def of_method(name: str) -> tuple[str, ...]:
+    return f"method={name}_small", *METHODS[name], *COMMON
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_trains_tests_and_predicts(
+    name: str, root: str, run_here: Run, mvtec_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    steps = ("trainer.max_steps=3", "trainer.val_check_interval=3")
+    outcome = run_here("train", *of_method(name), root, *steps, f"output_dir={run}")
+    assert outcome.code == 0, outcome.err
+    metrics = metrics_of(run)
+    assert metrics["setting"] == "multi-class"
+    assert (run / "training.png").is_file()
+    assert (run / "overview.png").is_file()
+    checkpoint = f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}"
+    outcome = run_here("test", checkpoint, f"output_dir={tmp_path / 'test'}")
+    assert outcome.code == 0, outcome.err
+    again = metrics_of(tmp_path / "test")
+    assert {k: again[k] for k in again if k[:5] == "test/"} == {
+        k: metrics[k] for k in metrics if k[:5] == "test/"
+    }
+    images = f"input={mvtec_folder / 'bolt' / 'test' / 'scratch'}"
+    outcome = run_here("predict", checkpoint, images, f"output_dir={tmp_path / 'found'}")
+    assert outcome.code == 0, outcome.err
+    assert len((tmp_path / "found" / "predictions.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "onenip",
+        "dsr",
+        pytest.param("fastflow", marks=pytest.mark.slow),
+        pytest.param("rstpm", marks=pytest.mark.slow),
+        pytest.param("cma_ae", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_run_ends_with_the_same_weights(
+    name: str, root: str, run_command: Run, start_command: Run, tmp_path: Path
+) -> None:
+    """Both in processes of their own; the kill comes after a checkpoint within an epoch."""
+    steps = ("trainer.max_steps=12", "trainer.val_check_interval=12", "checkpoint.every_steps=4")
+    line = (*of_method(name), root, *steps)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    started = start_command("train", *line, f"output_dir={killed}")
+    last = killed / "checkpoints" / "last.ckpt"
+    while not last.is_file() and started.process.is_alive():
+        time.sleep(0.002)
+    started.process.kill()
+    started.process.join()
+    assert not (killed / "metrics.json").exists()
+    for folder in (killed, whole):
+        outcome = run_command("train", *line, f"output_dir={folder}")
+        assert outcome.code == 0, outcome.err
+    one, other = (
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in (killed, whole)
+    )
+    tensors = [key for key, value in other.items() if isinstance(value, torch.Tensor)]
+    assert one.keys() == other.keys()
+    assert [key for key in tensors if not torch.equal(one[key], other[key])] == []
+    assert [metrics_of(folder)["resumed"] for folder in (killed, whole)] == [True, False]
+
+
+def test_prompts_are_changed_when_testing(root: str, run_here: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    steps = ("trainer.max_steps=2", "trainer.val_check_interval=2", "method.prompts=3")
+    assert run_here("train", *of_method("onenip"), root, *steps, f"output_dir={run}").code == 0
+    scores = []
+    for number in range(3):
+        folder = tmp_path / str(number)
+        outcome = run_here(
+            "test", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}",
+            f"+method.prompt_index={number}", f"output_dir={folder}",
+        )  # fmt: skip
+        assert outcome.code == 0, outcome.err
+        scores.append((folder / "predictions.csv").read_text())
+    assert scores[0] == (run / "predictions.csv").read_text()
+    assert len(set(scores)) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (("method=onenip_small", "synthesis=none"), "OneNIP learns from corrupted images"),
+        (("method=uniad_small", "synthesis=draem"), "UniAD does not learn from corrupted images"),
+        (("method=uniad_small", "dataset.validate_on_synthesis=true"), "needs a synthesis"),
+    ],
+)
+def test_synthesis_that_does_not_fit_the_method_is_refused(
+    line: tuple[str, ...], words: str, root: str, run_here: Run, tmp_path: Path
+) -> None:
+    outcome = run_here("train", *line, *TRANSFORMER, *COMMON, root, f"output_dir={tmp_path}")
+    assert outcome.code != 0
+    assert words in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_any_method_is_validated_on_synthesis(root: str, run_here: Run, tmp_path: Path) -> None:
+    outcome = run_here(
+        "train", *of_method("uniad"), root, "synthesis=cutpaste", "trainer.max_steps=2",
+        "dataset.validate_on_synthesis=true", "trainer.val_check_interval=2",
+        "optimized_metric=val/synthetic_pixel_ap", f"output_dir={tmp_path}",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert 0 <= metrics_of(tmp_path)["val/synthetic_pixel_ap"] <= 1
