@@ -20,12 +20,14 @@ from typing import Any, Literal
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from anomaly_lit.types import UserError
+from hydra_plugins.anomaly_lit_launcher import ProcessLauncher
 
 SAFE_TARGETS = ("anomaly_lit.", "torch.nn.", "torch.optim.")
 STRANGE = re.compile(r"[^\w\s/\\+.$%*@?|:,=()\[\]{}'\"-]", re.ASCII)  # no word of Hydra's
@@ -82,6 +84,7 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
     guarded.__module__ = task.__module__  # Hydra names the job after it
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of exiting
     sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+    Plugins.instance().register(ProcessLauncher)  # Hydra's search misses it in a checkout
     main = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)
     try:
         main(guarded)()
