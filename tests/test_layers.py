@@ -15,10 +15,10 @@ PACKAGE = Path(anomaly_lit.__file__).parent
 LAYERS = [
     {"types", "config", "files", "tables"},
     {"nn", "losses", "masks", "schedules", "synthesis"},
-    {"data", "metrics", "methods", "pictures"},
+    {"data", "metrics", "methods", "pictures", "page"},
     {"callbacks", "plan"},
     {"checkpoint"},
-    {"train", "test", "predict", "check"},
+    {"train", "test", "predict", "check", "status", "report"},
 ]
 COMMANDS = LAYERS[-1]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

@@ -26,7 +26,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sources alone, so that building leaves nothing in the checkout."""
     folder = tmp_path_factory.mktemp("checkout")
     unwanted = shutil.ignore_patterns("__pycache__", "*.pyc")
-    for name in ("anomaly_lit", "conf"):
+    for name in ("anomaly_lit", "conf", "hydra_plugins"):
         shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
     for name in ("pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, folder / name)
@@ -87,6 +87,8 @@ def assert_works(scripts: Path, cwd: Path) -> None:
     shown = run(
         scripts / "python", "-m", "anomaly_lit.train", "--cfg", "job", "logger=none", cwd=cwd
     )
+    line = ("-m", "anomaly_lit.train", "hydra/launcher=process", "--cfg", "hydra")
+    assert "ProcessLauncher" in run(scripts / "python", *line, cwd=cwd)
     config = yaml.safe_load(shown)
     assert config["method"]["_target_"] == "anomaly_lit.methods.AMINet"
     assert config["logger"] is None
@@ -100,6 +102,7 @@ def test_wheel_holds_all_configuration_and_the_shipped_weights(wheel: Path) -> N
         assert f"anomaly_lit/{path.relative_to(ROOT).as_posix()}" in names
     for path in (ROOT / "anomaly_lit").rglob("*.py"):
         assert path.relative_to(ROOT).as_posix() in names
+    assert "hydra_plugins/anomaly_lit_launcher/__init__.py" in names
     for path in (ROOT / "anomaly_lit" / "weights").glob("*"):
         assert path.relative_to(ROOT).as_posix() in names
     assert "anomaly_lit/py.typed" in names

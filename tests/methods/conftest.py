@@ -115,9 +115,10 @@ class Repeated(pl.LightningDataModule):
 def fit() -> Callable[..., None]:
     """Trains ``fit(method, batch, steps)`` on one batch."""
 
-    def train(method: Any, batch: Any, steps: int) -> None:
+    def train(method: Any, batch: Any, steps: int, precision: Any = "32-true") -> None:
         trainer = pl.Trainer(
             accelerator="cpu",
+            precision=precision,
             max_steps=steps,
             logger=False,
             enable_checkpointing=False,

@@ -155,6 +155,22 @@ def test_trains_on_images_that_are_not_square(method: Any, fit: Fit, make_batch:
     assert score.isfinite().all()
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_trains_in_bfloat16(
+    name: str,
+    small_method: Callable[..., Any],
+    fit: Callable[..., None],
+    make_batch: MakeBatch,
+) -> None:
+    """Scoring is in float32 all the same."""
+    method, batch = small_method(name), make_batch()
+    fit(method, batch, 4, "bf16-mixed")
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        anomaly_map, score = method.eval().score_batch(batch)
+    assert anomaly_map.dtype == score.dtype == torch.float32
+    assert anomaly_map.isfinite().all()
+
+
 def test_nobody_writes_into_a_batch(method: Any, make_batch: MakeBatch) -> None:
     batch = make_batch()
     kept = copy.deepcopy(batch)

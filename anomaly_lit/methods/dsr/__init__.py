@@ -205,7 +205,8 @@ class DSR(Method):
         """
         clean, features, z_low = self.latent.codes(image)
         draw = torch.rand(2, len(image), 1, 1, 1, generator=generator, device=image.device)
-        region = self.perlin(image, generator) & (draw[0] < 0.5)
+        with torch.autocast(image.device.type, enabled=False):
+            region = self.perlin(image, generator) & (draw[0] < 0.5)
         both, low_only, high_only = (
             draw[1] < 0.5,
             (draw[1] >= 0.5) & (draw[1] < 0.75),
@@ -256,7 +257,8 @@ class DSR(Method):
         count = math.ceil(self.textures * len(image))
         height, width = image.shape[-2:]
         draw = procedural_textures if self.texture_folder is None else self.texture_folder
-        return draw(count, height, width, self.generator()).to(image.dtype)
+        with torch.autocast(image.device.type, enabled=False):
+            return draw(count, height, width, self.generator()).to(image.dtype)
 
     # -------------------------------------------------------------------------------- hooks
 
@@ -336,7 +338,8 @@ def turned(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """A share of images turned by up to 90 degrees, black where nothing is."""
     draw = torch.rand(2, len(image), generator=generator, device=image.device)
     angle = torch.where(draw[0] < share, 180 * draw[1] - 90, torch.zeros_like(draw[1]))
-    moved = rotate(image.float(), angle).to(image.dtype)
+    with torch.autocast(image.device.type, enabled=False):
+        moved = rotate(image.float(), angle).to(image.dtype)
     return torch.where((draw[0] < share).view(-1, 1, 1, 1), moved, image)
 
 
