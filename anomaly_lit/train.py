@@ -116,6 +116,7 @@ def run(config: dict[str, Any], directory: Path, state: str) -> dict[str, Any]:
         with replace_file(directory / "config.yaml", encoding="utf-8") as file:
             yaml.safe_dump(config, file, sort_keys=False)
     trainer, evaluation = build_trainer(config, directory, datamodule.digest)
+    check_launcher(trainer)
     if trainer.is_global_zero:
         print_plan(trainer, method, datamodule, directory, state)
     try:
@@ -196,6 +197,7 @@ def build_trainer(
     from anomaly_lit.callbacks.progress import progress_bar
     from anomaly_lit.callbacks.run import (
         FillFeatureCache,
+        RanksAgree,
         ResumeCheckpoint,
         StepSeeds,
         StopAtNaN,
@@ -211,6 +213,7 @@ def build_trainer(
             "callbacks: none is an anomaly_lit.callbacks.Evaluation, which every run needs"
         )
     callbacks += [
+        RanksAgree(config, data_digest),
         FillFeatureCache(),
         StepSeeds(config["seed"]),
         StopAtNaN(),
@@ -241,6 +244,22 @@ def build_trainer(
         return make(callbacks=callbacks, logger=loggers or False), evaluation
     except (MisconfigurationException, ImportError, ValueError) as error:  # no such device, ...
         raise UserError(f"trainer: {error}") from error
+
+
+def check_launcher(trainer: pl.Trainer) -> None:
+    """Refuses several devices within a sweep that runs its jobs in one process.
+
+    Raises:
+        UserError: The other ranks would repeat the command and so train another job.
+    """
+    from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
+
+    launcher = trainer.strategy.launcher
+    if configuration.in_sweep() and isinstance(launcher, _SubprocessScriptLauncher):
+        raise UserError(
+            f"trainer.devices={trainer.num_devices} within a sweep needs a process for each job: "
+            "hydra/launcher=process (or one device: trainer.devices=1)"
+        )
 
 
 def check_validates(config: dict[str, Any]) -> None:

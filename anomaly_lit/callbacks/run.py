@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,37 @@ class StopAtNaN(pl.Callback):
                 "method.optimizer.lr, or set trainer.precision=32-true, or clip gradients with "
                 f"trainer.gradient_clip_val=1. Last images: {', '.join(self.paths[:3])}"
             )
+
+
+class RanksAgree(pl.Callback):
+    """Stops a run whose processes were given different configurations or data.
+
+    Args:
+        config: The composed configuration as plain data.
+        data_digest: Of the data module's files.
+    """
+
+    def __init__(self, config: dict[str, Any], data_digest: str) -> None:
+        self.marks = {
+            "configurations": zlib.crc32(json.dumps(config, sort_keys=True).encode()),
+            "images": zlib.crc32(data_digest.encode()),
+        }
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compares all ranks with the first."""
+        if trainer.world_size == 1:
+            return
+        own = torch.tensor(list(self.marks.values()), device=pl_module.device)
+        marks = pl_module.all_gather(own)  # (ranks, 2)
+        assert isinstance(marks, Tensor)
+        alike = (marks == marks[:1]).tolist()
+        for number, name in enumerate(self.marks):
+            other = [str(rank) for rank, same in enumerate(alike) if not same[number]]
+            if other:
+                raise UserError(
+                    f"rank {', '.join(other)} of {trainer.world_size} has other {name} than rank "
+                    "0: start all with the same arguments, output_dir= included, on the same data"
+                )
 
 
 class FillFeatureCache(pl.Callback):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from anomaly_lit.callbacks import LossCurves, ResumeCheckpoint, StepSeeds, StopAtNaN
 from anomaly_lit.callbacks.progress import PlainProgress, duration
-from anomaly_lit.callbacks.run import FORMAT_VERSION, WholeCheckpoint
+from anomaly_lit.callbacks.run import FORMAT_VERSION, RanksAgree, WholeCheckpoint
 from anomaly_lit.types import UserError
 
 
@@ -64,6 +65,25 @@ def fit(model: Noisy, *callbacks: pl.Callback, steps: int = 6, **arguments: Any)
 
 
 # -------------------------------------------------------------------------------- seeds
+
+
+@pytest.mark.parametrize(
+    ("marks", "words"),
+    [
+        ([[1, 2], [1, 2]], None),
+        ([[1, 2], [1, 3]], "rank 1 of 2 has other images than rank 0"),
+        ([[1, 2], [4, 2]], "rank 1 of 2 has other configurations than rank 0"),
+    ],
+)
+def test_ranks_that_differ_are_named(marks: list[list[int]], words: str | None) -> None:
+    trainer = SimpleNamespace(world_size=2)
+    method = SimpleNamespace(device="cpu", all_gather=lambda own: torch.tensor(marks))
+    callback = RanksAgree({"seed": 0}, "digest")
+    if words is None:
+        callback.on_fit_start(trainer, method)  # type: ignore[arg-type]
+    else:
+        with pytest.raises(UserError, match=words):
+            callback.on_fit_start(trainer, method)  # type: ignore[arg-type]
 
 
 def test_what_a_step_draws_depends_on_seed_and_step_alone() -> None:

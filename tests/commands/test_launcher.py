@@ -252,6 +252,18 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in listed]
 
 
+def test_several_devices_within_one_process_are_refused(
+    run_here: Run, settings: tuple[str, ...], mvtec_folder: Path, tmp_path: Path
+) -> None:
+    outcome = run_here(
+        "train", "-m", *settings, f"dataset.root={mvtec_folder}", "seed=3,4", "trainer=ddp",
+        "trainer.accelerator=cpu", "trainer.devices=2", f"output_dir={tmp_path}",
+    )  # fmt: skip
+    assert outcome.code == 1
+    assert "hydra/launcher=process" in outcome.err
+    assert not list(tmp_path.glob("*/metrics.json"))
+
+
 @pytest.mark.slow
 def test_two_devices_within_a_sweep_train_the_same_parameters(
     run_here: Run, sweep: list[str], tmp_path: Path

@@ -1,0 +1,192 @@
+"""The report of a folder: rows, tables in four forms, and a page that a browser opens."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from anomaly_lit import page
+from anomaly_lit.report import (
+    as_latex,
+    as_markdown,
+    cell,
+    flat,
+    main,
+    name_groups,
+    read_runs,
+    rows_of,
+    table,
+)
+
+CATEGORIES = ("bolt", "cloth")
+
+
+def write_run(folder: Path, value: float | None = 0.9, **settings: Any) -> None:
+    """A run as the commands leave it; without a value it has no results."""
+    folder.mkdir(parents=True)
+    config = {
+        "output_dir": str(folder),
+        "seed": settings.get("seed", 0),
+        "method": {
+            "_target_": settings.get("method", "anomaly_lit.methods.UniAD"),
+            "backbone": {"_target_": "x", "name": settings.get("backbone", "resnet18.tv_in1k")},
+        },
+        "dataset": {"categories": settings.get("categories", ["bolt"])},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    if value is None:
+        return
+    keys = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro")
+    metrics = {f"test/{c}/{key}": value for c in config["dataset"]["categories"] for key in keys}
+    metrics |= {
+        "seed": config["seed"], "selection": settings.get("selection", "last step"),
+        "commit": "abc", "hardware": "CPU", "command": "anomaly-train a=1",
+        "training_seconds": 120.0, "latency_seconds": 0.03, "peak_memory_mb": 1500.0,
+        "trainable_parameters": 4052160,
+    }  # fmt: skip
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    log = folder / "logs" / "version_0" / "metrics.csv"
+    log.parent.mkdir(parents=True)
+    log.write_text("step,train/loss,val/loss\n9,0.5,\n19,0.25,\n19,,0.3\n")
+    (folder / "images").mkdir()
+    picture = Image.new("RGB", (40, 20), (200, 30, 30))
+    for name in ("000_missed_bolt_scratch_001", "001_false_alarm_bolt_good_002"):
+        picture.save(folder / "images" / f"{name}.png")
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Two backbones, two seeds of two categories each; one run failed, one has several classes."""
+    root = tmp_path / "sweep"
+    number = 0
+    for backbone, value in (("resnet18.tv_in1k", 0.8), ("resnet50.tv_in1k", 0.9)):
+        for seed in (0, 1):
+            for category in CATEGORIES:
+                absent = backbone[6:8] == "50" and seed == 1 and category == "cloth"
+                score = None if absent else value + 0.02 * seed
+                write_run(
+                    root / str(number), score, backbone=backbone, seed=seed, categories=[category]
+                )
+                number += 1
+    write_run(root / "all", 0.7, categories=list(CATEGORIES))
+    return root
+
+
+def test_rows_gather_seeds_and_categories(sweep: Path) -> None:
+    rows = rows_of(read_runs(sweep))
+    assert {row.name: len(row.runs) for row in rows} == {
+        "UniAD one-class backbone=resnet18": 4,
+        "UniAD one-class backbone=resnet50": 4,
+        "UniAD multi-class backbone=resnet18": 1,
+    }
+
+
+def test_table_has_means_deviations_and_gaps(sweep: Path) -> None:
+    lines = {line[0]: line[1:] for line in table(rows_of(read_runs(sweep)), "image_auroc")}
+    assert lines["image AUROC"] == ["bolt", "cloth", "mean", "seeds"]
+    assert lines["UniAD one-class backbone=resnet18"] == ["81.0 ± 1.4"] * 3 + ["2"]
+    assert lines["UniAD one-class backbone=resnet50"] == ["91.0 ± 1.4", "90.0", "90.0", "2"]
+    assert lines["UniAD multi-class backbone=resnet18"] == ["70.0", "70.0", "70.0", "1"]
+
+
+def test_four_files_are_written_and_nothing_else_is_touched(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(sweep.rglob("*"))
+    main([str(sweep)])
+    assert "8 of 9 runs have results, in 3 rows" in capsys.readouterr().out
+    report = sweep / "report"
+    assert {p.suffix for p in report.iterdir()} == {".csv", ".md", ".tex", ".html"}
+    assert [p for p in sorted(sweep.rglob("*")) if report not in (p, p.parent)] == before
+    with (report / "report.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 9  # seven of one category, one of two
+    assert rows[0]["command"] == "anomaly-train a=1"
+    main([str(sweep)])  # again, over itself
+
+
+def test_markdown_and_latex_are_well_formed(sweep: Path) -> None:
+    rows = rows_of(read_runs(sweep))
+    for block in as_markdown(rows).split("\n\n")[:-1]:
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+    text = as_latex(rows)
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 7
+    assert r"81.0 $\pm$ 1.4" in text
+    assert not re.search(r"(?<!\\)_", text.split("\n%")[0])
+
+
+def test_what_was_chosen_on_the_test_set_is_said(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", selection="ORACLE: best image + pixel AUROC on the test set")
+    assert "took something from the test set" in as_markdown(rows_of(read_runs(tmp_path)))
+
+
+def test_page_is_one_file_that_asks_for_nothing(sweep: Path) -> None:
+    main([str(sweep)])
+    text = (sweep / "report" / "report.html").read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", text)
+    assert "http" not in re.sub(r"data:[^\"]*", "", text)
+    assert text.count("<table>") == 9
+    assert text.count("data:image/jpeg") == 2 * 3  # two images, by three rows
+    assert "missed_" not in text.split("<h3>", 1)[1].split("</h3>")[0]
+
+
+@pytest.mark.slow
+def test_page_opens_in_a_browser(sweep: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium on this machine")
+    main([str(sweep)])
+    address = (sweep / "report" / "report.html").as_uri()
+    line = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    for width in (1280, 500):
+        picture = tmp_path / f"{width}.png"
+        size = [f"--window-size={width},900", f"--screenshot={picture}"]
+        done = subprocess.run([*line, *size, address], capture_output=True, text=True, timeout=100)
+        assert "Uncaught" not in done.stderr
+        with Image.open(picture) as shown:
+            assert shown.width == width
+            assert len(shown.convert("RGB").getcolors(1 << 24) or []) > 20
+    done = subprocess.run(
+        [*line, "--dump-dom", address], capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.count("<tr>") >= 9
+
+
+def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no run"):
+        main([str(tmp_path)])
+
+
+def test_names_tell_what_differs_within_a_method() -> None:
+    settings = [
+        {"method._target_": "a.UniAD", "method.backbone.name": "resnet18.tv", "method.dim": 8},
+        {"method._target_": "a.UniAD", "method.backbone.name": "resnet50.tv", "method.dim": 8},
+        {"method._target_": "a.DSR", "method.dim": 9},
+    ]
+    assert name_groups(settings) == ["UniAD backbone=resnet18", "UniAD backbone=resnet50", "DSR"]
+
+
+def test_cells() -> None:
+    assert cell([]) == "-"
+    assert cell([0.5]) == "50.0"
+    assert cell([0.5, 0.6]) == "55.0 ± 7.1"
+    assert flat({"a": {"b": [1, 2], "c": None}, "d": {}}) == {
+        "a.b": "[1, 2]",
+        "a.c": None,
+        "d": "{}",
+    }
+
+
+def test_text_cannot_break_the_page() -> None:
+    shown = page.table([["<b>"], ["</td><script>alert(1)</script>"]])
+    assert "<script>" not in shown
+    assert "&lt;b&gt;" in shown
