@@ -37,24 +37,28 @@ class Cosine:
 
 
 class Step:
-    """Constant, then lower by one factor.
+    """Rises linearly over ``warmup``, stays, then is lower by one factor.
 
     Args:
         at: Share of training after which the rate is lower, in [0, 1].
         factor: By how much.
+        warmup: Share of training, in [0, at].
 
     Raises:
-        UserError: The share is out of range.
+        UserError: A share is out of range.
     """
 
-    def __init__(self, at: float = 0.8, factor: float = 0.1) -> None:
-        if not 0 <= at <= 1:
-            raise UserError(f"schedule: at={at} must lie in [0, 1]")
+    def __init__(self, at: float = 0.8, factor: float = 0.1, warmup: float = 0.0) -> None:
+        if not (0 <= at <= 1 and 0 <= warmup <= at):
+            raise UserError(f"schedule: at={at} must lie in [0, 1], warmup={warmup} in [0, at]")
         self.at = at
         self.factor = factor
+        self.warmup = warmup
 
     def __call__(self, done: float) -> float:
         """Factor at the share ``done`` of training."""
+        if done < self.warmup:
+            return done / self.warmup
         return self.factor if done >= self.at else 1.0
 
 

@@ -24,8 +24,12 @@ def test_cosine_refuses_what_is_out_of_range(wrong):
 def test_step_is_lower_from_its_share_on():
     schedule = Step(at=0.8, factor=0.1)
     assert [schedule(done) for done in (0, 0.79, 0.8, 1)] == [1, 1, 0.1, 0.1]
+    warm = Step(at=0.8, factor=0.1, warmup=0.5)
+    assert [warm(done) for done in (0, 0.25, 0.5, 0.8)] == [0, 0.5, 1, 0.1]
     with pytest.raises(UserError, match="at=80"):
         Step(at=80)
+    with pytest.raises(UserError, match=r"warmup=0\.9"):
+        Step(at=0.8, warmup=0.9)
 
 
 def test_a_schedule_sees_the_share_of_training_that_is_done():

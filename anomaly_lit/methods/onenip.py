@@ -24,7 +24,7 @@ refiner's. Positions are learned, so a checkpoint is tied to its image size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -39,7 +39,9 @@ from anomaly_lit.nn.neighbours import (
     Attention,
     LearnedPositions,
     NeighbourEncoder,
+    answer_with_mean,
     neighbour_mask,
+    silence,
 )
 from anomaly_lit.nn.transformer import add_jitter, init_linear
 from anomaly_lit.types import Batch, Prediction, UserError
@@ -64,6 +66,9 @@ class OneNIP(Method):
         feedforward: Width of the hidden layers.
         encoder_depth: Layers of the encoder.
         decoder_depth: Layers of the decoder.
+        head: How the last layer starts: ``random`` as published, or ``mean``, which answers with
+            the mean training feature: at a learning rate far above the published one, only that
+            keeps the tokens from forgetting the image (see ``nn.neighbours.silence``).
         dropout: Share dropped of attention weights, the encoder's hidden layers and residuals.
         window: Side of the neighbourhood that attention leaves out, in positions; None is half of
             the map's side (7, 9 and 11 positions at 224, 256 and 320 pixels), 0 leaves out none.
@@ -103,6 +108,7 @@ class OneNIP(Method):
         feedforward: int = 1024,
         encoder_depth: int = 4,
         decoder_depth: int = 4,
+        head: Literal["random", "mean"] = "random",
         dropout: float = 0.1,
         window: int | None = None,
         jitter: float = 20.0,
@@ -150,6 +156,9 @@ class OneNIP(Method):
         self.refiner = Refiner(channels, refiner_dim)
         for part in (self.embed, self.encoder, self.decoder, self.head, self.refiner):
             part.apply(init_linear)
+        self.head_start = head
+        if head == "mean":
+            silence(self.head)
 
     def encode(self, features: Tensor) -> Tensor:
         """(B, C, h, w) to tokens (B, N, dim); with jitter in training."""
@@ -228,6 +237,8 @@ class OneNIP(Method):
 
     def on_fit_start(self) -> None:
         """Keeps the prompts of each category, unless a checkpoint brought them."""
+        if self.head_start == "mean":
+            answer_with_mean(self.head, self._training_maps)
         if self.stored.categories:
             return
         categories = self.trainer.datamodule.categories  # type: ignore[attr-defined]
@@ -238,6 +249,10 @@ class OneNIP(Method):
                 maps.append(aggregate(self.backbone(batch["image"]), self.grid).float())
                 names += batch["category"]
         self.stored.fill(torch.cat(maps), names, self.prompt_count)
+
+    def _training_maps(self) -> Iterator[Tensor]:
+        for batch in self.normal_batches("train"):
+            yield aggregate(self.features(self.backbone, batch), self.grid)
 
     def on_validation_start(self) -> None:
         """Takes the fusion constant of the present weights, from training images."""

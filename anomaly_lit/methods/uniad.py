@@ -17,7 +17,7 @@ to positions, so a checkpoint is tied to its image size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -31,7 +31,9 @@ from anomaly_lit.nn.neighbours import (
     Attention,
     LearnedPositions,
     NeighbourEncoder,
+    answer_with_mean,
     neighbour_mask,
+    silence,
 )
 from anomaly_lit.nn.transformer import add_jitter, init_linear
 from anomaly_lit.types import Batch, Prediction, UserError
@@ -54,6 +56,9 @@ class UniAD(Method):
         feedforward: Width of the hidden layers.
         encoder_depth: Layers of the encoder.
         decoder_depth: Layers of the decoder.
+        head: How the last layer starts: ``random`` as published, or ``mean``, which answers with
+            the mean training feature: at a learning rate far above the published one, only that
+            keeps the tokens from forgetting the image (see ``nn.neighbours.silence``).
         dropout: Share dropped of attention weights, hidden layers and residuals.
         window: Side of the neighbourhood that attention leaves out, in positions; 0 for none.
         jitter: Standard deviation of the noise on a channel, in norms of the token divided by its
@@ -80,6 +85,7 @@ class UniAD(Method):
         feedforward: int = 1024,
         encoder_depth: int = 4,
         decoder_depth: int = 4,
+        head: Literal["random", "mean"] = "random",
         dropout: float = 0.1,
         window: int = 7,
         jitter: float = 20.0,
@@ -105,6 +111,9 @@ class UniAD(Method):
         )
         self.head = nn.Linear(dim, channels)
         self.apply(init_linear)
+        self.head_start = head
+        if head == "mean":
+            silence(self.head)
 
     def reconstruct(self, features: Tensor) -> Tensor:
         """(B, C, h, w) to the same, in float32; with jitter in training."""
@@ -114,6 +123,15 @@ class UniAD(Method):
         encoded = self.encoder(tokens, positions, self.allowed)
         decoded = self.head(self.decoder(encoded, positions, self.allowed))
         return decoded.float().transpose(1, 2).unflatten(2, self.grid)
+
+    def on_fit_start(self) -> None:
+        """Starts the head at the mean feature where that is asked for."""
+        if self.head_start == "mean":
+            answer_with_mean(self.head, self._training_maps)
+
+    def _training_maps(self) -> Iterator[Tensor]:
+        for batch in self.normal_batches("train"):
+            yield aggregate(self.features(self.backbone, batch), self.grid)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Distance of what is rebuilt from jittered features to the clean ones."""

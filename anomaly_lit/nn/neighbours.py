@@ -5,6 +5,8 @@ Tokens are (B, N, dim) with N = rows * columns, row by row.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -143,3 +145,31 @@ class NeighbourEncoder(nn.Module):
         for layer in self.layers:
             tokens = layer(tokens, positions, allowed)
         return tokens
+
+
+def silence(head: nn.Linear) -> None:
+    """Makes a new head answer zero; ``answer_with_mean`` then makes that the mean feature.
+
+    At a learning rate far above the papers' 1e-4, a post-norm transformer behind a head with
+    random weights forgets its input: for some twenty steps every image asks for the same, smaller
+    output, AdamW moves all weights that way at full speed, and tokens become the same for all
+    images. Behind a silent head the inner weights get their gradients once the head has learned
+    what its tokens are good for.
+    """
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+
+
+@torch.no_grad()
+def answer_with_mean(head: nn.Linear, maps: Callable[[], Iterable[Tensor]]) -> None:
+    """Sets the bias of a silenced head to the mean feature, unless training has moved its weights.
+
+    Args:
+        head: Answers with C channels.
+        maps: Gives the (B, C, h, w) feature maps of normal images; not asked if not needed.
+    """
+    if head.weight.any():
+        return
+    means = [(len(part), part.float().mean(dim=(0, 2, 3))) for part in maps()]
+    total = sum(count for count, _ in means)
+    head.bias.copy_(torch.stack([mean * (count / total) for count, mean in means]).sum(dim=0))

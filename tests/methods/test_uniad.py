@@ -11,8 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from anomaly_lit.methods.uniad import QueryDecoder
+from anomaly_lit.nn.aggregate import aggregate
 from anomaly_lit.nn.backbone import Backbone
-from anomaly_lit.nn.neighbours import LearnedPositions, NeighbourEncoder, neighbour_mask
+from anomaly_lit.nn.neighbours import (
+    LearnedPositions,
+    NeighbourEncoder,
+    answer_with_mean,
+    neighbour_mask,
+)
 from anomaly_lit.types import UserError
 
 ROWS, COLUMNS, DIM = 4, 5, 8
@@ -183,3 +189,50 @@ def test_parameters_are_as_many_as_published(
 def test_image_size_that_no_map_fits_is_refused(published_method: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match="image_size=250"):
         published_method("uniad", 250)
+
+
+@pytest.mark.parametrize("name", ["uniad", "onenip"])
+def test_a_head_that_starts_at_the_mean_answers_with_it(
+    name: str,
+    small_method: Callable[..., Any],
+    make_batch: Callable[..., Any],
+    fit: Callable[..., None],
+) -> None:
+    method, batch = small_method(name, head="mean", schedule=lambda done: 0.0), make_batch(3)
+    assert not method.head.weight.any()
+    fit(method, batch, 1)  # at a rate of zero: only the start is left
+    maps = aggregate(method.backbone(batch["image"]), method.grid)
+    torch.testing.assert_close(method.head.bias, maps.mean(dim=(0, 2, 3)))
+    trained = small_method(name, head="mean", optimizer=lambda p: torch.optim.SGD(p, lr=1e-3))
+    trained.head.weight.data.fill_(0.1)  # as a checkpoint would
+    before = trained.head.bias.clone()
+    fit(trained, batch, 1)
+    assert (trained.head.bias - before).abs().max() < 1e-2
+
+
+def test_a_head_that_starts_at_the_mean_keeps_the_tokens_of_images_apart(
+    small_method: Callable[..., Any],
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def kept(head: str) -> float:
+        method = small_method("uniad", head=head, feedforward=256)
+        images, channels = 16, method.head.out_features
+        own = torch.rand(images, channels, 1, 1, generator=generator.manual_seed(0))
+        place = torch.rand(1, channels, *method.grid, generator=generator)
+        maps = 0.2 * own + place
+        if head == "mean":
+            answer_with_mean(method.head, lambda: [maps])
+        optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=3e-3)
+        method.train()
+        for _ in range(40):
+            optimizer.zero_grad()
+            (method.reconstruct(maps) - maps).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(method.parameters(), 0.1)
+            optimizer.step()
+        method.eval()
+        with torch.no_grad():
+            tokens = method.embed(maps.flatten(2).transpose(1, 2))
+            return method.encoder(tokens, method.positions(), method.allowed).var(dim=0).mean()
+
+    assert kept("mean") > 3 * kept("random")
