@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from anomaly_lit.methods.cma_ae import ClearMemory, Decoder, Encoder, cover
+from anomaly_lit.methods.cma_ae.network import ClearMemory, Decoder, Encoder, cover
 from anomaly_lit.types import UserError
 
 Build = Callable[..., Any]

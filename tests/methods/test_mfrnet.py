@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from anomaly_lit.masks import CrossedMasks, NoMask
-from anomaly_lit.methods.mfrnet import HybridBlock, MultiPoolingAttention, RestorationNetwork
+from anomaly_lit.methods.mfrnet.network import (
+    HybridBlock,
+    MultiPoolingAttention,
+    RestorationNetwork,
+)
 from anomaly_lit.types import UserError
 
 MakeBatch = Callable[..., Any]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anomaly_lit.methods.onenip import BidirectionalDecoder, Refiner, StoredPrompts
+from anomaly_lit.methods.onenip.network import BidirectionalDecoder, Refiner, StoredPrompts
 from anomaly_lit.nn.neighbours import neighbour_mask
 from anomaly_lit.types import UserError
 

@@ -25,18 +25,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from anomaly_lit.losses import dice_loss, loss_terms
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
+from anomaly_lit.methods.onenip.network import BidirectionalDecoder, Refiner, StoredPrompts
 from anomaly_lit.nn.aggregate import aggregate, grid_of, pooled_maximum, resize
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.neighbours import (
-    Attention,
     LearnedPositions,
     NeighbourEncoder,
     answer_with_mean,
@@ -285,158 +284,3 @@ class OneNIP(Method):
         assert isinstance(gathered, Tensor)  # (2,), or (ranks, 2)
         greatest = gathered.reshape(-1, 2).amax(dim=0)
         return (greatest[1] - greatest[0]) / 2
-
-
-class StoredPrompts(nn.Module):
-    """The frozen features of a few normal images of each category; part of the state dict.
-
-    Args:
-        channels: C of the feature maps.
-        grid: Their height and width.
-
-    Attributes:
-        categories: Names, in order.
-        features: (categories * count, C, h, w), the prompts of one category side by side.
-    """
-
-    features: Tensor
-
-    def __init__(self, channels: int, grid: tuple[int, int]) -> None:
-        super().__init__()
-        self.categories: list[str] = []
-        self.count = 0
-        self.register_buffer("features", torch.zeros(0, channels, *grid), persistent=False)
-
-    def fill(self, features: Tensor, categories: Sequence[str], count: int) -> None:
-        """Keeps ``count`` of the (n, C, h, w) maps of each category, again from the first."""
-        self.categories = list(dict.fromkeys(categories))
-        self.count = count
-        rows: list[int] = []
-        for name in self.categories:
-            own = [row for row, category in enumerate(categories) if category == name]
-            rows += [own[number % len(own)] for number in range(count)]
-        self.features = features[rows]
-
-    def rows(self, categories: Sequence[str], index: int | Sequence[int]) -> Tensor:
-        """(B,) rows of prompt number ``index`` of each named category.
-
-        Raises:
-            UserError: A category has no prompt.
-        """
-        unknown = sorted(set(categories) - set(self.categories))
-        if unknown:
-            raise UserError(
-                f"no prompt for {', '.join(unknown)}: the checkpoint holds those of "
-                f"{', '.join(self.categories) or 'no category'}. Set method.prompt=nearest"
-            )
-        numbers = [index] * len(categories) if isinstance(index, int) else index
-        places = [self.categories.index(name) * self.count for name in categories]
-        rows = [place + number for place, number in zip(places, numbers, strict=True)]
-        return torch.tensor(rows, device=self.features.device)
-
-    def nearest(self, features: Tensor) -> Tensor:
-        """(B,) rows of the prompts whose mean feature points most in the direction of the image's.
-
-        Raises:
-            UserError: There is no prompt.
-        """
-        if not self.categories:
-            raise UserError("OneNIP has no prompts yet: train it first, or load a checkpoint")
-        means = [F.normalize(maps.mean(dim=(2, 3)), dim=1) for maps in (features, self.features)]
-        return (means[0] @ means[1].mT).argmax(dim=1)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Prompts, as plain data and a tensor."""
-        return {"categories": self.categories, "count": self.count, "features": self.features}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes what ``get_extra_state`` gave."""
-        self.categories, self.count = list(state["categories"]), state["count"]
-        self.features = state["features"].to(self.features.device)
-
-
-class BidirectionalDecoder(nn.Module):
-    """Prompt and image look at each other in every layer; the prompt's side is the output.
-
-    Args:
-        dim: Width of a token.
-        heads: Attention heads.
-        feedforward: Width of the hidden layers.
-        depth: Number of layers.
-        dropout: Of attention weights and residuals.
-    """
-
-    def __init__(
-        self, dim: int, heads: int, feedforward: int, depth: int, dropout: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            BidirectionalLayer(dim, heads, feedforward, dropout) for _ in range(depth)
-        )
-        self.last = Attention(dim, heads, dropout)
-        self.norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, image: Tensor, prompt: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
-        """Tokens (B, N, dim) of images and prompts, (N, dim) and (N, N) bool to (B, N, dim)."""
-        for layer in self.layers:
-            image, prompt = layer(image, prompt, positions, allowed)
-        mixed = self.last(prompt + positions, image + positions, image)  # without a mask
-        return self.norm(prompt + self.dropout(mixed))
-
-
-class BidirectionalLayer(nn.Module):
-    """The prompt looks at the image, then the image at the prompt; both avoid neighbours.
-
-    Args:
-        dim: Width of a token.
-        heads: Attention heads.
-        feedforward: Width of the hidden layer.
-        dropout: Of attention weights and residuals.
-    """
-
-    def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
-        super().__init__()
-        self.to_image = Attention(dim, heads, dropout)
-        self.to_prompt = Attention(dim, heads, dropout)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, feedforward), nn.ReLU(), nn.Linear(feedforward, dim)
-        )
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.norm3 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self, image: Tensor, prompt: Tensor, positions: Tensor, allowed: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens (B, N, dim) of images and of prompts, of the next layer."""
-        mixed = self.to_image(prompt + positions, image + positions, image, allowed)
-        prompt = self.norm1(prompt + self.dropout(mixed))
-        prompt = self.norm2(prompt + self.dropout(self.mlp(prompt)))
-        mixed = self.to_prompt(image + positions, prompt + positions, prompt, allowed)
-        return self.norm3(image + self.dropout(mixed)), prompt
-
-
-class Refiner(nn.Sequential):
-    """Logits of a defect, (B, 1, 4 h, 4 w), from the error of each channel, (B, C, h, w).
-
-    Args:
-        channels: C.
-        dim: Channels in between.
-    """
-
-    def __init__(self, channels: int, dim: int) -> None:
-        super().__init__(
-            *_enlarging_block(channels, dim), *_enlarging_block(dim, dim), nn.Conv2d(dim, 1, 1)
-        )
-
-
-def _enlarging_block(channels: int, dim: int) -> tuple[nn.Module, ...]:
-    """Twice as high and wide."""
-    return (
-        nn.Conv2d(channels, dim, 3, padding=1, bias=False),
-        nn.BatchNorm2d(dim),
-        nn.ReLU(),
-        nn.ConvTranspose2d(dim, dim, 2, stride=2),
-    )

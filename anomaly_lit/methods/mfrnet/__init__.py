@@ -28,7 +28,6 @@ trainable parameters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -38,6 +37,7 @@ from torch.nn import functional as F
 from anomaly_lit.losses import loss_terms, ssim_map
 from anomaly_lit.masks import Mask
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
+from anomaly_lit.methods.mfrnet.network import RestorationNetwork, init_truncated
 from anomaly_lit.nn.aggregate import resize, smooth
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.types import Batch, Prediction, UserError
@@ -216,144 +216,3 @@ class MFRNet(Method):
             ]
         if maps:  # without held-out images both maps count as they are
             self.spread.copy_(torch.cat(maps, dim=1).std(dim=1).clamp(min=1e-12))
-
-
-class RestorationNetwork(nn.Module):
-    """A pyramid of hybrid blocks, with skip connections, which carry masked input only.
-
-    Args:
-        channels: Channels of the map.
-        dims: Channels of each level.
-        depths: Blocks of each level.
-        head_dim: Channels of an attention head.
-        pools: Sides of the pooled maps that attention looks at.
-        grid: Height and width of the map.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        dims: Sequence[int],
-        depths: Sequence[int],
-        head_dim: int,
-        pools: Sequence[int],
-        grid: tuple[int, int],
-    ) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels + 1, dims[0], 1), _conv(dims[0], dims[0]), _conv(dims[0], dims[0])
-        )
-        self.levels = nn.ModuleList()
-        self.shrink = nn.ModuleList()
-        for level, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
-            side = min(grid) // 2**level
-            wanted = [*pools, 16] if level == 0 else pools
-            sizes = [size for size in wanted if size < side]  # larger ones would pool nothing
-            blocks = [HybridBlock(dim, dim // head_dim, sizes or [1]) for _ in range(depth)]
-            self.levels.append(nn.Sequential(*blocks))
-            if level:
-                self.shrink.append(nn.Conv2d(dims[level - 1], dim, 2, stride=2))
-        self.join = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(fine + coarse, fine, 1), _conv(fine, fine))
-            for fine, coarse in pairwise(dims)
-        )
-        self.head = nn.Conv2d(dims[0], channels, 1)
-
-    def forward(self, visible: Tensor, hidden: Tensor) -> Tensor:
-        """(B, C, h, w) with hidden positions filled, and (B, 1, h, w), 1 where hidden."""
-        x = self.levels[0](self.stem(torch.cat([visible, hidden], dim=1)))
-        skips = []
-        for shrink, level in zip(self.shrink, list(self.levels)[1:], strict=True):
-            skips.append(x)
-            x = level(shrink(x))
-        for skip, join in zip(reversed(skips), reversed(list(self.join)), strict=True):
-            grown = F.interpolate(x, skip.shape[-2:], mode="bilinear")
-            x = join(torch.cat([skip, grown], dim=1))
-        return self.head(x)
-
-
-class HybridBlock(nn.Module):
-    """Local position code, multi-pooling attention and convolutional feed-forward network.
-
-    Args:
-        dim: Channels.
-        heads: Attention heads.
-        pools: Sides of the pooled maps that attention looks at.
-    """
-
-    def __init__(self, dim: int, heads: int, pools: Sequence[int]) -> None:
-        super().__init__()
-        self.position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.norm1 = nn.LayerNorm(dim)
-        self.attention = MultiPoolingAttention(dim, heads, pools)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(
-            nn.Conv2d(dim, 4 * dim, 1),
-            nn.Conv2d(4 * dim, 4 * dim, 3, padding=1, groups=4 * dim),
-            nn.GELU(),
-            nn.Conv2d(4 * dim, dim, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) to the same."""
-        x = x + self.position(x)
-        x = x + self.attention(_normed(self.norm1, x))
-        return x + self.mlp(_normed(self.norm2, x))
-
-
-class MultiPoolingAttention(nn.Module):
-    """Every position looks at the map pooled to a few sizes.
-
-    Args:
-        dim: Channels.
-        heads: Attention heads; they divide the channels.
-        pools: Sides of the pooled maps.
-    """
-
-    def __init__(self, dim: int, heads: int, pools: Sequence[int]) -> None:
-        super().__init__()
-        self.heads = heads
-        self.pools = tuple(pools)
-        self.refine = nn.ModuleList(
-            nn.Conv2d(dim, dim, 3, padding=1, groups=dim) for _ in self.pools
-        )
-        self.norm = nn.LayerNorm(dim)
-        self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(dim, 2 * dim)
-        self.output = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) to the same."""
-        pooled = [
-            refine(F.adaptive_avg_pool2d(x, size)).flatten(2)
-            for size, refine in zip(self.pools, self.refine, strict=True)
-        ]
-        context = self.norm(torch.cat(pooled, dim=2).transpose(1, 2))  # (B, sum of sizes^2, C)
-        query = self._split(self.query(x.flatten(2).transpose(1, 2)))
-        key, value = (self._split(part) for part in self.key_value(context).chunk(2, dim=-1))
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        mixed = self.output(mixed.transpose(1, 2).flatten(2))
-        return mixed.transpose(1, 2).unflatten(2, x.shape[-2:])
-
-    def _split(self, tokens: Tensor) -> Tensor:
-        """(B, N, C) to (B, heads, N, C / heads)."""
-        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-
-def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """Layer norm over the channels of (B, C, h, w)."""
-    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-def _conv(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.GELU()
-    )
-
-
-def init_truncated(module: nn.Module) -> None:
-    """Weights from a normal distribution of deviation 0.02, cut at two of them; zero biases."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -16,7 +16,7 @@ normal images: ``test/segmentation_f1``, beside the greatest F1 over all thresho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from scipy import ndimage
@@ -27,6 +27,7 @@ from torchmetrics.classification import BinaryF1Score, BinaryPrecision, BinaryRe
 
 from anomaly_lit.losses import loss_terms
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
+from anomaly_lit.methods.cma_ae.network import ClearMemory, Decoder, Encoder, Recall, cover
 from anomaly_lit.nn.aggregate import smooth
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.types import Batch, Prediction, UserError
@@ -194,124 +195,3 @@ class CMAAE(Method):
             self.segmentation.update(found.flatten().int(), batch["gt_mask"][known].flatten().int())
             self.log_dict(self.segmentation, on_step=False, on_epoch=True)
         return prediction
-
-
-class Recall(NamedTuple):
-    """What a memory made of an encoding of (B, C, h, w)."""
-
-    out: Tensor  # (B, C, h, w)
-    forget: Tensor  # (B, C, h, w) in [0, 1], what was kept of the encoding
-    attention: Tensor | None  # (B, h * w, items), rows sum to 1
-
-    def entropy(self) -> Tensor:
-        """Mean entropy of what was read, in nats; 0 where there is no memory."""
-        if self.attention is None:
-            return self.out.new_zeros(())
-        weight = self.attention.float()
-        return -(weight * (weight + 1e-12).log()).sum(dim=-1).mean()
-
-
-class ClearMemory(nn.Module):
-    """Drops part of an encoding and writes in what a memory of normal ones says.
-
-    Args:
-        channels: C of the encoding.
-        items: Vectors in the memory.
-        temperature: Of the softmax.
-        gates: See ``CMAAE``.
-    """
-
-    def __init__(self, channels: int, items: int, temperature: float, gates: str) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.gates = gates
-        if gates != "none":
-            self.items = nn.Parameter(torch.randn(items, channels) / channels**0.5)
-        if gates in ("lstm", "convex"):
-            count = 2 if gates == "lstm" else 1
-            self.gate = nn.Conv2d(2 * channels, count * channels, 3, padding=1)
-            nn.init.zeros_(self.gate.bias)  # type: ignore[arg-type]
-            nn.init.ones_(self.gate.bias[:channels])  # type: ignore[index]  # near a plain auto-encoder
-
-    def read(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, h, w) to the memory's version of it and the (B, h * w, items) attention.
-
-        Softmax over cosines, then hard shrinkage at 1 / items and normalisation (MemAE).
-        """
-        tokens = z.flatten(2).mT.float()  # (B, h * w, C)
-        items = self.items.float()
-        cosine = F.normalize(tokens, dim=-1) @ F.normalize(items, dim=-1).T
-        attention = (cosine / self.temperature).softmax(dim=-1)
-        above = attention - 1 / len(items)
-        attention = F.normalize(above.relu() * attention / (above.abs() + 1e-12), p=1, dim=-1)
-        return (attention @ items).mT.reshape(z.shape).to(z.dtype), attention
-
-    def forward(self, z: Tensor) -> Recall:
-        """(B, C, h, w) to what is handed on."""
-        if self.gates == "none":
-            return Recall(z, torch.ones_like(z), None)
-        remembered, attention = self.read(z)
-        if self.gates == "memory":
-            return Recall(remembered, torch.zeros_like(z), attention)
-        gates = self.gate(torch.cat([z, remembered], dim=1)).sigmoid()
-        forget = gates[:, : z.shape[1]]
-        write = gates[:, z.shape[1] :] if self.gates == "lstm" else 1 - forget
-        return Recall(forget * z + write * remembered, forget, attention)
-
-
-class Encoder(nn.Module):
-    """Stages of a 4 x 4 convolution that halves, batch normalisation and leaky ReLU.
-
-    Args:
-        channels: Of the stages, finest first.
-    """
-
-    def __init__(self, channels: Sequence[int]) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(given, made, 4, 2, 1, bias=False), nn.BatchNorm2d(made), nn.LeakyReLU(0.2)
-            )
-            for given, made in zip([3, *channels[:-1]], channels, strict=True)
-        )
-
-    def forward(self, image: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) to the maps of all stages, finest first."""
-        maps = []
-        for stage in self.stages:
-            image = stage(image)
-            maps.append(image)
-        return maps
-
-
-class Decoder(nn.Module):
-    """The encoder mirrored; maps handed on are joined where they have their size.
-
-    Args:
-        channels: Of the encoder's stages, coarsest first.
-        given: How many of them are handed on, from the coarsest.
-    """
-
-    def __init__(self, channels: Sequence[int], given: int) -> None:
-        super().__init__()
-        made = [*channels[1:], 3]
-        read = [count * (2 if 0 < n < given else 1) for n, count in enumerate(channels)]
-        self.stages = nn.ModuleList(
-            nn.ConvTranspose2d(before, after, 4, 2, 1)
-            for before, after in zip(read, made, strict=True)
-        )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(count) for count in made[:-1])
-
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps, coarsest first, to (B, 3, H, W) in [0, 1]."""
-        x = maps[0]
-        for number, (stage, norm) in enumerate(zip(self.stages[:-1], self.norms, strict=True), 1):
-            x = F.leaky_relu(norm(stage(x)), 0.2)
-            if number < len(maps):
-                x = torch.cat([x, maps[number]], dim=1)
-        return self.stages[-1](x).sigmoid()
-
-
-def cover(corruption: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, 1, H, W) bool to (B, 1, *size) in {0., 1.}: 1 where a position holds any of it."""
-    return F.adaptive_max_pool2d(corruption.float(), (size[0], size[1]))
