@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from anomaly_lit.callbacks.evaluation import Evaluation
     from anomaly_lit.callbacks.outputs import LossCurves, Outputs, TrainingPictures
+    from anomaly_lit.callbacks.profile import Profile
     from anomaly_lit.callbacks.run import ResumeCheckpoint, StepSeeds, StopAtNaN
 
 __all__ = [
     "Evaluation",
     "LossCurves",
     "Outputs",
+    "Profile",
     "ResumeCheckpoint",
     "StepSeeds",
     "StopAtNaN",
@@ -23,6 +25,7 @@ FILES = {
     "Evaluation": "evaluation",
     "LossCurves": "outputs",
     "Outputs": "outputs",
+    "Profile": "profile",
     "TrainingPictures": "outputs",
 }
 

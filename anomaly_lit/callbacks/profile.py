@@ -1,0 +1,172 @@
+"""Where the time of a run goes, part by part, and what to do about the largest part."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.profilers import Profiler
+from rich.table import Table
+from torch import nn
+
+from anomaly_lit.nn.backbone import Backbone
+from anomaly_lit.tables import print_table
+
+# The first part one of whose words is in Lightning's name of an action; "own layers" is what is
+# left of a step once the parts inside it are taken off.
+PARTS = {
+    "features for the cache": ("FillFeatureCache",),
+    "backbone": ("backbone",),
+    "loss": ("method.loss",),
+    "synthesis, cached features": ("on_after_batch_transfer",),
+    "pictures": ("Outputs", "LossCurves", "TrainingPictures"),
+    "checkpoints": ("save_checkpoint", "Checkpoint"),
+    "metrics": ("Evaluation",),
+    "images": ("dataloader", "_next", "transfer", "to_device", ".setup", "prepare_data"),
+    "own layers": ("training_step", "validation_step", "test_step"),
+    "backward": ("backward",),
+    "optimizer": ("optimizer", "lr_scheduler", "gradient_clipping"),
+}
+REST = "logging, other"
+STAGES = {
+    "fit": "training with its validations",
+    "validate": "validation",
+    "test": "test",
+    "predict": "prediction",
+}
+ADVICE = {
+    "images": "images wait to be read: cache=host, or dataset.num_workers above 0",
+    "backbone": "frozen features are computed in each step: cache=host keeps them, if "
+    "dataset.feature_cache.max_gb is large enough and the images fit",
+    "features for the cache": "the features are computed once; train for longer, and their share "
+    "falls",
+    "synthesis, cached features": "corrupted images take longest: a simpler synthesis, or a GPU, "
+    "where they are made in batches",
+    "metrics": "metrics take longest: validate less often, trainer.val_check_interval",
+    "pictures": "pictures take longest: callbacks.outputs.max_images=0",
+    "checkpoints": "checkpoints take longest: raise checkpoint.every_minutes",
+    REST: "neither data nor network take longest: a larger dataset.batch_size has fewer steps",
+}
+COMPUTED = (
+    "the network takes longest, as it should: what helps is a GPU, trainer.precision=bf16-mixed, a "
+    "smaller image_size, or a smaller method"
+)
+
+
+class Profile(pl.Callback):
+    """Prints a table after training and after the test: seconds and share of each part.
+
+    Time within time counts for the inner part alone (but what a callback asks of the network
+    counts for the callback), so that the shares add up to one. On a GPU every part waits for the
+    device, which makes the whole slower and the parts true.
+    """
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Takes the place of the trainer's profiler; hooks on the frozen networks and the loss."""
+        if trainer.profiler is self.clock:  # type: ignore[attr-defined]
+            return
+        trainer.profiler = self.clock  # type: ignore[attr-defined]
+        self.clock.setup(trainer.state.fn, trainer.global_rank)  # the trainer did, to the other one
+        for name, module in pl_module.named_modules():
+            if isinstance(module, Backbone):
+                self.clock.watch(module, f"backbone {name}")
+        loss = getattr(pl_module, "loss", None)
+        if isinstance(loss, nn.Module):
+            self.clock.watch(loss, "method.loss")
+
+
+class Clock(Profiler):
+    """Adds up the time of Lightning's actions by part, each without the actions inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # by part
+        self.running: list[tuple[str, float, float]] = []  # action, start, time of inner actions
+
+    def setup(
+        self, stage: str | None, local_rank: int | None = None, log_dir: str | None = None
+    ) -> None:
+        """Notes the stage: ``fit``, ``validate``, ``test`` or ``predict``."""
+        super().setup(str(getattr(stage, "value", stage)), local_rank, log_dir)
+
+    def start(self, action_name: str) -> None:
+        """Begins an action, perhaps within another."""
+        self.running.append((action_name, self._now(), 0.0))
+
+    def stop(self, action_name: str) -> None:
+        """Ends the innermost action."""
+        if not self.running or self.running[-1][0] != action_name:
+            return  # began before this was the trainer's profiler, or broke off with an error
+        _, start, inside = self.running.pop()
+        whole = self._now() - start
+        callback = next((a for a, _, _ in self.running if a.startswith("[Callback]")), None)
+        self.seconds[part_of(callback or action_name)] += whole - inside
+        if self.running:
+            name, began, so_far = self.running[-1]
+            self.running[-1] = (name, began, so_far + whole)
+
+    @contextmanager
+    def within(self, action_name: str) -> Iterator[None]:
+        """One action as a context."""
+        self.start(action_name)
+        try:
+            yield
+        finally:
+            self.stop(action_name)
+
+    def watch(self, module: nn.Module, action_name: str) -> None:
+        """Makes the calls of a module an action."""
+        forward: Callable[..., Any] = module.forward
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.within(action_name):
+                return forward(*args, **kwargs)
+
+        module.forward = timed
+
+    def describe(self) -> None:
+        """Prints the table of the stage that ended, and starts the next one at zero."""
+        if self.seconds and self._local_rank in (None, 0):
+            print_table(table_of(self.seconds, STAGES[str(self._stage)]))
+            print(advice_on(self.seconds))
+        self.seconds.clear()
+
+    def _now(self) -> float:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def part_of(action: str) -> str:
+    """The part that one of Lightning's actions belongs to."""
+    for part, words in PARTS.items():
+        if any(word in action for word in words):
+            return part
+    return REST
+
+
+def table_of(seconds: Mapping[str, float], title: str) -> Table:
+    """A row per part, the longest first."""
+    table = Table(title=f"Where the time goes: {title}", title_justify="left")
+    table.add_column("part")
+    for column in ("seconds", "share, %"):
+        table.add_column(column, justify="right")
+    total = sum(seconds.values())
+    for part in sorted(seconds, key=lambda name: -seconds[name]):
+        table.add_row(part, f"{seconds[part]:.2f}", f"{100 * seconds[part] / total:.1f}")
+    return table
+
+
+def advice_on(seconds: Mapping[str, float]) -> str:
+    """One sentence on the part that takes longest."""
+    longest = max(seconds, key=lambda part: seconds[part])
+    share = 100 * seconds[longest] / sum(seconds.values())
+    return f"{longest}, {share:.0f} %: {ADVICE.get(longest, COMPUTED)}"
