@@ -78,6 +78,8 @@ def run(config: DictConfig) -> None:
     from anomaly_lit.config import instantiate, plain, validate
 
     validate(plain(config))
+    if config.clear_cache:
+        return clear_cache()
     datamodule = instantiate(config.dataset)
     datamodule.prepare_data()
     folder = Path(config.output_dir)
@@ -85,6 +87,14 @@ def run(config: DictConfig) -> None:
     show(report, folder)
     if not report.ok:
         sys.exit(1)
+
+
+def clear_cache() -> None:
+    """Delete the files of `cache=disk` in ANOMALY_LIT_CACHE or the user's cache folder."""
+    from anomaly_lit.data.store import cache_folder, clear
+
+    folder = cache_folder(None)
+    print(f"{clear(folder):.2f} GB freed in {folder}")
 
 
 def check_data(datamodule: AnomalyDataModule, output_dir: str | Path, columns: int = 6) -> Report:

@@ -39,6 +39,7 @@ HINTS: dict[str, Any] = {  # of keys that belong to no node with a signature
     "threshold.fpr": float,
     "checkpoint.every_minutes": float,
     "checkpoint.every_steps": int | None,
+    "clear_cache": bool,
 }
 
 

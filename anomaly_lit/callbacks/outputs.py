@@ -113,15 +113,15 @@ class Outputs(pl.Callback):
         loader = loader[0] if isinstance(loader, list) else loader
         for number, index in enumerate(chosen):
             row = evaluation.rows[index]
-            batch = loader.collate_fn([loader.dataset[index]])
+            batch = loader.dataset.batch([index])
             moved = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
             with torch.inference_mode():
                 anomaly_map = pl_module.score_batch(moved).anomaly_map[0, 0].cpu().numpy()
             limits = evaluation.limits_of(row["category"])
             low, high = colour_range(limits, anomaly_map)
-            image = (batch["image"][0].permute(1, 2, 0) * 255).round().byte().numpy()
+            image = (batch["image"][0].permute(1, 2, 0) * 255).round().byte().cpu().numpy()
             has_truth = not row["label"] or bool(batch["gt_mask"].any())
-            truth = batch["gt_mask"][0, 0].numpy() if has_truth else None
+            truth = batch["gt_mask"][0, 0].cpu().numpy() if has_truth else None
             kind = KINDS.get((row["label"], row["verdict"]), "unjudged")
             name = f"{number:03d}_{kind}_{row['category']}_{row['defect_type']}"
             outline = outline_of(row["verdict"], anomaly_map, limits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from anomaly_lit.data.sampler import mixed_seed
 from anomaly_lit.methods.base import Method
-from anomaly_lit.types import UserError
+from anomaly_lit.types import Batch, Sample, UserError
 
 FORMAT_VERSION = 1
 
@@ -244,9 +245,10 @@ class FillFeatureCache(pl.Callback):
         assert isinstance(pl_module, Method)
         backbones = pl_module.training_backbones()
         samples = [*datamodule.train_samples, *datamodule.holdout_samples]
-        batches = (
-            pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-            for batch in datamodule.batches_of(samples)
-        )
+
+        def batches_of(samples: list[Sample]) -> Iterator[Batch]:
+            for batch in datamodule.batches_of(samples):
+                yield pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+
         with trainer.precision_plugin.forward_context():
-            cache.fill(backbones, batches, len(samples))
+            cache.fill(backbones, samples, batches_of, datamodule.resize)

@@ -9,16 +9,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anomaly_lit.data.cache import HostCache
+    from anomaly_lit.data.cache import DeviceCache, HostCache
     from anomaly_lit.data.datamodule import AnomalyDataModule
     from anomaly_lit.data.demo import Demo
+    from anomaly_lit.data.disk import DiskCache
     from anomaly_lit.data.features import FeatureCache
+    from anomaly_lit.data.features_on_disk import DiskFeatureCache
     from anomaly_lit.data.sets import BTAD, Folder, KolektorSDD2, MVTecAD, VisA
 
 __all__ = [
     "BTAD",
     "AnomalyDataModule",
     "Demo",
+    "DeviceCache",
+    "DiskCache",
+    "DiskFeatureCache",
     "FeatureCache",
     "Folder",
     "HostCache",
@@ -29,6 +34,9 @@ __all__ = [
 FILES = {
     "AnomalyDataModule": "datamodule",
     "Demo": "demo",
+    "DeviceCache": "cache",
+    "DiskCache": "disk",
+    "DiskFeatureCache": "features_on_disk",
     "FeatureCache": "features",
     "HostCache": "cache",
 }

@@ -1,4 +1,4 @@
-"""Keeping decoded images in memory, because decoding costs more than training a small method."""
+"""Keeping decoded images, because decoding costs more than training a small method."""
 
 from __future__ import annotations
 
@@ -22,10 +22,57 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
+Place = tuple[int, int]  # number of a block, row in it
+NOWHERE = (-1, -1)
 PATIENCE = 2.0  # seconds before a progress bar appears
 
 
-class HostCache:
+class ImageCache:
+    """What image caches share: blocks of images and masks, and where each file's row is.
+
+    Attributes:
+        images: Blocks (n, h, w, 3) uint8.
+        masks: Blocks (n, h, w) bool.
+        image_at: Block and row of an image, by the file's path.
+        mask_at: Likewise of masks.
+        device: Where the blocks lie.
+    """
+
+    def __init__(self) -> None:
+        self.images: list[Tensor] = []
+        self.masks: list[Tensor] = []
+        self.image_at: dict[str, Place] = {}
+        self.mask_at: dict[str, Place] = {}
+        self.device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        """Count the images and masks that are kept."""
+        return len(self.image_at) + len(self.mask_at)
+
+    def fill(self, samples: Sequence[Sample], resize: Resize) -> list[str]:
+        """Decode what is not kept yet, as far as the space allows.
+
+        Returns:
+            One line for each sample that could not be read.
+        """
+        raise NotImplementedError
+
+    def places(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """Find samples: (n, 2) block and row of each image, and of each mask; -1 where none is."""
+        images = [self.image_at.get(sample.path, NOWHERE) for sample in samples]
+        masks = [self.mask_at.get(sample.mask_path or "", NOWHERE) for sample in samples]
+        return torch.tensor(images).view(-1, 2), torch.tensor(masks).view(-1, 2)
+
+    def prepare(self, device: torch.device | None, workers: int) -> None:
+        """Make ready for a data loader.
+
+        Args:
+            device: The trainer's; None where there is no trainer.
+            workers: Processes that will read from here.
+        """
+
+
+class HostCache(ImageCache):
     """Decoded and resized images and masks in main memory, as 8-bit values.
 
     Images that no longer fit are decoded each time they are asked for. Under several processes
@@ -36,16 +83,9 @@ class HostCache:
     """
 
     def __init__(self, max_gb: float = 4.0) -> None:
-        if max_gb < 0:
-            raise UserError(f"dataset.cache.max_gb={max_gb}: give a number of GB, at least 0")
-        self.max_gb = max_gb
+        super().__init__()
+        self.max_gb = checked_gb(max_gb, "dataset.cache")
         self._bytes = 0
-        self._blocks: list[Tensor] = []  # each (n, h, w, 3) or, for masks, (n, h, w)
-        self._places: dict[str, tuple[int, int]] = {}  # block and row, by the file's path
-
-    def __len__(self) -> int:
-        """Count the images and masks that are kept."""
-        return len(self._places)
 
     def fill(self, samples: Sequence[Sample], resize: Resize) -> list[str]:
         """Decode what is not kept yet, as far as the memory allows.
@@ -53,7 +93,7 @@ class HostCache:
         Returns:
             One line for each sample that could not be read.
         """
-        fresh = [sample for sample in samples if sample.path not in self._places]
+        fresh = [sample for sample in samples if sample.path not in self.image_at]
         kept = self._fitting(fresh, resize)
         height, width = resize.size
         images = torch.empty((len(kept), height, width, 3), dtype=torch.uint8)
@@ -74,7 +114,7 @@ class HostCache:
 
         outcomes = in_threads(decode, list(enumerate(kept)), "Decoding images")
         problems = sorted(outcome for outcome in outcomes if outcome is not None)
-        if not problems:
+        if not problems and kept:
             self._keep(kept, masked, images, masks)
         if len(kept) < len(fresh):
             tell(
@@ -83,14 +123,9 @@ class HostCache:
             )
         return problems
 
-    def get(self, path: str) -> Tensor | None:
-        """Give the image (h, w, 3) uint8 or the mask (h, w) bool of a file, if it is kept."""
-        place = self._places.get(path)
-        return None if place is None else self._blocks[place[0]][place[1]]
-
-    def share(self) -> None:
+    def prepare(self, device: torch.device | None, workers: int) -> None:
         """Move to shared memory, so that data loader workers started by spawn copy nothing."""
-        for block in self._blocks:
+        for block in [*self.images, *self.masks] if workers else ():
             block.share_memory_()
 
     def _fitting(self, samples: list[Sample], resize: Resize) -> list[Sample]:
@@ -106,12 +141,81 @@ class HostCache:
     def _keep(
         self, samples: list[Sample], masked: list[Sample], images: Tensor, masks: Tensor
     ) -> None:
-        block = len(self._blocks)
-        self._blocks += [images, masks]
-        self._places |= {sample.path: (block, row) for row, sample in enumerate(samples)}
-        self._places |= {
-            str(sample.mask_path): (block + 1, row) for row, sample in enumerate(masked)
-        }
+        block = len(self.images)
+        self.images.append(images.to(self.device))
+        self.masks.append(masks.to(self.device))
+        self.image_at |= {sample.path: (block, row) for row, sample in enumerate(samples)}
+        self.mask_at |= {str(sample.mask_path): (block, row) for row, sample in enumerate(masked)}
+
+
+class DeviceCache(HostCache):
+    """All decoded images and masks on the trainer's device, where batches are put together.
+
+    Nothing crosses the bus in a step. On a machine without a GPU the device is the CPU, and this
+    is `HostCache`, save that it keeps all images or refuses. Each process has its own copy.
+
+    Args:
+        max_gb: Largest memory to use, in GB (1e9 bytes), on the device and, before, on the host.
+
+    Raises:
+        UserError: from `fill`, where not all images fit.
+    """
+
+    def prepare(self, device: torch.device | None, workers: int) -> None:
+        """Move to the device.
+
+        Raises:
+            UserError: The images do not fit, or worker processes would have to reach the GPU.
+        """
+        if device is None or device == self.device:
+            return
+        if workers and device.type != "cpu":
+            raise UserError(
+                f"dataset.num_workers={workers} with cache=device: batches are put together on "
+                f"{device}, by one process; set dataset.num_workers=0, or cache=host"
+            )
+        blocks = [*self.images, *self.masks]
+        needed = sum(block.nbytes for block in blocks)
+        if device.type == "cuda" and needed > torch.cuda.mem_get_info(device)[0]:
+            free = torch.cuda.mem_get_info(device)[0] / 1e9
+            raise UserError(
+                f"the images take {needed / 1e9:.1f} GB and {device} has {free:.1f} GB free: "
+                "choose cache=host or cache=disk"
+            )
+        self.images = [block.to(device) for block in self.images]
+        self.masks = [block.to(device) for block in self.masks]
+        self.device = device
+
+    def _fitting(self, samples: list[Sample], resize: Resize) -> list[Sample]:
+        kept = super()._fitting(samples, resize)
+        if len(kept) < len(samples):
+            raise UserError(
+                f"cache=device keeps all images, and {len(kept)} of {len(samples)} fit into "
+                f"dataset.cache.max_gb={self.max_gb:g}: raise it, or choose cache=host or "
+                "cache=disk"
+            )
+        return kept
+
+
+def gather(blocks: Sequence[Tensor], places: Tensor) -> Tensor:
+    """Take rows out of several blocks: (B, 2) block and row to (B, *shape of a row)."""
+    numbers = places[:, 0].unique().tolist()
+    device = blocks[numbers[0]].device
+    if len(numbers) == 1:
+        return blocks[numbers[0]].index_select(0, places[:, 1].to(device))
+    first = blocks[numbers[0]]
+    rows = first.new_empty((len(places), *first.shape[1:]))
+    for number in numbers:
+        chosen = (places[:, 0] == number).nonzero()[:, 0]
+        rows[chosen.to(device)] = blocks[number].index_select(0, places[chosen, 1].to(device))
+    return rows
+
+
+def checked_gb(max_gb: float, setting: str) -> float:
+    """Give it back, or raise UserError where it is no size."""
+    if not max_gb >= 0:
+        raise UserError(f"{setting}.max_gb={max_gb}: give a number of GB, at least 0")
+    return max_gb
 
 
 @rank_zero_only

@@ -6,87 +6,21 @@ import hashlib
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from anomaly_lit.data.cache import HostCache, in_threads, tell
+from anomaly_lit.data.batches import Images, as_it_is
+from anomaly_lit.data.cache import DeviceCache, ImageCache, in_threads, tell
 from anomaly_lit.data.features import FeatureCache
 from anomaly_lit.data.folders import Listing
-from anomaly_lit.data.images import Resize, check_sizes, read_header, read_sample
+from anomaly_lit.data.images import Resize, check_sizes, read_header
 from anomaly_lit.data.sampler import ShardSampler, TrainBatches, WithPartners, mixed_seed
 from anomaly_lit.types import Batch, Sample, UserError
-
-
-@dataclass(frozen=True)
-class Item:
-    """One sample as it was read."""
-
-    index: int
-    sample: Sample
-    image: Tensor  # (h, w, 3) uint8
-    mask: Tensor | None  # (h, w) bool
-    prompt: Item | None = None
-
-
-class Images(Dataset[Item]):
-    """One split: reads, or takes from the cache, what belongs to a sample."""
-
-    def __init__(self, samples: list[Sample], resize: Resize, cache: HostCache | None) -> None:
-        self.samples = samples
-        self.resize = resize
-        self.cache = cache
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int | tuple[int, int]) -> Item:
-        """Give a sample by its index, or, by a pair of them, with another one's image as prompt."""
-        if isinstance(index, tuple):
-            return replace(self[index[0]], prompt=self[index[1]])
-        sample = self.samples[index]
-        image = None if self.cache is None else self.cache.get(sample.path)
-        if image is not None and self.cache is not None:
-            mask = None if sample.mask_path is None else self.cache.get(sample.mask_path)
-            return Item(index, sample, image, mask)
-        pixels, region = read_sample(sample, self.resize)
-        found = None if region is None else torch.from_numpy(np.ascontiguousarray(region))
-        return Item(index, sample, torch.from_numpy(np.ascontiguousarray(pixels)), found)
-
-
-def collate(items: list[Item]) -> Batch:
-    """Make a batch; images stay 8-bit until they lie together, then become float at once."""
-    image = _as_float([item.image for item in items])
-    gt_mask = torch.zeros((len(items), 1, *image.shape[-2:]), dtype=torch.bool)
-    for row, item in enumerate(items):
-        if item.mask is not None:
-            gt_mask[row, 0] = item.mask
-    batch: Batch = {
-        "image": image,
-        "index": torch.tensor([item.index for item in items]),
-        "label": torch.tensor([item.sample.label for item in items]),
-        "gt_mask": gt_mask,
-        "category": [item.sample.category for item in items],
-        "defect_type": [item.sample.defect_type for item in items],
-        "path": [item.sample.path for item in items],
-    }
-    prompts = [item.prompt for item in items if item.prompt is not None]
-    if prompts:
-        batch["prompt"] = _as_float([item.image for item in prompts])
-        batch["prompt_path"] = [item.sample.path for item in prompts]
-    return batch
-
-
-def _as_float(images: list[Tensor]) -> Tensor:
-    """(h, w, 3) uint8 images to (B, 3, h, w) float32 in [0, 1]."""
-    pixels = torch.stack(images).permute(0, 3, 1, 2)
-    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 class AnomalyDataModule(pl.LightningDataModule):
@@ -149,7 +83,7 @@ class AnomalyDataModule(pl.LightningDataModule):
         balanced: bool = False,
         seed: int = 0,
         masks: Literal["required", "optional", "none"] = "required",
-        cache: HostCache | None = None,
+        cache: ImageCache | None = None,
         feature_cache: FeatureCache | None = None,
         synthesis: nn.Module | None = None,
         validate_on_synthesis: bool = False,
@@ -230,7 +164,7 @@ class AnomalyDataModule(pl.LightningDataModule):
         if self.cache is not None:
             raise_all(self.cache.fill(self._samples_of(stage), self.resize))
 
-    def train_dataloader(self) -> DataLoader[Item]:
+    def train_dataloader(self) -> DataLoader[Batch]:
         """Give shuffled batches of the same size; what does not fill one is left to the next epoch.
 
         Where a split is smaller than a batch, the batch shrinks to it.
@@ -252,7 +186,7 @@ class AnomalyDataModule(pl.LightningDataModule):
         groups = [sample.category for sample in self.train_samples]
         return self._loader(self.train_samples, WithPartners(batches, groups))
 
-    def val_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Give a loader for each of `validation_names`, in order."""
         samples = {"test": self.test_samples}
         loaders = [
@@ -266,7 +200,7 @@ class AnomalyDataModule(pl.LightningDataModule):
         asked = {"synthetic": self.validate_on_synthesis, "test": self.validate_on_test}
         return ["holdout", *(name for name, wanted in asked.items() if wanted)]
 
-    def test_dataloader(self) -> DataLoader[Item]:
+    def test_dataloader(self) -> DataLoader[Batch]:
         """Give the test images, in order."""
         return self._evaluation_loader(self.test_samples)
 
@@ -288,7 +222,7 @@ class AnomalyDataModule(pl.LightningDataModule):
         images = Images(samples, self.resize, self.cache)
         for start in range(0, len(samples), self.eval_batch_size):
             rows = range(start, min(start + self.eval_batch_size, len(samples)))
-            yield collate([images[row] for row in rows])
+            yield images.batch(rows)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Add what is kept of the features, and corrupted images where synthesis is on.
@@ -527,6 +461,10 @@ class AnomalyDataModule(pl.LightningDataModule):
             (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         )
 
+    def _device(self) -> torch.device | None:
+        strategy = getattr(self.trainer, "strategy", None)
+        return None if strategy is None else strategy.root_device
+
     def _position(self) -> int:
         """Batches that training has consumed, also before it was interrupted."""
         if self.trainer is None:
@@ -534,22 +472,22 @@ class AnomalyDataModule(pl.LightningDataModule):
         total = self.trainer.fit_loop.epoch_loop.batch_progress.total
         return int(total.processed)  # type: ignore[attr-defined]
 
-    def _evaluation_loader(self, samples: list[Sample]) -> DataLoader[Item]:
+    def _evaluation_loader(self, samples: list[Sample]) -> DataLoader[Batch]:
         rank, world_size = self._world()
         batches = BatchSampler(
             ShardSampler(len(samples), rank, world_size), self.eval_batch_size, drop_last=False
         )
         return self._loader(samples, batches)
 
-    def _loader(self, samples: list[Sample], batch_sampler: Sampler[Any]) -> DataLoader[Item]:
-        if self.cache is not None and self.num_workers > 0:
-            self.cache.share()
+    def _loader(self, samples: list[Sample], batch_sampler: Sampler[Any]) -> DataLoader[Batch]:
+        if self.cache is not None:
+            self.cache.prepare(self._device(), self.num_workers)
         return DataLoader(
             Images(samples, self.resize, self.cache),
             batch_sampler=batch_sampler,
             num_workers=self.num_workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
+            collate_fn=as_it_is,
+            pin_memory=torch.cuda.is_available() and not isinstance(self.cache, DeviceCache),
             persistent_workers=self.num_workers > 0,
         )
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from anomaly_lit.data.cache import HostCache
+from anomaly_lit.data.cache import ImageCache
 from anomaly_lit.data.demo_products import GOOD, PRODUCTS, picture
 from anomaly_lit.data.features import FeatureCache
 from anomaly_lit.data.sets import MVTecAD
@@ -64,7 +64,7 @@ class Demo(MVTecAD):
         balanced: bool = False,
         seed: int = 0,
         drawing_seed: int = 0,
-        cache: HostCache | None = None,
+        cache: ImageCache | None = None,
         feature_cache: FeatureCache | None = None,
         synthesis: nn.Module | None = None,
         validate_on_synthesis: bool = False,

@@ -23,6 +23,8 @@ FILTERS = {
 }
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange width and height
 
+READING = 1  # raised by a change of the pixels that reading or resizing gives: caches begin anew
+
 T = TypeVar("T", bound=np.generic)
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3)
 Region = npt.NDArray[np.bool_]  # (H, W)

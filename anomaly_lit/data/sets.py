@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from anomaly_lit.data.cache import HostCache
+from anomaly_lit.data.cache import ImageCache
 from anomaly_lit.data.datamodule import AnomalyDataModule, raise_all
 from anomaly_lit.data.features import FeatureCache
 from anomaly_lit.data.folders import (
@@ -161,7 +161,7 @@ class Folder(AnomalyDataModule):
         shots: int | None = None,
         seed: int = 0,
         masks: Literal["required", "optional", "none"] = "optional",
-        cache: HostCache | None = None,
+        cache: ImageCache | None = None,
         feature_cache: FeatureCache | None = None,
         synthesis: nn.Module | None = None,
         validate_on_synthesis: bool = False,

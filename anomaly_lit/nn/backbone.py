@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -157,6 +158,21 @@ class Backbone(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.loaded = True  # a checkpoint holds the backbone: neither file nor hub is needed
+
+    def identity(self) -> dict[str, Any]:
+        """What the maps of an image follow from, as plain data; weights and statistics hashed."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(memoryview(values.numpy()))
+        return {
+            "network": self.name.split(".")[0],
+            "out_indices": list(self.out_indices),
+            "options": self.options,
+            "final_norm": self.final_norm,
+            "weights": digest.hexdigest(),
+        }
 
     def train(self, mode: bool = True) -> Backbone:
         """Stays in evaluation mode, so that no buffer moves."""

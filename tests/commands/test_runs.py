@@ -328,6 +328,8 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(
     "change",
     [
         "cache=none",
+        "cache=device",
+        "cache=disk",
         # the command's process starts workers as Windows does: nothing is inherited
         pytest.param("dataset.num_workers=1", marks=pytest.mark.slow),
     ],
@@ -335,8 +337,13 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(
 def test_how_images_are_read_changes_no_weight(
     run_command: Run, longer: list[str], uninterrupted: Path, tmp_path: Path, change: str
 ) -> None:
-    outcome = run_command("train", *longer, f"output_dir={tmp_path / 'run'}", change)
+    command = [*longer, f"output_dir={tmp_path / 'run'}", change]
+    if change == "cache=disk":
+        command += [f"dataset.{key}.folder={tmp_path}" for key in ("cache", "feature_cache")]
+    outcome = run_command("train", *command)
     assert outcome.code == 0, outcome.err
+    if change == "cache=disk":
+        assert {path.parts[-3] for path in tmp_path.rglob("*.rows")} == {"images", "features"}
     assert_same_weights(tmp_path / "run", uninterrupted)
 
 

@@ -29,7 +29,7 @@ def test_cached_batches_equal_decoded_ones(mvtec: Path) -> None:
 
 def test_cached_images_are_not_decoded_again(mvtec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datamodule = ready(mvtec, HostCache())
-    monkeypatch.setattr("anomaly_lit.data.datamodule.read_sample", None)
+    monkeypatch.setattr("anomaly_lit.data.batches.read_sample", None)
     assert len(list(datamodule.test_dataloader())) == 1
 
 

@@ -201,7 +201,7 @@ def test_every_option_shows_all_parameters_of_its_class(name: str) -> None:
     assert set(config["dataset"]) == parameters - given_elsewhere | {"_target_"}
 
 
-@pytest.mark.parametrize("name", ["host", "none"])
+@pytest.mark.parametrize("name", ["device", "disk", "host", "none"])
 def test_every_cache_fits_every_data_set(name: str) -> None:
     for dataset in options():
         overrides = [f"dataset={dataset}", f"+cache={name}"]

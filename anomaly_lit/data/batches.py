@@ -1,0 +1,104 @@
+"""One split as a data set that gives whole batches: rows of a cache are taken at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from anomaly_lit.data.cache import ImageCache, gather
+from anomaly_lit.data.images import Resize, read_sample
+from anomaly_lit.types import Batch, Sample
+
+Indices = Sequence[int] | Sequence[tuple[int, int]]
+
+
+class Images(Dataset[Batch]):
+    """One split: takes from the cache, or else reads, what belongs to its samples.
+
+    Args:
+        samples: In order.
+        resize: Geometry of what is read.
+        cache: Where the images are that it keeps; None reads all.
+    """
+
+    def __init__(self, samples: list[Sample], resize: Resize, cache: ImageCache | None) -> None:
+        self.samples = samples
+        self.resize = resize
+        self.cache = cache
+        found = (cache or ImageCache()).places(samples)
+        self.image_places, self.mask_places = found  # each (n, 2), -1 where it has to be read
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Give a batch of one."""
+        return self.batch([index])
+
+    def __getitems__(self, indices: Indices) -> Batch:
+        """Give a batch; this is how a data loader asks."""
+        return self.batch(indices)
+
+    def batch(self, indices: Indices) -> Batch:
+        """Give the samples of these indices; of pairs, the second ones' images as prompts."""
+        rows = [index[0] if isinstance(index, tuple) else index for index in indices]
+        samples = [self.samples[row] for row in rows]
+        image, gt_mask = self._read(rows)
+        batch: Batch = {
+            "image": image,
+            "index": torch.tensor(rows),
+            "label": torch.tensor([sample.label for sample in samples]),
+            "gt_mask": gt_mask,
+            "category": [sample.category for sample in samples],
+            "defect_type": [sample.defect_type for sample in samples],
+            "path": [sample.path for sample in samples],
+        }
+        partners = [index[1] for index in indices if isinstance(index, tuple)]
+        if partners:
+            batch["prompt"] = self._read(partners)[0]
+            batch["prompt_path"] = [self.samples[row].path for row in partners]
+        return batch
+
+    def _read(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """(B, 3, h, w) float32 in [0, 1] and (B, 1, h, w) bool; 8 bits until they lie together."""
+        image_places, mask_places = self.image_places[rows], self.mask_places[rows]
+        size, device = self.resize.size, self._device()
+        kept, masked = image_places[:, 0] >= 0, mask_places[:, 0] >= 0
+        masks = torch.zeros((len(rows), *size), dtype=torch.bool, device=device)
+        if self.cache is not None and masked.any():
+            masks[masked.to(device)] = gather(self.cache.masks, mask_places[masked])
+        if self.cache is not None and kept.all():
+            images = gather(self.cache.images, image_places)
+        else:
+            images = torch.empty((len(rows), *size, 3), dtype=torch.uint8, device=device)
+            if self.cache is not None and kept.any():
+                images[kept.to(device)] = gather(self.cache.images, image_places[kept])
+            self._decode(rows, (~kept).nonzero()[:, 0].tolist(), images, masks)
+        return as_float(images), masks.unsqueeze(1)
+
+    def _decode(self, rows: list[int], missing: list[int], images: Tensor, masks: Tensor) -> None:
+        for place in missing:
+            image, mask = read_sample(self.samples[rows[place]], self.resize)
+            images[place] = torch.from_numpy(np.ascontiguousarray(image))
+            if mask is not None:
+                masks[place] = torch.from_numpy(np.ascontiguousarray(mask))
+
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.cache is None else self.cache.device
+
+
+def as_float(images: Tensor) -> Tensor:
+    """(B, h, w, 3) uint8 to (B, 3, h, w) float32 in [0, 1], the same to the bit on every device."""
+    pixels = images.permute(0, 3, 1, 2)
+    pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels.div_(torch.tensor(255.0, device=images.device))  # a number would be inverted
+
+
+def as_it_is(batch: Any) -> Any:
+    """Give the batch, which the data set has put together already, to the loader."""
+    return batch
