@@ -79,7 +79,8 @@ def run(config: DictConfig) -> None:
 
     validate(plain(config))
     if config.clear_cache:
-        return clear_cache()
+        clear_cache()
+        return
     datamodule = instantiate(config.dataset)
     datamodule.prepare_data()
     folder = Path(config.output_dir)
