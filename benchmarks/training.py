@@ -1,0 +1,235 @@
+"""Seconds of a training step with and without caches, and of the trainable part alone.
+
+    python benchmarks/training.py --output benchmarks/results/training.json
+    python benchmarks/training.py --methods dsr_small --device gpu --precision bf16-mixed
+    python benchmarks/training.py --table benchmarks/results/training.json >> table.md
+
+Every method trains on 1024 x 1024 PNG files, drawn by data.py, at 256 x 256, in the real trainer
+without validation and logging:
+
+- no cache: pictures are decoded, and features computed, in each step;
+- image cache: `cache=host` without features;
+- image + feature cache: `cache=host` as it is; or both from disk, opened by a later run;
+- trainable part alone: one batch with its features, given again and again.
+
+A figure is the median time between two steps of a round; rounds measure everything in turns, and
+ratios are taken within a round. "before" is what passes until the first step begins, from building
+the data module on. Backbones have random weights, which change no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from data import as_table, finish, make_pictures, spread
+
+from anomaly_lit.callbacks.run import FillFeatureCache, StepSeeds
+from anomaly_lit.config import config_dir, plain
+from anomaly_lit.files import environment
+from anomaly_lit.train import build
+
+DEFAULTS = ["uniad_small", "fastflow_small", "ami_net_small"]
+BASE = "no cache"
+ALONE = "trainable part alone"
+VARIANTS = {
+    BASE: ["cache=none"],
+    "image cache": ["cache=host", "dataset.feature_cache=null"],
+    "image + feature cache": ["cache=host"],
+    "image + feature cache, disk": ["cache=disk"],
+    ALONE: ["cache=host"],
+}
+WARM_UP = 3  # steps of a round that do not count
+
+
+class Clock(pl.Callback):
+    """Notes when training gets to its first batch and when each step has ended."""
+
+    def __init__(self) -> None:
+        self.began = 0.0
+        self.ends: list[float] = []
+
+    def on_train_batch_start(self, *arguments: Any) -> None:
+        """Notes the first."""
+        self.began = self.began or self._now()
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        """Notes the end, once the device is done."""
+        self.ends.append(self._now())
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def step(self) -> float:
+        """Median seconds between the ends of two steps."""
+        ends = self.ends[WARM_UP:]
+        return statistics.median(b - a for a, b in pairwise(ends))
+
+
+class Again(pl.Callback):
+    """Gives the first batch, with its features, in every later step."""
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Takes the batch once features are there, and puts it in the place of all others."""
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        batch = module.transfer_batch_to_device(
+            next(iter(datamodule.train_dataloader())), module.device, 0
+        )
+        whole = datamodule._with_features(batch)
+        add = datamodule.corrupt if datamodule.synthesis is not None else lambda batch, step: batch
+        prepared = add(whole, 0)
+        datamodule.train_dataloader = lambda: Repeated(prepared)
+        datamodule.on_after_batch_transfer = lambda batch, number: batch
+
+
+class Repeated:
+    """A loader of one batch."""
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self.batch] * len(self))
+
+
+def compose(method: str, root: Path, cache: list[str], batch: int) -> dict[str, Any]:
+    from hydra import compose as compose_
+    from hydra import initialize_config_dir
+
+    overrides = [
+        f"method={method}",
+        "dataset=mvtec_ad",
+        f"dataset.root={root}",
+        "dataset.masks=none",
+        "dataset.holdout=0",
+        f"dataset.batch_size={batch}",
+        "logger=none",
+        "output_dir=/nowhere",
+        *cache,
+    ]
+    if cache == ["cache=disk"]:
+        for part in ("cache", "feature_cache"):
+            overrides.append(f"dataset.{part}.folder={root / 'cache'}")
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        config = plain(compose_("train", overrides=overrides))
+    for node in config["method"].values():  # backbones and teachers
+        if isinstance(node, dict) and "Backbone" in node.get("_target_", ""):
+            node["weights"] = "random"
+    return config
+
+
+def train(config: dict[str, Any], steps: int, device: str, precision: str, alone: bool) -> Clock:
+    """Train some steps from scratch; times by the clock, `began` since the call."""
+    pl.seed_everything(0, verbose=False)
+    start = time.perf_counter()
+    datamodule, method = build(config)
+    clock = Clock()
+    trainer = pl.Trainer(
+        accelerator=device,
+        devices=1,
+        precision=precision,
+        max_steps=steps,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[FillFeatureCache(), *([Again()] if alone else []), StepSeeds(0), clock],
+    )
+    trainer.fit(method, datamodule=datamodule)
+    clock.began -= start
+    return clock
+
+
+def measure(method: str, root: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each variant of a method."""
+    steps: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    before: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for number in range(arguments.rounds + 1):  # the first fills the disk, and does not count
+        for variant, cache in VARIANTS.items():
+            config = compose(method, root, cache, arguments.batch)
+            clock = train(
+                config, arguments.steps, arguments.device, arguments.precision, variant == ALONE
+            )
+            if number:
+                steps[variant].append(clock.step())
+                before[variant].append(clock.began)
+        print(f"{method}: round {number} of {arguments.rounds}", file=sys.stderr, flush=True)
+    rows = []
+    for variant, seconds in steps.items():
+        faster = [a / b for a, b in zip(steps[BASE], seconds, strict=True)]
+        over = [b / a for a, b in zip(steps[ALONE], seconds, strict=True)]
+        rows.append(
+            {
+                "what": f"{method}, {variant}",
+                "seconds a step": spread(seconds),
+                f"times as fast as {BASE}": spread(faster),
+                "times the trainable part": spread(over),
+                "seconds before": spread(before[variant]),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=DEFAULTS, help="options of conf/method")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--table", type=Path, help="print the table of a result and stop")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="the trainer's accelerator: cpu or gpu")
+    parser.add_argument("--precision", default="32-true", help="the trainer's")
+    parser.add_argument("--quick", action="store_true", help="few images and steps: a trial")
+    parser.add_argument("--folder", type=Path, help="where files are written; default: a new one")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(as_table(json.loads(arguments.table.read_text())))
+        return
+    if arguments.quick:
+        arguments.images, arguments.steps, arguments.rounds = 8, WARM_UP + 3, 1
+    warnings.simplefilter("ignore")
+    logging.disable()
+    torch.set_num_threads(arguments.threads)
+    load = round(os.getloadavg()[0], 1)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        make_pictures(Path(folder), arguments.images)
+        rows = [row for name in arguments.methods for row in measure(name, Path(folder), arguments)]
+    result = {
+        **environment(),
+        "threads": arguments.threads,
+        "load": load,
+        "rounds": arguments.rounds,
+        "images": arguments.images,
+        "batch": arguments.batch,
+        "device": f"{arguments.device}, {arguments.precision}",
+        "command": " ".join(["python", *sys.argv]),
+        "rows": rows,
+    }
+    finish(result, arguments.output, "A training step at 256 x 256, from 1024 x 1024 PNG files")
+
+
+if __name__ == "__main__":
+    main()
