@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import CompactHydraException, InstantiationException
@@ -28,6 +29,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from anomaly_lit.types import UserError
 from hydra_plugins.anomaly_lit_launcher import ProcessLauncher
+from hydra_plugins.anomaly_lit_launcher.others import OtherLauncher
+from hydra_plugins.anomaly_lit_sweeper import StudySweeper
 
 SAFE_TARGETS = ("anomaly_lit.", "torch.nn.", "torch.optim.")
 STRANGE = re.compile(r"[^\w\s/\\+.$%*@?|:,=()\[\]{}'\"-]", re.ASCII)  # no word of Hydra's
@@ -85,7 +88,7 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
     guarded.__module__ = task.__module__  # Hydra names the job after it
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of exiting
     sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
-    Plugins.instance().register(ProcessLauncher)  # Hydra's search misses it in a checkout
+    register_plugins()
     main = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)
     try:
         main(guarded)()
@@ -102,6 +105,20 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
     finally:
         if not full:
             os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+def register_plugins() -> None:
+    """Our launchers and our sweeper, and our presets in place of others of the same name."""
+    for plugin in (ProcessLauncher, OtherLauncher, StudySweeper):
+        Plugins.instance().register(plugin)  # Hydra's search misses them in a checkout
+    stored = ConfigStore.instance().repo.get("hydra", {})
+    for group in ("launcher", "sweeper", "sweeper/sampler"):
+        names = {path.name for path in Path(config_dir(), "hydra", group).glob("*.yaml")}
+        options = stored
+        for part in group.split("/"):
+            options = options.get(part, {})
+        for name in names & options.keys():
+            del options[name]  # Hydra would merge it into ours, with a warning
 
 
 def message_of(error: BaseException) -> str:

@@ -68,7 +68,7 @@ def test(cfg: DictConfig) -> None:
     trainer.test(method, datamodule=datamodule, verbose=False)
     metrics = {
         **tested(trainer, evaluation),
-        "selection": selection_of(trained["selection"], method),
+        "selection": selection_of(trained, method),
         "seed": trained["seed"],
         "method_changes": config["method"],
         "ckpt_path": str(config["ckpt_path"]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from anomaly_lit import config as configuration
+from anomaly_lit.cluster import check_launcher, check_tasks, is_first_process, join_tasks
+from anomaly_lit.sweep import ORACLE, check_objective, objective
 from anomaly_lit.types import UserError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def train(cfg: DictConfig) -> float | None:
     directory = configuration.output_folder()
     cfg.output_dir = str(directory)  # and with it what refers to it, also in a job of a sweep
     config = configuration.plain(cfg)
+    check_objective(config)
     state = state_of(directory, config)
     if state == "finished":
         metrics = read_metrics(directory)
@@ -106,6 +108,8 @@ def run(config: dict[str, Any], directory: Path, state: str) -> dict[str, Any]:
 
     quiet()
     configuration.validate(config)
+    join_tasks()
+    check_tasks(config["trainer"].get("devices", 1), config["trainer"].get("num_nodes", 1))
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     datamodule, method = build(config)
     if state == "unfinished":
@@ -246,22 +250,6 @@ def build_trainer(
         raise UserError(f"trainer: {error}") from error
 
 
-def check_launcher(trainer: pl.Trainer) -> None:
-    """Refuses several devices within a sweep that runs its jobs in one process.
-
-    Raises:
-        UserError: The other ranks would repeat the command and so train another job.
-    """
-    from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
-
-    launcher = trainer.strategy.launcher
-    if configuration.in_sweep() and isinstance(launcher, _SubprocessScriptLauncher):
-        raise UserError(
-            f"trainer.devices={trainer.num_devices} within a sweep needs a process for each job: "
-            "hydra/launcher=process (or one device: trainer.devices=1)"
-        )
-
-
 def check_validates(config: dict[str, Any]) -> None:
     """Refuses a choice among validations where none would take place.
 
@@ -336,7 +324,7 @@ def fit_and_test(
         **tested(trainer, evaluation),
         **validation,
         "setting": "one-class" if len(datamodule.categories) == 1 else "multi-class",
-        "selection": selection_of(config["selection"], method),
+        "selection": selection_of(config, method),
         "seed": config["seed"],
         "method": config["method"]["_target_"],
         "steps": trainer.global_step,
@@ -362,9 +350,12 @@ def fit_and_test(
     return metrics
 
 
-def selection_of(selection: str, method: Method) -> str:
+def selection_of(config: dict[str, Any], method: Method) -> str:
     """How the weights were chosen, and what else was taken from the test set, for tables."""
-    return "; ".join(text for text in (SELECTIONS[selection], method.oracle) if text)
+    metric = config.get("optimized_metric") or ""
+    sweep = f"ORACLE: swept for {metric}" if metric.startswith(ORACLE) else ""
+    texts = (SELECTIONS[config["selection"]], method.oracle, sweep)
+    return "; ".join(text for text in texts if text)
 
 
 def latency(method: Method, datamodule: AnomalyDataModule) -> float:
@@ -472,31 +463,11 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", text)
 
 
-def is_first_process() -> bool:
-    """Whether this process is the one that writes: rank 0 of its node, or the only one."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
-
-
 def read_metrics(directory: Path) -> dict[str, Any]:
     """The results of a finished run."""
     import json
 
     return json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
-
-
-def objective(config: dict[str, Any], metrics: dict[str, Any]) -> float | None:
-    """The value that a sweeper optimises.
-
-    Raises:
-        UserError: ``optimized_metric`` names none of the metrics.
-    """
-    name = config.get("optimized_metric")
-    if name is None:
-        return None
-    if name not in metrics:
-        known = ", ".join(key for key in metrics if "/" in key)
-        raise UserError(f"optimized_metric={name} is no metric of this run; known: {known}")
-    return float(metrics[name])
 
 
 if __name__ == "__main__":

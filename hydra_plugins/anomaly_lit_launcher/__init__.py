@@ -43,6 +43,9 @@ OF_THE_SWEEP = (
     "hydra/sweeper",
     "hydra.sweeper",
 )
+# which of SLURM's processes this is; a job starts its own
+TASKS_OF_SLURM = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID",
+                  "SLURM_STEP", "SLURM_TASKS_PER_NODE")  # fmt: skip
 PAUSE = 0.05  # seconds between two looks at the running jobs
 GRACE = 30.0  # seconds that a job is given to end by itself
 
@@ -104,6 +107,7 @@ class ProcessLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Runs the jobs and gives what they returned; a failed one does not stop the others."""
+        check_alone()
         slots = self.slots()
         jobs = [
             self.prepare(initial_job_idx + place, list(overrides))
@@ -154,6 +158,8 @@ class ProcessLauncher(Launcher):
             config.hydra.job.num = number
         HydraConfig.instance().set_config(config)
         folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir).absolute()
+        with open_dict(config):
+            config.hydra.runtime.output_dir = str(folder)
         given = [
             o for o in config.hydra.overrides.hydra if not o.lstrip("+~").startswith(OF_THE_SWEEP)
         ]
@@ -275,17 +281,28 @@ class ProcessLauncher(Launcher):
                 task_name="train",
                 status=JobStatus.FAILED if job in failed else JobStatus.COMPLETED,
             )
-            result.return_value = UserError(text) if job in failed else objective(job)
+            result.return_value = UserError(text) if job in failed else value_of(job)
             found.append(result)
         return found
 
 
-def objective(job: Job) -> float | None:
+def value_of(job: Job) -> float | None:
     """The metric that ``optimized_metric`` names, from the job's results."""
-    name = OmegaConf.select(job.config, "optimized_metric")
-    if name is None:
+    from anomaly_lit.sweep import objective
+
+    if OmegaConf.select(job.config, "optimized_metric") is None:
         return None
-    return float(json.loads((job.folder / "metrics.json").read_text(encoding="utf-8"))[name])
+    return objective(job.config, json.loads((job.folder / "metrics.json").read_text("utf-8")))
+
+
+def check_alone() -> None:
+    """Raises ``UserError`` in all but the first of several tasks of SLURM."""
+    rank = os.environ.get("SLURM_PROCID", "0")
+    if rank != "0":
+        raise UserError(
+            f"the sweep runs already: this is its copy in task {rank} of SLURM. Start it once, "
+            "in the script of sbatch without srun"
+        )
 
 
 def check_folders(jobs: list[Job]) -> None:
@@ -322,6 +339,8 @@ def environment(gpus: list[str], places: int) -> dict[str, str]:
     """Variables of a job: its GPUs, a port of its own, and its share of the CPU's cores."""
     variables = dict(os.environ)
     variables.pop("HYDRA_FULL_ERROR", None)  # set while the launcher's own command runs
+    for name in [name for name in variables if name.startswith(TASKS_OF_SLURM)]:
+        del variables[name]  # a job is no task of the allocation that the sweep runs in
     variables["PYTHONUNBUFFERED"] = "1"
     if gpus:
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)

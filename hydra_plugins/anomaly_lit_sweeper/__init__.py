@@ -1,0 +1,367 @@
+"""``hydra/sweeper=optuna``: a study of Optuna whose trials are the jobs of any launcher.
+
+Built on Optuna's ask and tell, so that any Optuna from 4 on will do, and that a study can be
+interrupted: what was finished stays, what was interrupted or failed is tried again in its folder,
+and the sampler's seed follows from the number of trials, not from what this call has drawn before.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from anomaly_lit.types import UserError
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.distributions import BaseDistribution
+
+Space = dict[str, "BaseDistribution"]
+
+
+class StudySweeper(Sweeper):
+    """Searches for the values with the best ``optimized_metric``.
+
+    Args:
+        sampler: Node that describes Optuna's sampler.
+        n_trials: Trials with a result that the study shall have; those it has count.
+        n_jobs: Trials of a batch; null takes what the launcher runs at a time.
+        direction: ``minimize`` or ``maximize``; null tells by the metric's name.
+        storage: Where the study is kept, as SQLAlchemy names it; null keeps it in memory.
+        study_name: Its name there.
+        max_failures: So many failures one after another end the call.
+        params: Values and what they are drawn from, as on the command line.
+    """
+
+    def __init__(
+        self,
+        sampler: DictConfig,
+        n_trials: int = 20,
+        n_jobs: int | None = None,
+        direction: str | None = None,
+        storage: str | None = None,
+        study_name: str = "study",
+        max_failures: int = 3,
+        params: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.sampler = sampler
+        self.n_trials = n_trials
+        self.n_jobs = n_jobs
+        self.direction = direction
+        self.storage = storage
+        self.study_name = study_name
+        self.max_failures = max_failures
+        self.params = dict(params or {})
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Makes the launcher."""
+        self.hydra_context = hydra_context
+        self.config = config
+        self.folder = Path(config.hydra.sweep.dir)
+        self.launcher = Plugins.instance().instantiate_launcher(
+            config=config, hydra_context=hydra_context, task_function=task_function
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Runs what is left of the study.
+
+        Raises:
+            UserError: Nothing is searched, the objective cannot be had or is of the test set, the
+                study is of something else or in use, or trials fail one after another.
+        """
+        import_optuna()
+        given = [f"{name}={value}" for name, value in self.params.items()]
+        fixed, space = split([*given, *arguments])
+        metric = self.checked_metric(fixed, space)
+        with alone(self.folder):
+            study = self.open_study(metric, fixed, space)
+            try_again(study)
+            self.run(study, metric, fixed, space)
+            self.conclude(study, metric)
+
+    def checked_metric(self, fixed: list[str], space: Space) -> str:
+        """The objective, once a first configuration has been composed and found sound."""
+        from anomaly_lit.sweep import check_objective
+
+        if not space:
+            raise UserError(
+                "hydra/sweeper=optuna has nothing to search: give values such as "
+                "'method.sigma=interval(0,1)' or 'method.patch=1,2,4'"
+            )
+        values = {name: first_of(distribution) for name, distribution in space.items()}
+        loader = self.hydra_context.config_loader
+        config = loader.load_sweep_config(self.config, [*fixed, *overrides_of(values)])
+        if config.get("optimized_metric") is None:
+            raise UserError(
+                "hydra/sweeper=optuna needs to know what is good: optimized_metric=val/loss, or "
+                "optimized_metric=val/synthetic_pixel_ap dataset.validate_on_synthesis=true"
+            )
+        check_objective(config)
+        return config.optimized_metric
+
+    def open_study(self, metric: str, fixed: list[str], space: Space) -> optuna.Study:
+        """Makes the study or opens the one that is there, if it is of the same search."""
+        import optuna
+
+        from anomaly_lit.config import differences
+        from anomaly_lit.sweep import direction_of
+
+        direction = self.direction or direction_of(metric)
+        facts = {
+            "optimized_metric": metric,
+            "direction": direction,
+            "settings": sorted(line for line in fixed if not line.startswith("output_dir=")),
+            "space": {name: str(distribution) for name, distribution in space.items()},
+        }
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(
+            study_name=self.study_name,
+            storage=self.storage,
+            direction=direction,
+            load_if_exists=True,
+        )
+        before = study.user_attrs.get("search", {} if study.trials else facts)
+        changes = differences(before, facts)
+        if changes:
+            lines = "\n".join(f"  {line}" for line in changes)
+            raise UserError(
+                f"the study in {self.storage} is of another search:\n{lines}\n"
+                "choose another output_dir, or repeat the old command to go on"
+            )
+        study.set_user_attr("search", facts)
+        return study
+
+    def run(self, study: optuna.Study, metric: str, fixed: list[str], space: Space) -> None:
+        """Runs batches until the study has its trials, or this call has tried as many."""
+        to_go = self.n_trials - len(finished(study))
+        at_a_time = self.n_jobs or OmegaConf.select(self.config, "hydra.launcher.jobs") or 1
+        in_a_row = 0
+        while to_go > 0:
+            trials = [self.ask(study, space) for _ in range(min(at_a_time, to_go))]
+            lines = [(*fixed, *overrides_of(trial.params)) for trial in trials]
+            unlike = list(dict.fromkeys(lines))  # the same values twice are one job
+            returned = self.launcher.launch(unlike, initial_job_idx=trials[0].number)
+            results = dict(zip(unlike, returned, strict=True))
+            for trial, line in zip(trials, lines, strict=True):
+                failed = tell(study, trial, results[line])
+                in_a_row = in_a_row + 1 if failed else 0
+                print(line_of(study, trial.number, metric, self.n_trials), flush=True)
+            self.write(study, metric)
+            if in_a_row >= self.max_failures:
+                raise UserError(
+                    f"{in_a_row} trials failed one after another, and the study stops "
+                    f"(hydra.sweeper.max_failures={self.max_failures}); the last one: "
+                    f"{study.trials[trials[-1].number].user_attrs['error']}"
+                )
+            to_go -= len(trials)
+
+    def ask(self, study: optuna.Study, space: Space) -> optuna.Trial:
+        """A new trial; the same whether or not the study was interrupted before it."""
+        from optuna.trial import TrialState
+
+        from anomaly_lit.config import instantiate, plain
+
+        node = plain(self.sampler)
+        if node.get("seed") is not None:
+            node["seed"] += sum(t.state != TrialState.WAITING for t in study.get_trials(False))
+        study.sampler = instantiate(node)
+        return study.ask(space)
+
+    def conclude(self, study: optuna.Study, metric: str) -> None:
+        """Tells the best trial, and how many have a result."""
+        self.write(study, metric)
+        count = len(finished(study))
+        if not count:
+            raise UserError(f"no trial has a value of {metric}; see the jobs in {self.folder}")
+        best = study.best_trial
+        print(f"{count} of {self.n_trials} trials have a result; {self.folder / 'study.json'}")
+        if count < self.n_trials:
+            print("the same command tries again what failed")
+        print(f"best: {metric}={best.value:.6g} with {' '.join(overrides_of(best.params))}")
+        print(f"      {best.user_attrs.get('folder', '')}", flush=True)
+
+    def write(self, study: optuna.Study, metric: str) -> None:
+        """Writes ``study.json``: the best trial and all of them."""
+        from anomaly_lit.files import write_json
+
+        trials = [
+            {
+                "number": trial.number,
+                "state": trial.state.name.lower(),
+                "value": trial.value,
+                "parameters": trial.params,
+                **trial.user_attrs,
+            }
+            for trial in study.get_trials(False)
+        ]
+        best = study.best_trial.number if finished(study) else None
+        facts = {"optimized_metric": metric, "direction": study.direction.name.lower()}
+        write_json(self.folder / "study.json", {**facts, "best": best, "trials": trials})
+
+
+# --------------------------------------------------------------------------------- the study
+
+
+def import_optuna() -> None:
+    """Raises ``UserError`` where there is no Optuna, or one that is too old."""
+    try:
+        from optuna.distributions import FloatDistribution  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"hydra/sweeper=optuna needs Optuna from 4 on ({error}): pip install "
+            '"anomaly-lit[sweep]"; hydra-optuna-sweeper, which asks for an older one, is not needed'
+        ) from error
+    import warnings
+
+    from optuna.exceptions import ExperimentalWarning
+
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)
+
+
+def try_again(study: optuna.Study) -> None:
+    """Puts the values of trials that failed or were interrupted before all new ones."""
+    from optuna.trial import TrialState
+
+    trials = study.get_trials()
+    settled = [t.params for t in trials if t.state in (TrialState.COMPLETE, TrialState.WAITING)]
+    for trial in trials:
+        if trial.state == TrialState.RUNNING:
+            study.tell(trial.number, state=TrialState.FAIL)
+        elif trial.state != TrialState.FAIL:
+            continue
+        if trial.params and trial.params not in settled:
+            settled.append(trial.params)
+            study.enqueue_trial(trial.params)
+
+
+def tell(study: optuna.Study, trial: optuna.Trial, returned: JobReturn) -> bool:
+    """Tells the study how a trial ended; true where it failed, as one without a number has."""
+    from optuna.trial import TrialState
+
+    folder = OmegaConf.select(returned.hydra_cfg or OmegaConf.create(), "hydra.runtime.output_dir")
+    trial.set_user_attr("folder", folder)
+    try:
+        value = float(returned.return_value)
+        error = "" if math.isfinite(value) else f"its value is {value}"
+    except Exception as failure:
+        error = str(failure) or type(failure).__name__
+    if error:
+        trial.set_user_attr("error", error[:2000])
+        study.tell(trial, state=TrialState.FAIL)
+        return True
+    study.tell(trial, value)
+    return False
+
+
+def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """The trials with a value."""
+    from optuna.trial import TrialState
+
+    return study.get_trials(False, states=(TrialState.COMPLETE,))
+
+
+def line_of(study: optuna.Study, number: int, metric: str, wanted: int) -> str:
+    """How a trial ended, and the best so far."""
+    trial, done = study.trials[number], finished(study)
+    text = f"trial {number}: "
+    text += f"{metric}={trial.value:.6g}" if trial.value is not None else "failed"
+    best = f", best {study.best_value:.6g}" if done else ""
+    return f"{text} ({len(done)} of {wanted}{best})"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds the study for one command; the system lets go of it however that ends.
+
+    Raises:
+        UserError: Another command holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "study.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another command is at the study in {folder}: wait for it") from None
+        yield
+
+
+# --------------------------------------------------------------------------------- the space
+
+
+def split(lines: Sequence[str]) -> tuple[list[str], Space]:
+    """Overrides that every trial shares, and what the others are drawn from; the last one counts.
+
+    >>> fixed, space = split(["a=1", "b=interval(0,1.5)", "b=2,3"])  # doctest: +SKIP
+    >>> fixed, space["b"].choices  # doctest: +SKIP
+    (['a=1'], (2, 3))
+    """
+    shared: dict[str, str] = {}
+    space: Space = {}
+    for override in OverridesParser.create().parse_overrides(list(lines)):
+        name, line = override.get_key_element(), override.input_line
+        assert line is not None
+        shared.pop(name, None)
+        space.pop(name, None)
+        if override.is_sweep_override():
+            space[name] = distribution_of(override)
+        else:
+            shared[name] = line
+    return list(shared.values()), space
+
+
+def distribution_of(override: Override) -> BaseDistribution:
+    """What Hydra's ``a,b``, ``choice``, ``range`` and ``interval`` stand for.
+
+    Whole numbers at both ends of an interval give whole numbers, both ends included;
+    ``tag(log,interval(1e-5,1e-3))`` draws the logarithm.
+
+    Raises:
+        UserError: It is a glob, or an interval that Optuna refuses.
+    """
+    from optuna.distributions import (
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
+
+    if override.is_choice_sweep() or override.is_range_sweep():
+        return CategoricalDistribution(list(override.sweep_iterator(Transformer.encode)))
+    value = override.value()
+    if not isinstance(value, IntervalSweep):
+        raise UserError(f"{override.input_line}: an optuna study takes a,b, range and interval")
+    low, high, log = value.start, value.end, "log" in value.tags
+    try:
+        if isinstance(low, int) and isinstance(high, int):
+            return IntDistribution(low, high, log=log)
+        return FloatDistribution(float(low or 0), float(high or 0), log=log)
+    except ValueError as error:
+        raise UserError(f"{override.input_line}: {error}") from error
+
+
+def first_of(distribution: BaseDistribution) -> Any:
+    """Some value of a distribution."""
+    choices = getattr(distribution, "choices", None)
+    return choices[0] if choices else getattr(distribution, "low")  # noqa: B009
+
+
+def overrides_of(values: Mapping[str, Any]) -> list[str]:
+    """Values as overrides.
+
+    >>> overrides_of({"method.sigma": 0.5, "shots": None})
+    ['method.sigma=0.5', 'shots=null']
+    """
+    return [f"{name}={'null' if value is None else value}" for name, value in values.items()]
