@@ -25,7 +25,9 @@ def join_tasks() -> None:
         os.environ.pop("MASTER_ADDR", None)
     if kind != "local" or int(os.environ.get("SUBMITIT_LOCAL_NTASKS", 1)) == 1:
         return
-    told = {name: os.environ[f"SUBMITIT_LOCAL_{name}"] for name in ("NTASKS", "GLOBALID", "LOCALID")}
+    told = {
+        name: os.environ[f"SUBMITIT_LOCAL_{name}"] for name in ("NTASKS", "GLOBALID", "LOCALID")
+    }
     job = os.environ["SUBMITIT_LOCAL_JOB_ID"]  # of a process, so unique among those that live
     os.environ.update(
         RANK=told["GLOBALID"], LOCAL_RANK=told["LOCALID"], GROUP_RANK="0",

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import logging
 import os
 import re
 import sys
@@ -84,6 +85,10 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
             if full or in_sweep():  # the other jobs of a sweep go on
                 raise
             fail(error)
+        except Exception:
+            if in_sweep():  # the launcher tells the error alone, and from another process
+                logging.getLogger(__name__).exception("this job of the sweep failed")
+            raise
 
     guarded.__module__ = task.__module__  # Hydra names the job after it
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of exiting

@@ -1,4 +1,4 @@
-"""What a sweep optimises: taken from normal images and pseudo-anomalies, never from the test set."""
+"""What a sweep optimises: by normal images and pseudo-anomalies, never by the test set."""
 
 from __future__ import annotations
 

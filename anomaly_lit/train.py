@@ -43,6 +43,8 @@ def train(cfg: DictConfig) -> float | None:
     cfg.output_dir = str(directory)  # and with it what refers to it, also in a job of a sweep
     config = configuration.plain(cfg)
     check_objective(config)
+    join_tasks()
+    check_tasks(config["trainer"].get("devices"), config["trainer"].get("num_nodes", 1))
     state = state_of(directory, config)
     if state == "finished":
         metrics = read_metrics(directory)
@@ -108,8 +110,6 @@ def run(config: dict[str, Any], directory: Path, state: str) -> dict[str, Any]:
 
     quiet()
     configuration.validate(config)
-    join_tasks()
-    check_tasks(config["trainer"].get("devices", 1), config["trainer"].get("num_nodes", 1))
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     datamodule, method = build(config)
     if state == "unfinished":

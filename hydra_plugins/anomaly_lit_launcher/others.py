@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -53,9 +53,7 @@ class OtherLauncher(Launcher):
         self.hydra_context = hydra_context
         self.config = config
         self.launcher: Launcher = make(**self.settings)
-        self.launcher.setup(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
+        self.launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -64,7 +62,7 @@ class OtherLauncher(Launcher):
         for overrides in job_overrides:
             loader = self.hydra_context.config_loader
             self.check(loader.load_sweep_config(self.config, list(overrides)))
-        return self.launcher.launch(job_overrides, initial_job_idx)
+        return told_together(self.launcher.launch(job_overrides, initial_job_idx))
 
     def check(self, config: DictConfig) -> None:
         """Refuses devices that the launcher does not start processes for.
@@ -90,6 +88,20 @@ class OtherLauncher(Launcher):
                 f"trainer.devices={devices} trainer.num_nodes={nodes} needs one for each device: "
                 f"hydra.launcher.tasks_per_node={devices} hydra.launcher.nodes={nodes}"
             )
+
+
+def told_together(jobs: Sequence[JobReturn]) -> Sequence[JobReturn]:
+    """The jobs; a failed one's value is an error that tells of all that failed."""
+    failed = [job for job in jobs if job.status == JobStatus.FAILED]
+    lines = [
+        f"  {' '.join(job.overrides or [])}: {type(job._return_value).__name__}: "
+        f"{job._return_value}"
+        for job in failed
+    ]
+    text = f"{len(failed)} of {len(jobs)} jobs failed:\n" + "\n".join(lines)
+    for job in failed:
+        job.return_value = UserError(text)
+    return jobs
 
 
 def count(devices: Any) -> int:

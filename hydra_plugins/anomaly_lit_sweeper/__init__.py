@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -44,6 +46,10 @@ class StudySweeper(Sweeper):
         max_failures: So many failures one after another end the call.
         params: Values and what they are drawn from, as on the command line.
     """
+
+    hydra_context: HydraContext
+    config: DictConfig
+    launcher: Launcher
 
     def __init__(
         self,
@@ -85,7 +91,7 @@ class StudySweeper(Sweeper):
         """
         import_optuna()
         given = [f"{name}={value}" for name, value in self.params.items()]
-        fixed, space = split([*given, *arguments])
+        fixed, space = split([*given, *arguments], self.hydra_context.config_loader)
         metric = self.checked_metric(fixed, space)
         with alone(self.folder):
             study = self.open_study(metric, fixed, space)
@@ -302,7 +308,7 @@ def alone(folder: Path) -> Iterator[None]:
 # --------------------------------------------------------------------------------- the space
 
 
-def split(lines: Sequence[str]) -> tuple[list[str], Space]:
+def split(lines: Sequence[str], loader: ConfigLoader | None = None) -> tuple[list[str], Space]:
     """Overrides that every trial shares, and what the others are drawn from; the last one counts.
 
     >>> fixed, space = split(["a=1", "b=interval(0,1.5)", "b=2,3"])  # doctest: +SKIP
@@ -311,7 +317,7 @@ def split(lines: Sequence[str]) -> tuple[list[str], Space]:
     """
     shared: dict[str, str] = {}
     space: Space = {}
-    for override in OverridesParser.create().parse_overrides(list(lines)):
+    for override in OverridesParser.create(loader).parse_overrides(list(lines)):
         name, line = override.get_key_element(), override.input_line
         assert line is not None
         shared.pop(name, None)
@@ -324,13 +330,13 @@ def split(lines: Sequence[str]) -> tuple[list[str], Space]:
 
 
 def distribution_of(override: Override) -> BaseDistribution:
-    """What Hydra's ``a,b``, ``choice``, ``range`` and ``interval`` stand for.
+    """What Hydra's ``a,b``, ``choice``, ``glob``, ``range`` and ``interval`` stand for.
 
     Whole numbers at both ends of an interval give whole numbers, both ends included;
     ``tag(log,interval(1e-5,1e-3))`` draws the logarithm.
 
     Raises:
-        UserError: It is a glob, or an interval that Optuna refuses.
+        UserError: It is an interval that Optuna refuses.
     """
     from optuna.distributions import (
         CategoricalDistribution,
@@ -338,11 +344,9 @@ def distribution_of(override: Override) -> BaseDistribution:
         IntDistribution,
     )
 
-    if override.is_choice_sweep() or override.is_range_sweep():
-        return CategoricalDistribution(list(override.sweep_iterator(Transformer.encode)))
     value = override.value()
     if not isinstance(value, IntervalSweep):
-        raise UserError(f"{override.input_line}: an optuna study takes a,b, range and interval")
+        return CategoricalDistribution(list(override.sweep_iterator(Transformer.encode)))
     low, high, log = value.start, value.end, "log" in value.tags
     try:
         if isinstance(low, int) and isinstance(high, int):

@@ -1,0 +1,83 @@
+"""Processes of SLURM and submitit: what is told to Lightning, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import pytest
+
+from anomaly_lit.cluster import check_tasks, is_first_process, join_tasks
+from anomaly_lit.types import UserError
+from hydra_plugins.anomaly_lit_launcher import check_alone, environment
+
+SRUN = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_STEP_ID": "0"}
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of a scheduler; what a test sets is taken back."""
+    names = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+             "MASTER_PORT", "TORCHELASTIC_RUN_ID")  # fmt: skip
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SUBMITIT", *names))}
+    monkeypatch.setattr(os, "environ", kept)
+
+
+def test_one_task_for_each_device_is_right() -> None:
+    check_tasks(8, 1)
+    os.environ |= SRUN
+    check_tasks(2, 2)
+    check_tasks("auto", 2)
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices", "words"),
+    [
+        (SRUN, 1, r"4 tasks .* trainer.devices=1 on trainer.num_nodes=2.*--ntasks-per-node=1"),
+        ({"SLURM_NTASKS": "1"}, 4, r"1 task .*srun --nodes=2 --ntasks-per-node=4"),
+        ({**SRUN, "SLURM_STEP_ID": None}, 2, "without srun: it would wait"),
+        ({**SRUN, "SLURM_NTASKS_PER_NODE": None}, 2, "--ntasks-per-node=2 instead of --ntasks=4"),
+    ],
+)
+def test_other_tasks_are_refused(
+    variables: Mapping[str, str | None], devices: int, words: str
+) -> None:
+    os.environ |= {key: value for key, value in variables.items() if value is not None}
+    with pytest.raises(UserError, match=words):
+        check_tasks(devices, 2)
+    os.environ["SLURM_JOB_NAME"] = "interactive"  # leaves the processes to Lightning
+    check_tasks(devices, 2)
+
+
+def test_the_first_process_of_a_node_is_known_by_either_name() -> None:
+    assert is_first_process()
+    os.environ["LOCAL_RANK"] = "1"
+    assert not is_first_process()
+    os.environ |= {**SRUN, "SLURM_LOCALID": "0"}
+    assert is_first_process()
+    os.environ["SLURM_LOCALID"] = "1"
+    assert not is_first_process()
+
+
+def test_local_tasks_of_submitit_are_joined_and_jobs_kept_apart() -> None:
+    os.environ |= {
+        "SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1",
+        "SUBMITIT_LOCAL_LOCALID": "1", "SUBMITIT_LOCAL_JOB_ID": "77",
+    }  # fmt: skip
+    join_tasks()
+    assert {k: os.environ[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")} == {
+        "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "10077",
+    }  # fmt: skip
+    os.environ["SUBMITIT_EXECUTOR"] = "slurm"
+    join_tasks()
+    assert "MASTER_PORT" not in os.environ  # Lightning takes one by the number of the job
+
+
+def test_jobs_of_the_process_launcher_are_no_tasks_of_slurm() -> None:
+    os.environ |= {**SRUN, "SLURM_PROCID": "0", "SLURM_JOB_ID": "5"}
+    kept = [name for name in environment([], 1) if name.startswith("SLURM")]
+    assert kept == ["SLURM_JOB_ID"]
+    check_alone()
+    os.environ["SLURM_PROCID"] = "3"
+    with pytest.raises(UserError, match="task 3 of SLURM"):
+        check_alone()
