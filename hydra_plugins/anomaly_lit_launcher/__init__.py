@@ -29,7 +29,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from anomaly_lit.types import UserError
 
@@ -158,7 +158,7 @@ class ProcessLauncher(Launcher):
             config.hydra.job.num = number
         HydraConfig.instance().set_config(config)
         folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir).absolute()
-        with open_dict(config):
+        with read_write(config.hydra.runtime):
             config.hydra.runtime.output_dir = str(folder)
         given = [
             o for o in config.hydra.overrides.hydra if not o.lstrip("+~").startswith(OF_THE_SWEEP)

@@ -332,7 +332,7 @@ def split(lines: Sequence[str], loader: ConfigLoader | None = None) -> tuple[lis
 def distribution_of(override: Override) -> BaseDistribution:
     """What Hydra's ``a,b``, ``choice``, ``glob``, ``range`` and ``interval`` stand for.
 
-    Whole numbers at both ends of an interval give whole numbers, both ends included;
+    ``int(interval(1,4))`` gives whole numbers, both ends included, and
     ``tag(log,interval(1e-5,1e-3))`` draws the logarithm.
 
     Raises:
@@ -346,7 +346,7 @@ def distribution_of(override: Override) -> BaseDistribution:
 
     value = override.value()
     if not isinstance(value, IntervalSweep):
-        return CategoricalDistribution(list(override.sweep_iterator(Transformer.encode)))
+        return CategoricalDistribution(list(override.sweep_iterator(encoded)))
     low, high, log = value.start, value.end, "log" in value.tags
     try:
         if isinstance(low, int) and isinstance(high, int):
@@ -354,6 +354,11 @@ def distribution_of(override: Override) -> BaseDistribution:
         return FloatDistribution(float(low or 0), float(high or 0), log=log)
     except ValueError as error:
         raise UserError(f"{override.input_line}: {error}") from error
+
+
+def encoded(value: Any) -> Any:
+    """Numbers as they are, all else as it is written in an override."""
+    return value if isinstance(value, int | float) else Transformer.str(value)
 
 
 def first_of(distribution: BaseDistribution) -> Any:

@@ -277,7 +277,7 @@ def test_spaces_are_read_as_hydra_writes_them() -> None:
 
     fixed, space = split(
         [
-            "mask=random,fixed_ratio", "a=1,2", "a=interval(1,4)", "seed=3", "seed=4",
+            "mask=random,fixed_ratio", "a=1,2", "a=int(interval(1,4))", "seed=3", "seed=4",
             "lr=tag(log,interval(1e-5,1e-3))", "n=range(2,9,3)", "s=choice(true,'a b')",
         ]
     )  # fmt: skip
@@ -286,8 +286,11 @@ def test_spaces_are_read_as_hydra_writes_them() -> None:
     assert space["a"] == distributions.IntDistribution(1, 4)
     assert space["lr"] == distributions.FloatDistribution(1e-5, 1e-3, log=True)
     assert space["n"].choices == (2, 5, 8)
-    words = [overrides_of({"s": choice})[0] for choice in space["s"].choices]
-    assert words == ["s=True", "s='a b'"]
+    assert space["s"].choices == (True, "a\\ b")
+    assert overrides_of({"s": None, "t": "a\\ b"}) == ["s=null", "t=a\\ b"]
+    _, space = split(["c=[bolt],[cloth]", "d='x,y','x y'"])
+    assert space["c"].choices == ("[bolt]", "[cloth]")
+    assert space["d"].choices == ("'x,y'", "'x y'")
 
 
 # ------------------------------------------------------------------------------- whole studies
