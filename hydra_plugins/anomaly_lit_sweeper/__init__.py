@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import fcntl
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.config_loader import ConfigLoader
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
@@ -25,12 +22,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from anomaly_lit.types import UserError
+from hydra_plugins.anomaly_lit_sweeper.space import Space, first_of, overrides_of, split
 
 if TYPE_CHECKING:
     import optuna
-    from optuna.distributions import BaseDistribution
-
-Space = dict[str, "BaseDistribution"]
 
 
 class StudySweeper(Sweeper):
@@ -219,9 +214,6 @@ class StudySweeper(Sweeper):
         write_json(self.folder / "study.json", {**facts, "best": best, "trials": trials})
 
 
-# --------------------------------------------------------------------------------- the study
-
-
 def import_optuna() -> None:
     """Raises ``UserError`` where there is no Optuna, or one that is too old."""
     try:
@@ -303,74 +295,3 @@ def alone(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"another command is at the study in {folder}: wait for it") from None
         yield
-
-
-# --------------------------------------------------------------------------------- the space
-
-
-def split(lines: Sequence[str], loader: ConfigLoader | None = None) -> tuple[list[str], Space]:
-    """Overrides that every trial shares, and what the others are drawn from; the last one counts.
-
-    >>> fixed, space = split(["a=1", "b=interval(0,1.5)", "b=2,3"])  # doctest: +SKIP
-    >>> fixed, space["b"].choices  # doctest: +SKIP
-    (['a=1'], (2, 3))
-    """
-    shared: dict[str, str] = {}
-    space: Space = {}
-    for override in OverridesParser.create(loader).parse_overrides(list(lines)):
-        name, line = override.get_key_element(), override.input_line
-        assert line is not None
-        shared.pop(name, None)
-        space.pop(name, None)
-        if override.is_sweep_override():
-            space[name] = distribution_of(override)
-        else:
-            shared[name] = line
-    return list(shared.values()), space
-
-
-def distribution_of(override: Override) -> BaseDistribution:
-    """What Hydra's ``a,b``, ``choice``, ``glob``, ``range`` and ``interval`` stand for.
-
-    ``int(interval(1,4))`` gives whole numbers, both ends included, and
-    ``tag(log,interval(1e-5,1e-3))`` draws the logarithm.
-
-    Raises:
-        UserError: It is an interval that Optuna refuses.
-    """
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
-
-    value = override.value()
-    if not isinstance(value, IntervalSweep):
-        return CategoricalDistribution(list(override.sweep_iterator(encoded)))
-    low, high, log = value.start, value.end, "log" in value.tags
-    try:
-        if isinstance(low, int) and isinstance(high, int):
-            return IntDistribution(low, high, log=log)
-        return FloatDistribution(float(low or 0), float(high or 0), log=log)
-    except ValueError as error:
-        raise UserError(f"{override.input_line}: {error}") from error
-
-
-def encoded(value: Any) -> Any:
-    """Numbers as they are, all else as it is written in an override."""
-    return value if isinstance(value, int | float) else Transformer.str(value)
-
-
-def first_of(distribution: BaseDistribution) -> Any:
-    """Some value of a distribution."""
-    choices = getattr(distribution, "choices", None)
-    return choices[0] if choices else getattr(distribution, "low")  # noqa: B009
-
-
-def overrides_of(values: Mapping[str, Any]) -> list[str]:
-    """Values as overrides.
-
-    >>> overrides_of({"method.sigma": 0.5, "shots": None})
-    ['method.sigma=0.5', 'shots=null']
-    """
-    return [f"{name}={'null' if value is None else value}" for name, value in values.items()]

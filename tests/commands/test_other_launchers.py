@@ -121,6 +121,7 @@ def test_presets_name_what_the_plugins_take() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_tasks_of_submitit_train_one_model(
     run_command: Run, settings: tuple[str, ...], mvtec_folder: Path, tmp_path: Path
 ) -> None:
@@ -134,11 +135,12 @@ def test_two_tasks_of_submitit_train_one_model(
     assert outcome.code == 0, outcome.err
     found = [json.loads(file.read_text()) for file in tmp_path.glob("*/metrics.json")]
     assert sorted(metrics["seed"] for metrics in found) == [3, 4]
-    logs = [f.read_text(errors="replace") for f in tmp_path.rglob("*_log.out")]
-    assert sum("MEMBER: 2/2" in log or "distributed processes" in log for log in logs) >= 2
+    logs = [file.read_text(errors="replace") for file in tmp_path.rglob("*_log.out")]
+    assert sum("MEMBER: 2/2" in log for log in logs) == 2
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_joblib_trains_two_at_a_time(
     run_command: Run, settings: tuple[str, ...], mvtec_folder: Path, tmp_path: Path
 ) -> None:

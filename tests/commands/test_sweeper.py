@@ -273,7 +273,7 @@ def test_what_cannot_be_searched_is_refused(
 
 def test_spaces_are_read_as_hydra_writes_them() -> None:
     distributions = pytest.importorskip("optuna.distributions")
-    from hydra_plugins.anomaly_lit_sweeper import overrides_of, split
+    from hydra_plugins.anomaly_lit_sweeper.space import overrides_of, split
 
     fixed, space = split(
         [
@@ -297,28 +297,53 @@ def test_spaces_are_read_as_hydra_writes_them() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_study_of_two_processes_each_trains_the_same_values_on_both(
     run_here: Run, settings: tuple[str, ...], mvtec_folder: Path, tmp_path: Path
 ) -> None:
-    """Optuna, the process launcher and two ranks; then one more trial of the same study."""
+    """Optuna, the process launcher and two ranks; the same command again finds nothing to do."""
     pytest.importorskip("optuna", minversion="4", reason="optuna is an optional package")
     line = [
-        "-m", "hydra/sweeper=optuna", "hydra/launcher=process", "hydra.launcher.jobs=2", *settings,
-        f"dataset.root={mvtec_folder}", "dataset.holdout=0.4", "trainer=ddp",
-        "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=2",
+        "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra/launcher=process",
+        "hydra.launcher.jobs=2", *settings, f"dataset.root={mvtec_folder}", "dataset.holdout=0.4",
+        "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=2",
         "trainer.val_check_interval=2", "optimized_metric=val/loss",
         "method.sigma=interval(0.1,1.0)", f"output_dir={tmp_path}",
     ]  # fmt: skip
-    outcome = run_here("train", *line, "hydra.sweeper.n_trials=2")
+    outcome = run_here("train", *line)
     assert outcome.code == 0, outcome.err
-    outcome = run_here("train", *line, "hydra.sweeper.n_trials=3")
-    assert outcome.code == 0, outcome.err
-    assert outcome.out.count("\ntrial ") == 1
+    assert outcome.out.count("\ntrial ") == 2
     for trial in trials(tmp_path):
         folder = Path(trial["folder"])
         metrics = json.loads((folder / "metrics.json").read_text())
         trained = yaml.safe_load((folder / "config.yaml").read_text())
         assert metrics["val/loss"] == pytest.approx(trial["value"])
         assert trained["method"]["sigma"] == trial["parameters"]["method.sigma"]
-        assert trained["trainer"]["devices"] == 2
-    assert len(trials(tmp_path)) == 3
+        assert trained["trainer"]["devices"] == 2  # and the ranks compared their configurations
+    outcome = run_here("train", *line)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("trial 2") == 0
+    assert "2 of 2 trials have a result" in outcome.out
+    assert len(trials(tmp_path)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_study_of_ami_nets_mask_runs_and_goes_on(
+    run_here: Run, settings: tuple[str, ...], mvtec_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna", minversion="4", reason="optuna is an optional package")
+    chosen = [word for word in settings if not word.startswith(("method=", "dataset="))]
+    line = [
+        "-m", "experiment=ami_net_mask_study", *chosen, f"dataset.root={mvtec_folder}",
+        "dataset.categories=[bolt]", "dataset.holdout=0.4", "trainer.max_steps=2",
+        "trainer.val_check_interval=2", f"output_dir={tmp_path}",
+    ]  # fmt: skip
+    for wanted in (1, 2):
+        outcome = run_here("train", *line, f"hydra.sweeper.n_trials={wanted}")
+        assert outcome.code == 0, outcome.err
+        assert f"{wanted} of {wanted} trials have a result" in outcome.out
+    assert len(trials(tmp_path)) == 2
+    assert set(trials(tmp_path)[0]["parameters"]) == {
+        "method.mask.low", "method.mask.high", "method.patch", "method.sigma"
+    }  # fmt: skip
