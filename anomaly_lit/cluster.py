@@ -95,7 +95,9 @@ def check_launcher(trainer: pl.Trainer) -> None:
 
     check_tasks(trainer.num_devices, trainer.num_nodes)
     launcher = trainer.strategy.launcher
-    if in_sweep() and isinstance(launcher, _SubprocessScriptLauncher):
+    if not in_sweep() or not isinstance(launcher, _SubprocessScriptLauncher):
+        return
+    if not launcher.cluster_environment.creates_processes_externally:
         raise UserError(
             f"trainer.devices={trainer.num_devices} within a sweep needs a process for each job: "
             "hydra/launcher=process (or one device: trainer.devices=1)"

@@ -102,7 +102,8 @@ def test_wheel_holds_all_configuration_and_the_shipped_weights(wheel: Path) -> N
         assert f"anomaly_lit/{path.relative_to(ROOT).as_posix()}" in names
     for path in (ROOT / "anomaly_lit").rglob("*.py"):
         assert path.relative_to(ROOT).as_posix() in names
-    assert "hydra_plugins/anomaly_lit_launcher/__init__.py" in names
+    for path in (ROOT / "hydra_plugins").rglob("*.py"):
+        assert path.relative_to(ROOT).as_posix() in names
     for path in (ROOT / "anomaly_lit" / "weights").glob("*"):
         assert path.relative_to(ROOT).as_posix() in names
     assert "anomaly_lit/py.typed" in names
