@@ -123,15 +123,16 @@ def test_presets_name_what_the_plugins_take() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_tasks_of_submitit_train_one_model(
-    run_command: Run, settings: tuple[str, ...], mvtec_folder: Path, tmp_path: Path
+    start_command: Run, settings: tuple[str, ...], mvtec_folder: Path, tmp_path: Path
 ) -> None:
     """Stands in for SLURM: two jobs at once, each with two processes that find each other."""
     need("submitit_local")
-    outcome = run_command(
+    started = start_command(
         "train", "-m", "hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2",
         *settings, f"dataset.root={mvtec_folder}", "trainer=ddp", "trainer.accelerator=cpu",
         "trainer.devices=2", "seed=3,4", f"output_dir={tmp_path}", cwd=tmp_path,
     )  # fmt: skip
+    outcome = started.wait(800)
     assert outcome.code == 0, outcome.err
     found = [json.loads(file.read_text()) for file in tmp_path.glob("*/metrics.json")]
     assert sorted(metrics["seed"] for metrics in found) == [3, 4]
@@ -142,13 +143,14 @@ def test_two_tasks_of_submitit_train_one_model(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_joblib_trains_two_at_a_time(
-    run_command: Run, settings: tuple[str, ...], mvtec_folder: Path, tmp_path: Path
+    start_command: Run, settings: tuple[str, ...], mvtec_folder: Path, tmp_path: Path
 ) -> None:
     need("joblib")
-    outcome = run_command(
+    started = start_command(
         "train", "-m", "hydra/launcher=joblib", *settings, f"dataset.root={mvtec_folder}",
         "seed=3,4", f"output_dir={tmp_path}",
     )  # fmt: skip
+    outcome = started.wait(800)
     assert outcome.code == 0, outcome.err
     assert len(list(tmp_path.glob("*/metrics.json"))) == 2
 
