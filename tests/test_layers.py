@@ -16,7 +16,7 @@ LAYERS = [
     {"types", "config", "files", "tables"},
     {"nn", "losses", "masks", "schedules", "synthesis"},
     {"data", "metrics", "methods", "pictures", "page"},
-    {"callbacks", "plan"},
+    {"callbacks", "loggers", "plan"},
     {"checkpoint"},
     {"train", "test", "predict", "check", "status", "report"},
 ]

@@ -6,12 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anomaly_lit.callbacks.dashboard import Dashboard
     from anomaly_lit.callbacks.evaluation import Evaluation
     from anomaly_lit.callbacks.outputs import LossCurves, Outputs, TrainingPictures
     from anomaly_lit.callbacks.profile import Profile
     from anomaly_lit.callbacks.run import ResumeCheckpoint, StepSeeds, StopAtNaN
 
 __all__ = [
+    "Dashboard",
     "Evaluation",
     "LossCurves",
     "Outputs",
@@ -22,6 +24,7 @@ __all__ = [
     "TrainingPictures",
 ]
 FILES = {
+    "Dashboard": "dashboard",
     "Evaluation": "evaluation",
     "LossCurves": "outputs",
     "Outputs": "outputs",

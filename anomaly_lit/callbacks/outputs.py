@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
@@ -29,6 +29,16 @@ KINDS = {
     (True, "defect"): "found",
     (False, "good"): "passed",
 }
+
+
+class Finding(NamedTuple):
+    """A tested image that is worth a look."""
+
+    row: dict[str, Any]  # as in predictions.csv
+    image: np.ndarray  # (H, W, 3) uint8
+    truth: np.ndarray | None  # (H, W) bool; None where nobody drew the defect
+    outline: np.ndarray | None  # (H, W) bool, where the method saw one; None where it saw none
+    file: Path  # the panel
 
 
 class TrainingPictures(pl.Callback):
@@ -81,11 +91,15 @@ class Outputs(pl.Callback):
     Args:
         directory: Where to write.
         max_images: Most panels written; 0 writes none.
+
+    Attributes:
+        findings: What the panels of the last test show, in their order.
     """
 
     def __init__(self, directory: str, max_images: int = 24) -> None:
         self.directory = Path(directory)
         self.max_images = max_images
+        self.findings: list[Finding] = []
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes everything; on the first rank only."""
@@ -96,6 +110,7 @@ class Outputs(pl.Callback):
             return
         write_rows(self.directory / "predictions.csv", evaluation.rows)
         save_curves(self.directory / "curves.png", evaluation.curves, "Test images")
+        self.findings = []
         chosen = choose_images(evaluation.rows, self.max_images)
         if chosen:
             self._draw(chosen, evaluation, trainer, pl_module)
@@ -127,7 +142,9 @@ class Outputs(pl.Callback):
             outline = outline_of(row["verdict"], anomaly_map, limits)
             picture = panel(image, anomaly_map, truth, low, high, caption_of(row), outline)
             panels.append(picture)
-            save_image(picture, self.directory / "images" / f"{name}_{Path(row['path']).stem}.png")
+            file = self.directory / "images" / f"{name}_{Path(row['path']).stem}.png"
+            save_image(picture, file)
+            self.findings.append(Finding(row, image, truth, outline, file))
         sheet = contact_sheet(panels[:OVERVIEW], columns=2)
         save_image(sheet, self.directory / "overview.png")
 

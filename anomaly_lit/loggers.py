@@ -1,0 +1,179 @@
+"""Runs in wandb, MLflow and TensorBoard: one for each output folder, however often it is resumed.
+
+The ids of runs are kept in ``run_ids.json`` in the output folder. Within a sweep runs are grouped
+by the sweep's folder and named by the job's.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric.utilities.logger import _flatten_dict
+from pytorch_lightning.loggers import Logger, MLFlowLogger, WandbLogger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from anomaly_lit.files import write_json
+
+LONGEST = 128  # letters that wandb takes for a name
+MARKS = ("sweep.json", "multirun.yaml")  # what launchers leave in the folder of a sweep
+
+
+class WandbRun(WandbLogger):
+    """The run of an output folder in wandb, online or to be sent later.
+
+    Args:
+        directory: The run's output folder.
+        project: Project in wandb.
+        entity: User or team; None takes the account's default.
+        group: Group of runs; None takes the name of the sweep's folder, where there is one.
+        name: Name shown; None takes the folder's.
+        tags: Of the run.
+        offline: Writes ``directory/wandb`` only. Of this run alone: Lightning's own parameter sets
+            the mode for the whole process, and so for the other jobs of a sweep.
+        send_checkpoint: Sends the tested checkpoint as an artifact of type ``model``.
+        init_timeout: Seconds to wait for the service before training.
+        finish_timeout: Seconds to wait in the end for what is not sent yet; it stays on disk.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        project: str = "anomaly_lit",
+        entity: str | None = None,
+        group: str | None = None,
+        name: str | None = None,
+        tags: Sequence[str] = (),
+        offline: bool = False,
+        send_checkpoint: bool = False,
+        init_timeout: float = 60.0,
+        finish_timeout: float = 600.0,
+    ) -> None:
+        import wandb
+
+        sweep, job = sweep_and_name(Path(directory))
+        super().__init__(
+            name=name or job[:LONGEST],
+            project=project,
+            save_dir=directory,
+            id=kept_id(Path(directory), "wandb"),
+            log_model=False,
+            entity=entity,
+            group=group or sweep,
+            tags=list(tags),
+            mode="offline" if offline else None,  # None: as WANDB_MODE says
+            settings=wandb.Settings(init_timeout=init_timeout, finish_timeout=finish_timeout),
+        )
+        self.send_checkpoint = send_checkpoint
+
+
+class MLflowRun(MLFlowLogger):
+    """The run of an output folder in MLflow.
+
+    Args:
+        directory: The run's output folder.
+        experiment_name: Experiment in MLflow.
+        tracking_uri: A server or a data base; None takes ``directory/mlflow.db``.
+        artifact_location: Where pictures go, where the experiment is new and no server decides;
+            None takes ``directory/mlflow``.
+        group: The tag ``group``; None takes the name of the sweep's folder, where there is one.
+        name: Name shown; None takes the folder's.
+        send_checkpoint: Sends the tested checkpoint, too.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        experiment_name: str = "anomaly_lit",
+        tracking_uri: str | None = None,
+        artifact_location: str | None = None,
+        group: str | None = None,
+        name: str | None = None,
+        send_checkpoint: bool = False,
+    ) -> None:
+        folder = Path(directory)
+        sweep, job = sweep_and_name(folder)
+        group = group or sweep
+        if tracking_uri is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            tracking_uri = f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+            artifact_location = artifact_location or (folder.resolve() / "mlflow").as_uri()
+        super().__init__(
+            experiment_name=experiment_name,
+            run_name=name or job,
+            tracking_uri=tracking_uri,
+            artifact_location=artifact_location,
+            tags={"group": group} if group else None,
+            run_id=read_ids(folder).get("mlflow"),
+        )
+        self.folder = folder
+        self.send_checkpoint = send_checkpoint
+
+    def describe(self, config: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Notes the configuration, which MLflow lets nobody change, and the facts, as tags."""
+        write_ids(self.folder, {"mlflow": self.run_id})
+        known = self.experiment.get_run(self.run_id).data.params
+        self.log_hyperparams({k: v for k, v in _flatten_dict(config).items() if k not in known})
+        for key, value in facts.items():
+            self.experiment.set_tag(self.run_id, key.replace("/", "."), str(value))
+
+
+@rank_zero_only
+def describe(logger: Logger, config: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Opens a run and notes what it is.
+
+    Args:
+        logger: Any of Lightning's.
+        config: The composed configuration as plain data.
+        facts: Commit, digest of the data, versions, hardware.
+    """
+    if isinstance(logger, MLflowRun):
+        logger.describe(config, facts)
+        return
+    logger.log_hyperparams({**config, "run": facts})
+    if isinstance(logger, WandbLogger):
+        run = logger.experiment
+        for name, summary in {"loss": "min", "synthetic_*": "max"}.items():
+            run.define_metric(f"val/{name}", step_metric="trainer/global_step", summary=summary)
+        run.define_metric("oracle/*", step_metric="trainer/global_step", summary="max")
+
+
+def finish(logger: Logger, exit_code: int, stopped: bool) -> None:
+    """Closes a run: a later job of the same process would write into wandb's open one."""
+    if isinstance(logger, WandbLogger) and logger._experiment is not None:
+        if stopped:
+            logger.experiment.mark_preempting()
+        logger.experiment.finish(exit_code=exit_code)
+
+
+def sweep_and_name(directory: Path) -> tuple[str | None, str]:
+    """Name of the sweep's folder, None outside of one, and of the run: its path from there."""
+    directory = directory.resolve()
+    for folder in list(directory.parents)[:3]:
+        if any((folder / mark).is_file() for mark in MARKS):
+            return folder.name, directory.relative_to(folder).as_posix()
+    return None, directory.name
+
+
+def kept_id(directory: Path, service: str) -> str:
+    """The id of the folder's run in a service; a new one the first time."""
+    known = read_ids(directory).get(service)
+    if known is None:
+        known = secrets.token_hex(4)
+        write_ids(directory, {service: known})
+    return known
+
+
+def read_ids(directory: Path) -> dict[str, str]:
+    """Ids of runs by service."""
+    file = directory / "run_ids.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+@rank_zero_only
+def write_ids(directory: Path, ids: dict[str, str | None]) -> None:
+    """Adds ids."""
+    write_json(directory / "run_ids.json", {**read_ids(directory), **ids})
