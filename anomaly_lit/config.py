@@ -28,11 +28,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from anomaly_lit.types import UserError
+from anomaly_lit.types import Stopped, UserError
 from hydra_plugins.anomaly_lit_launcher import ProcessLauncher
 from hydra_plugins.anomaly_lit_launcher.others import OtherLauncher
 from hydra_plugins.anomaly_lit_sweeper import StudySweeper
 
+RUN_AGAIN, INTERRUPTED = 75, 130  # exit codes: EX_TEMPFAIL of sysexits.h, and Ctrl-C in a shell
+GOES_ON = "the same command with the same output_dir goes on from here"
 SAFE_TARGETS = ("anomaly_lit.", "torch.nn.", "torch.optim.")
 STRANGE = re.compile(r"[^\w\s/\\+.$%*@?|:,=()\[\]{}'\"-]", re.ASCII)  # no word of Hydra's
 HINTS: dict[str, Any] = {  # of keys that belong to no node with a signature
@@ -67,7 +69,8 @@ OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code: int = 1) -> None:
     """Runs a task under Hydra; what the user can mend is shown in a line, without a traceback.
 
-    ``HYDRA_FULL_ERROR=1`` shows the traceback of every error.
+    ``HYDRA_FULL_ERROR=1`` shows the traceback of every error. The exit code is ``RUN_AGAIN`` where
+    a scheduler's signal ended the task, and ``INTERRUPTED`` after Ctrl-C.
     """
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     started = False
@@ -106,7 +109,11 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
             raise
         fail(error)  # Hydra's, such as for a group set to null
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command with the same output_dir goes on from here")
+        print(f"interrupted; {GOES_ON}", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
+    except Stopped as stop:
+        print(f"{stop}; {GOES_ON}", file=sys.stderr, flush=True)
+        sys.exit(RUN_AGAIN)
     finally:
         if not full:
             os.environ.pop("HYDRA_FULL_ERROR", None)

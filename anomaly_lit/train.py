@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +17,17 @@ from omegaconf import DictConfig
 from anomaly_lit import config as configuration
 from anomaly_lit.cluster import check_launcher, check_tasks, is_first_process, join_tasks
 from anomaly_lit.sweep import ORACLE, check_objective, objective
-from anomaly_lit.types import UserError
+from anomaly_lit.types import Stopped, UserError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
     from anomaly_lit.callbacks.evaluation import Evaluation
+    from anomaly_lit.callbacks.stopping import StopSignals
     from anomaly_lit.data.datamodule import AnomalyDataModule
     from anomaly_lit.methods.base import Method
 
+COSTS = ("training_seconds", "test_seconds_per_image", "latency_seconds", "trainable_parameters")
 SELECTIONS = {
     "last": "last step",
     "best": "lowest loss on held-out normal images",
@@ -104,12 +111,23 @@ def run(config: dict[str, Any], directory: Path, state: str) -> dict[str, Any]:
     Raises:
         UserError: The configuration does not fit the code, or the data cannot be used.
     """
-    import pytorch_lightning as pl
-
-    from anomaly_lit.files import replace_file
+    from anomaly_lit.callbacks.stopping import StopSignals
 
     quiet()
     configuration.validate(config)
+    with StopSignals() as signals, failures_told():
+        return run_until_stopped(config, directory, state, signals)
+
+
+def run_until_stopped(
+    config: dict[str, Any], directory: Path, state: str, signals: StopSignals
+) -> dict[str, Any]:
+    """What ``run`` does, while signals are noted."""
+    import pytorch_lightning as pl
+
+    from anomaly_lit.callbacks.stopping import end_ranks
+    from anomaly_lit.files import replace_file
+
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     datamodule, method = build(config)
     if state == "unfinished":
@@ -119,22 +137,56 @@ def run(config: dict[str, Any], directory: Path, state: str) -> dict[str, Any]:
 
         with replace_file(directory / "config.yaml", encoding="utf-8") as file:
             yaml.safe_dump(config, file, sort_keys=False)
-    trainer, evaluation = build_trainer(config, directory, datamodule.digest)
+    trainer, evaluation = build_trainer(config, directory, datamodule.digest, signals)
     check_launcher(trainer)
     if trainer.is_global_zero:
         print_plan(trainer, method, datamodule, directory, state)
     try:
-        return fit_and_test(config, directory, trainer, evaluation, method, datamodule)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        batch = config["dataset"].get("batch_size")
-        raise UserError(
-            f"out of memory: lower dataset.batch_size (now {batch}) or image_size (now "
-            f"{config['image_size']}); the same command with another output_dir starts anew"
-        ) from error
+        return fit_and_test(config, directory, trainer, evaluation, method, datamodule, signals)
+    except SystemExit as end:  # how Lightning answers Ctrl-C
+        raise KeyboardInterrupt from end
+    except BaseException as error:
+        lost = end_ranks(trainer, error)
+        if lost:
+            raise UserError(lost) from error
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            batch = config["dataset"].get("batch_size")
+            raise UserError(
+                f"out of memory: lower dataset.batch_size (now {batch}) or image_size (now "
+                f"{config['image_size']}); the same command with another output_dir starts anew"
+            ) from error
+        raise
     finally:
-        finish_loggers(trainer)
+        finish_loggers(trainer, sys.exception())
+
+
+@contextmanager
+def failures_told() -> Iterator[None]:
+    """Has one of several ranks say what failed and end at once.
+
+    Python's own way out waits for connections to ranks that are gone, at times for ever.
+    """
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if rank:
+        from anomaly_lit.callbacks.stopping import die_with_parent
+
+        die_with_parent()
+    try:
+        yield
+    except Stopped:
+        if rank:
+            sys.exit(0)  # the first rank tells, and any other code would count as this one's death
+        raise
+    except Exception as error:
+        if "LOCAL_RANK" not in os.environ:  # which Lightning sets for the first rank, too
+            raise
+        who = f"rank {rank}: " if rank else ""
+        print(f"error: {who}{configuration.message_of(error)}", file=sys.stderr)
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def build(config: dict[str, Any]) -> tuple[AnomalyDataModule, Method]:
@@ -190,12 +242,13 @@ def check_same_data(datamodule: AnomalyDataModule, checkpoint: Path) -> None:
 
 
 def build_trainer(
-    config: dict[str, Any], directory: Path, data_digest: str
+    config: dict[str, Any], directory: Path, data_digest: str, signals: StopSignals
 ) -> tuple[pl.Trainer, Evaluation]:
     """The trainer with the callbacks that every run has and those of the configuration."""
     from pytorch_lightning.callbacks import ModelCheckpoint
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+    from anomaly_lit.callbacks.dashboard import Dashboard
     from anomaly_lit.callbacks.evaluation import Evaluation
     from anomaly_lit.callbacks.outputs import LossCurves
     from anomaly_lit.callbacks.progress import progress_bar
@@ -207,6 +260,7 @@ def build_trainer(
         StopAtNaN,
         WholeCheckpoint,
     )
+    from anomaly_lit.callbacks.stopping import replace_observer
 
     folder = str(directory / "checkpoints")
     named = config["callbacks"] or {}
@@ -217,6 +271,7 @@ def build_trainer(
             "callbacks: none is an anomaly_lit.callbacks.Evaluation, which every run needs"
         )
     callbacks += [
+        signals,
         RanksAgree(config, data_digest),
         FillFeatureCache(),
         StepSeeds(config["seed"]),
@@ -238,9 +293,11 @@ def build_trainer(
                 enable_version_counter=False,
             )
         )
-    callbacks.append(ResumeCheckpoint(folder, **config["checkpoint"]))
-    loggers = build_loggers(config)
-    settings = dict(config["trainer"])
+    callbacks.append(ResumeCheckpoint(folder, **config["checkpoint"], signals=signals))
+    replace_observer()
+    loggers = build_loggers(config, data_digest)
+    callbacks.append(Dashboard(str(directory), f"{folder}/{config['selection']}.ckpt"))
+    settings = {"default_root_dir": str(directory), **config["trainer"]}
     if settings.get("precision") is None:
         settings["precision"] = default_precision(settings.get("accelerator", "auto"))
     make = configuration.instantiate({**settings, "_partial_": True})
@@ -266,17 +323,21 @@ def check_validates(config: dict[str, Any]) -> None:
         )
 
 
-def build_loggers(config: dict[str, Any]) -> list[Any]:
+def build_loggers(config: dict[str, Any], data_digest: str) -> list[Any]:
     """The loggers, opened before hours are spent, with the configuration written to each.
 
     Raises:
-        UserError: A logger's package is missing, or its service refuses.
+        UserError: A logger's package is missing, or its service refuses or does not answer.
     """
+    from anomaly_lit.files import environment
+    from anomaly_lit.loggers import describe
+
+    facts = {"data_digest": data_digest, **environment()}
     loggers = []
     for name, node in (config["logger"] or {}).items():
         try:
             logger = configuration.instantiate(node)
-            logger.log_hyperparams(config)
+            describe(logger, config, facts)
         except Exception as error:
             raise UserError(
                 f"logger={name} does not start: {configuration.message_of(error)}. Use "
@@ -294,6 +355,7 @@ def fit_and_test(
     evaluation: Evaluation,
     method: Method,
     datamodule: AnomalyDataModule,
+    signals: StopSignals,
 ) -> dict[str, Any]:
     """Fits from the last checkpoint, calibrates the chosen weights, saves them and tests them."""
     from anomaly_lit.files import environment, peak_memory_mb, write_json
@@ -301,10 +363,7 @@ def fit_and_test(
     last = directory / "checkpoints" / "last.ckpt"
     start, cpu_start = time.perf_counter(), time.process_time()
     resumed = last.is_file()
-    try:
-        trainer.fit(method, datamodule=datamodule, ckpt_path=str(last) if resumed else None)
-    except SystemExit as end:  # how Lightning answers Ctrl-C and SIGTERM
-        raise KeyboardInterrupt from end
+    trainer.fit(method, datamodule=datamodule, ckpt_path=str(last) if resumed else None)
     training_time = time.perf_counter() - start
     training_cpu_time = time.process_time() - cpu_start  # tells more on a busy machine
     chosen = directory / "checkpoints" / f"{config['selection']}.ckpt"
@@ -316,6 +375,7 @@ def fit_and_test(
         trainer.validate(method, datamodule=datamodule, verbose=False)
         validation = {k: float(v) for k, v in trainer.callback_metrics.items() if k[:4] == "val/"}
     trainer.save_checkpoint(chosen)
+    signals.leave()
     start = time.perf_counter()
     trainer.test(method, datamodule=datamodule, verbose=False)
     testing_time = time.perf_counter() - start
@@ -344,6 +404,9 @@ def fit_and_test(
         "threshold_fpr": evaluation.fpr,
         **environment(),
     }
+    for logger in trainer.loggers:
+        logger.log_metrics({f"run/{key}": metrics[key] for key in COSTS}, trainer.global_step)
+        logger.save()
     if trainer.is_global_zero:
         write_json(directory / "metrics.json", metrics)
         print_results(metrics, directory)
@@ -436,12 +499,12 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(t in str(error) for t in texts)
 
 
-def finish_loggers(trainer: pl.Trainer) -> None:
-    """Closes wandb's run, which a later job of the same process would else write into."""
-    import sys
+def finish_loggers(trainer: pl.Trainer, error: BaseException | None) -> None:
+    """Closes the runs in services, with what became of them."""
+    from anomaly_lit.loggers import finish
 
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].finish()
+    for logger in trainer.loggers:
+        finish(logger, int(error is not None), isinstance(error, Stopped))
 
 
 def quiet() -> None:

@@ -18,6 +18,10 @@ class UserError(ValueError):
     """
 
 
+class Stopped(BaseException):
+    """A scheduler's signal ended the run; the same command goes on. No error, so no Exception."""
+
+
 class Sample(NamedTuple):
     """One image of a data set, before it is read."""
 

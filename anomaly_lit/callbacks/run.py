@@ -14,9 +14,10 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
+from anomaly_lit.callbacks.stopping import StopSignals, signal_name, stop_asked
 from anomaly_lit.data.sampler import mixed_seed
 from anomaly_lit.methods.base import Method
-from anomaly_lit.types import Batch, Sample, UserError
+from anomaly_lit.types import Batch, Sample, Stopped, UserError
 
 FORMAT_VERSION = 1
 
@@ -75,13 +76,18 @@ class ResumeCheckpoint(Checkpoint):
         directory: Where ``last.ckpt`` lies.
         every_minutes: Least time between two writes.
         every_steps: Optimiser steps between two writes instead; None leaves it to the time.
+        signals: After one of these the file is written, and training ends.
 
     Raises:
         UserError: ``every_steps`` is below one.
     """
 
     def __init__(
-        self, directory: str, every_minutes: float = 2.0, every_steps: int | None = None
+        self,
+        directory: str,
+        every_minutes: float = 2.0,
+        every_steps: int | None = None,
+        signals: StopSignals | None = None,
     ) -> None:
         self.path = Path(directory) / "last.ckpt"
         self.every_seconds = 60 * every_minutes
@@ -91,6 +97,8 @@ class ResumeCheckpoint(Checkpoint):
         self.written = time.monotonic()
         self.step = 0
         self.due = False
+        self.signals = signals
+        self.asked = 0  # the signal that ends training, once all ranks know of it
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
@@ -110,10 +118,12 @@ class ResumeCheckpoint(Checkpoint):
             return  # gradients are being accumulated, and no checkpoint holds them
         self.step = trainer.global_step
         if self.every_steps is not None:
-            self.due = trainer.global_step % self.every_steps == 0
+            due = trainer.global_step % self.every_steps == 0
         else:
             due = time.monotonic() - self.written >= self.every_seconds
-            self.due = trainer.strategy.broadcast(due)
+        received = self.signals.received if self.signals else 0
+        due, self.asked = stop_asked(trainer, due, received)
+        self.due = due or self.asked != 0
         if self.due and not _validation_follows(trainer):
             self._write(trainer)
 
@@ -126,6 +136,8 @@ class ResumeCheckpoint(Checkpoint):
         self.due = False
         self.written = time.monotonic()
         trainer.save_checkpoint(self.path)
+        if self.asked:
+            raise Stopped(f"stopped by {signal_name(self.asked)} at step {self.step}, and saved")
 
 
 def _validation_follows(trainer: pl.Trainer) -> bool:
