@@ -121,7 +121,7 @@ class StudySweeper(Sweeper):
         from anomaly_lit.config import differences
         from anomaly_lit.sweep import direction_of
 
-        direction = self.direction or direction_of(metric)
+        direction: Any = self.direction or direction_of(metric)  # Optuna checks the word
         facts = {
             "optimized_metric": metric,
             "direction": direction,

@@ -55,7 +55,8 @@ def distribution_of(override: Override) -> BaseDistribution:
 
     value = override.value()
     if not isinstance(value, IntervalSweep):
-        return CategoricalDistribution(list(override.sweep_iterator(encoded)))
+        choices: list[Any] = list(override.sweep_iterator(encoded))
+        return CategoricalDistribution(choices)
     low, high, log = value.start, value.end, "log" in value.tags
     try:
         if isinstance(low, int) and isinstance(high, int):
