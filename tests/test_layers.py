@@ -13,7 +13,7 @@ import anomaly_lit
 
 PACKAGE = Path(anomaly_lit.__file__).parent
 LAYERS = [
-    {"types", "config", "files", "tables"},
+    {"types", "config", "cluster", "sweep", "files", "tables"},
     {"nn", "losses", "masks", "schedules", "synthesis"},
     {"data", "metrics", "methods", "pictures", "page"},
     {"callbacks", "loggers", "plan"},
