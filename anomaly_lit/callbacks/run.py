@@ -20,6 +20,7 @@ from anomaly_lit.methods.base import Method
 from anomaly_lit.types import Batch, Sample, Stopped, UserError
 
 FORMAT_VERSION = 1
+TOGETHER = 10  # steps after which several ranks ask each other, since that waits for their devices
 
 
 class StepSeeds(pl.Callback):
@@ -122,7 +123,11 @@ class ResumeCheckpoint(Checkpoint):
         else:
             due = time.monotonic() - self.written >= self.every_seconds
         received = self.signals.received if self.signals else 0
-        due, self.asked = stop_asked(trainer, due, received)
+        if trainer.world_size > 1 and trainer.global_step % TOGETHER:
+            due, received = due and self.every_steps is not None, 0
+        else:
+            due, received = stop_asked(trainer, due, received)
+        self.asked = received
         self.due = due or self.asked != 0
         if self.due and not _validation_follows(trainer):
             self._write(trainer)
