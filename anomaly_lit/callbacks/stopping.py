@@ -40,6 +40,7 @@ class StopSignals(pl.Callback):
     def __init__(self) -> None:
         self.received = 0
         self.waiting = False
+        self.interrupted = False
         self.process = os.getpid()
         self.before: dict[int, Any] = {}
 
@@ -60,11 +61,29 @@ class StopSignals(pl.Callback):
             if number is not None:
                 before = signal.signal(number, self._note)
                 self.before.setdefault(number, before)
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            self.before.setdefault(signal.SIGINT, signal.signal(signal.SIGINT, self._interrupt))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here on there is something to lose."""
         self.install()
         self.waiting = True
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Repeats a Ctrl-C that was lost: what runs in a destructor swallows every exception.
+
+        Raises:
+            KeyboardInterrupt: There was one.
+        """
+        if self.interrupted:
+            raise KeyboardInterrupt
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes over the signals."""
@@ -89,6 +108,10 @@ class StopSignals(pl.Callback):
         self.waiting = False
         if self.received:
             raise Stopped(f"stopped by {signal_name(self.received)} after training")
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:  # a data loader's worker
