@@ -124,7 +124,7 @@ def register_plugins() -> None:
     for plugin in (ProcessLauncher, OtherLauncher, StudySweeper):
         Plugins.instance().register(plugin)  # Hydra's search misses them in a checkout
     stored = ConfigStore.instance().repo.get("hydra", {})
-    for group in ("launcher", "sweeper", "sweeper/sampler"):
+    for group in ("launcher", "sweeper", "sweeper/sampler", "sweeper/pruner"):
         names = {path.name for path in Path(config_dir(), "hydra", group).glob("*.yaml")}
         options = stored
         for part in group.split("/"):

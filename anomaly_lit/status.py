@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-STATES = ("done", "running", "failed", "waiting")
+from anomaly_lit.sweep import PRUNED
+
+STATES = ("done", "pruned", "running", "failed", "waiting")
 
 
 class JobStatus(NamedTuple):
@@ -85,6 +87,8 @@ def job_status(name: str, folder: Path) -> JobStatus:
         return JobStatus(name, "done", seconds if ended else taken, "")
     if log is not None and (is_held(log) or (not facts and time.time() - log.stat().st_mtime < 60)):
         return JobStatus(name, "running", seconds, last_line(log))
+    if (folder / PRUNED).is_file():
+        return JobStatus(name, "pruned", seconds, "")
     if facts.get("error") or (facts and facts.get("exit_code") is not None):
         return JobStatus(name, "failed", seconds, facts.get("error") or last_line(log))
     if facts:  # its launcher was killed

@@ -8,6 +8,7 @@ from typing import Any
 
 from anomaly_lit.types import UserError
 
+PRUNED = "pruned.json"  # in the folder of a run that its study gave up
 ORACLE = "oracle/"  # in front of a metric of the test set, which then is asked for in so many words
 HIGHER_IS_BETTER = ("auroc", "ap", "f1max", "aupro", "aupimo")
 

@@ -16,13 +16,14 @@ from omegaconf import DictConfig
 
 from anomaly_lit import config as configuration
 from anomaly_lit.cluster import check_launcher, check_tasks, is_first_process, join_tasks
-from anomaly_lit.sweep import ORACLE, check_objective, objective
+from anomaly_lit.sweep import ORACLE, PRUNED, check_objective, objective
 from anomaly_lit.types import Stopped, UserError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
     from anomaly_lit.callbacks.evaluation import Evaluation
+    from anomaly_lit.callbacks.pruning import Pruning
     from anomaly_lit.callbacks.stopping import StopSignals
     from anomaly_lit.data.datamodule import AnomalyDataModule
     from anomaly_lit.methods.base import Method
@@ -49,6 +50,7 @@ def train(cfg: DictConfig) -> float | None:
     directory = configuration.output_folder()
     cfg.output_dir = str(directory)  # and with it what refers to it, also in a job of a sweep
     config = configuration.plain(cfg)
+    pruning, config["pruning"] = config["pruning"], None  # of one trial, not of the run
     check_objective(config)
     join_tasks()
     check_tasks(config["trainer"].get("devices"), config["trainer"].get("num_nodes", 1))
@@ -60,7 +62,7 @@ def train(cfg: DictConfig) -> float | None:
         return objective(config, metrics)
     if state == "new":
         find_all_weights(config)
-    metrics = run(config, directory, state)
+    metrics = run(config, directory, state, pruning)
     return objective(config, metrics)
 
 
@@ -105,8 +107,10 @@ def find_all_weights(config: dict[str, Any]) -> None:
                 find_weights(node["name"], weights, node.get("file_stem"), f"{path}.weights")
 
 
-def run(config: dict[str, Any], directory: Path, state: str) -> dict[str, Any]:
-    """Trains, calibrates, tests and writes the results.
+def run(
+    config: dict[str, Any], directory: Path, state: str, pruning: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Trains, calibrates, tests and writes the results; ``pruning`` describes a ``Pruning``.
 
     Raises:
         UserError: The configuration does not fit the code, or the data cannot be used.
@@ -116,11 +120,15 @@ def run(config: dict[str, Any], directory: Path, state: str) -> dict[str, Any]:
     quiet()
     configuration.validate(config)
     with StopSignals() as signals, failures_told():
-        return run_until_stopped(config, directory, state, signals)
+        return run_until_stopped(config, directory, state, signals, pruning)
 
 
 def run_until_stopped(
-    config: dict[str, Any], directory: Path, state: str, signals: StopSignals
+    config: dict[str, Any],
+    directory: Path,
+    state: str,
+    signals: StopSignals,
+    pruning: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """What ``run`` does, while signals are noted."""
     import pytorch_lightning as pl
@@ -137,12 +145,16 @@ def run_until_stopped(
 
         with replace_file(directory / "config.yaml", encoding="utf-8") as file:
             yaml.safe_dump(config, file, sort_keys=False)
-    trainer, evaluation = build_trainer(config, directory, datamodule.digest, signals)
+        (directory / PRUNED).unlink(missing_ok=True)
+    pruner = configuration.instantiate(pruning) if pruning else None
+    trainer, evaluation = build_trainer(config, directory, datamodule.digest, signals, pruner)
     check_launcher(trainer)
     if trainer.is_global_zero:
         print_plan(trainer, method, datamodule, directory, state)
     try:
-        return fit_and_test(config, directory, trainer, evaluation, method, datamodule, signals)
+        return fit_and_test(
+            config, directory, trainer, evaluation, method, datamodule, signals, pruner
+        )
     except SystemExit as end:  # how Lightning answers Ctrl-C
         raise KeyboardInterrupt from end
     except BaseException as error:
@@ -242,7 +254,11 @@ def check_same_data(datamodule: AnomalyDataModule, checkpoint: Path) -> None:
 
 
 def build_trainer(
-    config: dict[str, Any], directory: Path, data_digest: str, signals: StopSignals
+    config: dict[str, Any],
+    directory: Path,
+    data_digest: str,
+    signals: StopSignals,
+    pruner: Pruning | None = None,
 ) -> tuple[pl.Trainer, Evaluation]:
     """The trainer with the callbacks that every run has and those of the configuration."""
     from pytorch_lightning.callbacks import ModelCheckpoint
@@ -294,6 +310,8 @@ def build_trainer(
             )
         )
     callbacks.append(ResumeCheckpoint(folder, **config["checkpoint"], signals=signals))
+    if pruner is not None:
+        callbacks.append(pruner)
     replace_observer()
     loggers = build_loggers(config, data_digest)
     callbacks.append(Dashboard(str(directory), f"{folder}/{config['selection']}.ckpt"))
@@ -356,6 +374,7 @@ def fit_and_test(
     method: Method,
     datamodule: AnomalyDataModule,
     signals: StopSignals,
+    pruner: Pruning | None = None,
 ) -> dict[str, Any]:
     """Fits from the last checkpoint, calibrates the chosen weights, saves them and tests them."""
     from anomaly_lit.files import environment, peak_memory_mb, write_json
@@ -366,6 +385,9 @@ def fit_and_test(
     trainer.fit(method, datamodule=datamodule, ckpt_path=str(last) if resumed else None)
     training_time = time.perf_counter() - start
     training_cpu_time = time.process_time() - cpu_start  # tells more on a busy machine
+    if pruner is not None and pruner.step:
+        signals.leave()
+        return pruned(directory, trainer, pruner)
     chosen = directory / "checkpoints" / f"{config['selection']}.ckpt"
     if chosen != last:
         trainer.save_checkpoint(last)
@@ -411,6 +433,17 @@ def fit_and_test(
         write_json(directory / "metrics.json", metrics)
         print_results(metrics, directory)
     return metrics
+
+
+def pruned(directory: Path, trainer: pl.Trainer, pruner: Pruning) -> dict[str, Any]:
+    """Notes that a study gave the run up; it is neither calibrated nor tested."""
+    from anomaly_lit.files import write_json
+
+    facts = {"step": pruner.step, pruner.metric: pruner.value}
+    if trainer.is_global_zero:
+        write_json(directory / PRUNED, facts)
+        print(f"pruned at step {pruner.step}: {pruner.metric}={pruner.value:.6g}", flush=True)
+    return facts
 
 
 def selection_of(config: dict[str, Any], method: Method) -> str:

@@ -168,7 +168,7 @@ class ProcessLauncher(Launcher):
         command = [sys.executable, "-m", f"anomaly_lit.{config.hydra.job.config_name}"]
         command += [f"--config-dir={path}" for path in own]
         command += [*given, *config.hydra.overrides.task, f"hydra.run.dir='{escaped(folder)}'"]
-        told = list(filter_overrides(overrides))
+        told = [o for o in filter_overrides(overrides) if not o.startswith("pruning=")]
         return Job(number, told, " ".join(told) or "job", folder, command, config)
 
     # ------------------------------------------------------------------------------- running
@@ -288,11 +288,12 @@ class ProcessLauncher(Launcher):
 
 def value_of(job: Job) -> float | None:
     """The metric that ``optimized_metric`` names, from the job's results."""
-    from anomaly_lit.sweep import objective
+    from anomaly_lit.sweep import PRUNED, objective
 
     if OmegaConf.select(job.config, "optimized_metric") is None:
         return None
-    return objective(job.config, json.loads((job.folder / "metrics.json").read_text("utf-8")))
+    files = [job.folder / "metrics.json", job.folder / PRUNED]
+    return objective(job.config, json.loads(next(filter(Path.is_file, files)).read_text("utf-8")))
 
 
 def check_alone() -> None:

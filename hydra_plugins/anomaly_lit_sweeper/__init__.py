@@ -7,22 +7,26 @@ and the sampler's seed follows from the number of trials, not from what this cal
 
 from __future__ import annotations
 
-import fcntl
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from anomaly_lit.types import UserError
-from hydra_plugins.anomaly_lit_sweeper.space import Space, first_of, overrides_of, split
+from hydra_plugins.anomaly_lit_sweeper.space import Space, first_of, overrides_of, split, written
+from hydra_plugins.anomaly_lit_sweeper.trials import (
+    alone,
+    complete,
+    finished,
+    line_of,
+    tell,
+    try_again,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -33,7 +37,8 @@ class StudySweeper(Sweeper):
 
     Args:
         sampler: Node that describes Optuna's sampler.
-        n_trials: Trials with a result that the study shall have; those it has count.
+        pruner: Node that describes Optuna's pruner; null lets every trial run to its end.
+        n_trials: Trials with a result, or pruned, that the study shall have; those it has count.
         n_jobs: Trials of a batch; null takes what the launcher runs at a time.
         direction: ``minimize`` or ``maximize``; null tells by the metric's name.
         storage: Where the study is kept, as SQLAlchemy names it; null keeps it in memory.
@@ -49,6 +54,7 @@ class StudySweeper(Sweeper):
     def __init__(
         self,
         sampler: DictConfig,
+        pruner: DictConfig | None = None,
         n_trials: int = 20,
         n_jobs: int | None = None,
         direction: str | None = None,
@@ -58,6 +64,7 @@ class StudySweeper(Sweeper):
         params: Mapping[str, Any] | None = None,
     ) -> None:
         self.sampler = sampler
+        self.pruner = pruner
         self.n_trials = n_trials
         self.n_jobs = n_jobs
         self.direction = direction
@@ -90,7 +97,7 @@ class StudySweeper(Sweeper):
         metric = self.checked_metric(fixed, space)
         with alone(self.folder):
             study = self.open_study(metric, fixed, space)
-            try_again(study)
+            try_again(study, str(self.folder))
             self.run(study, metric, fixed, space)
             self.conclude(study, metric)
 
@@ -112,7 +119,31 @@ class StudySweeper(Sweeper):
                 "optimized_metric=val/synthetic_pixel_ap dataset.validate_on_synthesis=true"
             )
         check_objective(config)
+        if self.pruner:
+            self.check_pruning(config)
         return config.optimized_metric
+
+    def check_pruning(self, config: DictConfig) -> None:
+        """Refuses a pruner that never gets to say something.
+
+        Raises:
+            UserError: Validations do not measure the objective, there is one at the end alone, or
+                jobs cannot see the study.
+        """
+        metric, trainer = config.optimized_metric, config.trainer
+        interval = trainer.get("val_check_interval")
+        none = "or hydra/sweeper/pruner=none"
+        if not metric.startswith("val/"):
+            raise UserError(
+                f"hydra/sweeper/pruner: no validation measures {metric}; val/..., {none}"
+            )
+        if isinstance(interval, int) and 0 <= trainer.max_steps <= interval:
+            raise UserError(
+                f"hydra/sweeper/pruner needs validations before the end: trainer.val_check_interval"
+                f"={interval} below trainer.max_steps={trainer.max_steps}, {none}"
+            )
+        if self.storage is None:
+            raise UserError(f"hydra/sweeper/pruner: jobs need hydra.sweeper.storage, {none}")
 
     def open_study(self, metric: str, fixed: list[str], space: Space) -> optuna.Study:
         """Makes the study or opens the one that is there, if it is of the same search."""
@@ -148,15 +179,17 @@ class StudySweeper(Sweeper):
 
     def run(self, study: optuna.Study, metric: str, fixed: list[str], space: Space) -> None:
         """Runs batches until the study has its trials, or this call has tried as many."""
-        to_go = self.n_trials - len(finished(study))
         at_a_time = self.n_jobs or OmegaConf.select(self.config, "hydra.launcher.jobs") or 1
         in_a_row = 0
-        while to_go > 0:
-            trials = [self.ask(study, space) for _ in range(min(at_a_time, to_go))]
+        left = self.n_trials - len(finished(study))  # of this call, whatever becomes of them
+        while left > 0 and (to_go := self.n_trials - len(finished(study))) > 0:
+            trials = [self.ask(study, space) for _ in range(min(at_a_time, left, to_go))]
             lines = [(*fixed, *overrides_of(trial.params)) for trial in trials]
-            unlike = list(dict.fromkeys(lines))  # the same values twice are one job
-            returned = self.launcher.launch(unlike, initial_job_idx=trials[0].number)
-            results = dict(zip(unlike, returned, strict=True))
+            jobs: dict[tuple[str, ...], tuple[str, ...]] = {}
+            for trial, line in zip(trials, lines, strict=True):  # the same values twice are one job
+                jobs.setdefault(line, (*line, *self.told(trial, metric)))
+            returned = self.launcher.launch(list(jobs.values()), initial_job_idx=trials[0].number)
+            results = dict(zip(jobs, returned, strict=True))
             for trial, line in zip(trials, lines, strict=True):
                 failed = tell(study, trial, results[line])
                 in_a_row = in_a_row + 1 if failed else 0
@@ -168,7 +201,7 @@ class StudySweeper(Sweeper):
                     f"(hydra.sweeper.max_failures={self.max_failures}); the last one: "
                     f"{study.trials[trials[-1].number].user_attrs['error']}"
                 )
-            to_go -= len(trials)
+            left -= len(trials)
 
     def ask(self, study: optuna.Study, space: Space) -> optuna.Trial:
         """A new trial; the same whether or not the study was interrupted before it."""
@@ -180,17 +213,39 @@ class StudySweeper(Sweeper):
         if node.get("seed") is not None:
             node["seed"] += sum(t.state != TrialState.WAITING for t in study.get_trials(False))
         study.sampler = instantiate(node)
-        return study.ask(space)
+        trial = study.ask(space)
+        trial.set_user_attr("sweep", str(self.folder))
+        return trial
+
+    def told(self, trial: optuna.Trial, metric: str) -> list[str]:
+        """What a job must know to report to the pruner."""
+        from anomaly_lit.config import plain
+
+        if not self.pruner:
+            return []
+        node = {
+            "_target_": "anomaly_lit.callbacks.pruning.Pruning",
+            "metric": metric,
+            "storage": self.storage,
+            "study": self.study_name,
+            "trial": trial.number,
+            "pruner": plain(self.pruner),
+        }
+        return [f"pruning={written(node)}"]
 
     def conclude(self, study: optuna.Study, metric: str) -> None:
         """Tells the best trial, and how many have a result."""
         self.write(study, metric)
-        count = len(finished(study))
+        count = len(complete(study))
+        pruned = len(finished(study)) - count
         if not count:
             raise UserError(f"no trial has a value of {metric}; see the jobs in {self.folder}")
         best = study.best_trial
-        print(f"{count} of {self.n_trials} trials have a result; {self.folder / 'study.json'}")
-        if count < self.n_trials:
+        note = f", {pruned} were pruned" if pruned else ""
+        print(
+            f"{count} of {self.n_trials} trials have a result{note}; {self.folder / 'study.json'}"
+        )
+        if count + pruned < self.n_trials:
             print("the same command tries again what failed")
         print(f"best: {metric}={best.value:.6g} with {' '.join(overrides_of(best.params))}")
         print(f"      {best.user_attrs.get('folder', '')}", flush=True)
@@ -209,7 +264,7 @@ class StudySweeper(Sweeper):
             }
             for trial in study.get_trials(False)
         ]
-        best = study.best_trial.number if finished(study) else None
+        best = study.best_trial.number if complete(study) else None
         facts = {"optimized_metric": metric, "direction": study.direction.name.lower()}
         write_json(self.folder / "study.json", {**facts, "best": best, "trials": trials})
 
@@ -228,70 +283,3 @@ def import_optuna() -> None:
     from optuna.exceptions import ExperimentalWarning
 
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
-
-
-def try_again(study: optuna.Study) -> None:
-    """Puts the values of trials that failed or were interrupted before all new ones."""
-    from optuna.trial import TrialState
-
-    trials = study.get_trials()
-    settled = [t.params for t in trials if t.state in (TrialState.COMPLETE, TrialState.WAITING)]
-    for trial in trials:
-        if trial.state == TrialState.RUNNING:
-            study.tell(trial.number, state=TrialState.FAIL)
-        elif trial.state != TrialState.FAIL:
-            continue
-        if trial.params and trial.params not in settled:
-            settled.append(trial.params)
-            study.enqueue_trial(trial.params)
-
-
-def tell(study: optuna.Study, trial: optuna.Trial, returned: JobReturn) -> bool:
-    """Tells the study how a trial ended; true where it failed, as one without a number has."""
-    from optuna.trial import TrialState
-
-    folder = OmegaConf.select(returned.hydra_cfg or OmegaConf.create(), "hydra.runtime.output_dir")
-    trial.set_user_attr("folder", folder)
-    try:
-        value = float(returned.return_value)
-        error = "" if math.isfinite(value) else f"its value is {value}"
-    except Exception as failure:
-        error = str(failure) or type(failure).__name__
-    if error:
-        trial.set_user_attr("error", error[:2000])
-        study.tell(trial, state=TrialState.FAIL)
-        return True
-    study.tell(trial, value)
-    return False
-
-
-def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """The trials with a value."""
-    from optuna.trial import TrialState
-
-    return study.get_trials(False, states=(TrialState.COMPLETE,))
-
-
-def line_of(study: optuna.Study, number: int, metric: str, wanted: int) -> str:
-    """How a trial ended, and the best so far."""
-    trial, done = study.trials[number], finished(study)
-    text = f"trial {number}: "
-    text += f"{metric}={trial.value:.6g}" if trial.value is not None else "failed"
-    best = f", best {study.best_value:.6g}" if done else ""
-    return f"{text} ({len(done)} of {wanted}{best})"
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Holds the study for one command; the system lets go of it however that ends.
-
-    Raises:
-        UserError: Another command holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "study.lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another command is at the study in {folder}: wait for it") from None
-        yield

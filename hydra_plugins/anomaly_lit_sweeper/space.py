@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
+from hydra.core.override_parser.types import (
+    IntervalSweep,
+    Override,
+    Quote,
+    QuotedString,
+    Transformer,
+)
 
 from anomaly_lit.types import UserError
 
@@ -84,3 +91,20 @@ def overrides_of(values: Mapping[str, Any]) -> list[str]:
     ['method.sigma=0.5', 'shots=null']
     """
     return [f"{name}={'null' if value is None else value}" for name, value in values.items()]
+
+
+def written(value: Any) -> str:
+    """Plain data as the value of an override.
+
+    >>> written({"path": "a b", "depth": [1, None, True]})
+    "{path:'a b',depth:[1,null,true]}"
+    """
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{written(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(written, value)) + "]"
+    if isinstance(value, str):
+        return QuotedString(value, Quote.single).with_quotes()
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return str(value)

@@ -97,19 +97,21 @@ def test_a_missing_optuna_is_told_with_its_extra(
 class Toy:
     """A launcher whose jobs are a function of their values."""
 
-    def __init__(self, function: Callable[[dict[str, float]], Any]) -> None:
+    def __init__(self, function: Callable[[dict[str, float]], Any], folder: Path) -> None:
         self.function = function
+        self.folder = folder
         self.seen: list[dict[str, float]] = []
         self.batches: list[int] = []
 
     def launch(self, lines: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         self.batches.append(len(lines))
-        return [self.one(dict(word.split("=") for word in line)) for line in lines]
+        self.told = [word for line in lines for word in line if word.startswith("pruning=")]
+        return [self.one(dict(word.split("=", 1) for word in line)) for line in lines]
 
     def one(self, words: dict[str, str]) -> JobReturn:
         values = {name: float(word) for name, word in words.items() if name in "xy"}
         self.seen.append(values)
-        folder = {"hydra": {"runtime": {"output_dir": f"x={values.get('x')}"}}}
+        folder = {"hydra": {"runtime": {"output_dir": f"{self.folder}/x={values.get('x')}"}}}
         result = JobReturn(hydra_cfg=OmegaConf.create(folder), status=JobStatus.COMPLETED)
         try:
             result.return_value = self.function(values)
@@ -131,17 +133,19 @@ def study(tmp_path: Path) -> Callable[..., Toy]:
         metric: str | None = "val/loss",
         sampler: str = "TPESampler",
         jobs: int = 1,
+        interval: int = 5,
         **settings: Any,
     ) -> Toy:
         storage = f"sqlite:///{tmp_path / 'study.db'}"
         node = OmegaConf.create({"_target_": f"optuna.samplers.{sampler}", "seed": 0})
         sweeper = StudySweeper(node, **{"storage": storage, "n_trials": 4} | settings)
-        composed = OmegaConf.create(config(metric))
+        trainer = {"max_steps": 10, "val_check_interval": interval}
+        composed = OmegaConf.create(config(metric) | {"trainer": trainer})
         loader = SimpleNamespace(load_sweep_config=lambda *_: composed)
         sweeper.hydra_context = SimpleNamespace(config_loader=loader)  # type: ignore[assignment]
         sweeper.config = OmegaConf.create({"hydra": {"launcher": {"jobs": jobs}}})
         sweeper.folder = tmp_path
-        sweeper.launcher = toy = Toy(function)  # type: ignore[assignment]
+        sweeper.launcher = toy = Toy(function, tmp_path)  # type: ignore[assignment]
         sweeper.sweep(list(lines))
         return toy
 
@@ -255,6 +259,61 @@ def test_two_commands_at_one_study_are_refused(study: Callable[..., Toy]) -> Non
     study(nested, n_trials=1)
 
 
+MEDIAN = OmegaConf.create({"_target_": "optuna.pruners.MedianPruner"})
+
+
+def test_a_pruned_trial_counts_and_is_not_tried_again(
+    study: Callable[..., Toy], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def some(values: dict[str, float]) -> float:
+        if values["x"] < 0:
+            folder = tmp_path / f"x={values['x']}"
+            folder.mkdir()
+            (folder / "pruned.json").write_text("{}")
+        return square(values)
+
+    toy = study(some, n_trials=5, pruner=MEDIAN)
+    assert len(toy.seen) == 5
+    states = {trial["parameters"]["x"] < 0: trial["state"] for trial in trials(tmp_path)}
+    assert states == {True: "pruned", False: "complete"}
+    assert "were pruned" in capsys.readouterr().out
+    assert study(some, n_trials=5, pruner=MEDIAN).seen == []
+    number = trials(tmp_path)[-1]["number"]
+    assert toy.told == [
+        "pruning={_target_:'anomaly_lit.callbacks.pruning.Pruning',metric:'val/loss',"
+        f"storage:'sqlite:///{tmp_path / 'study.db'}',study:'study',trial:{number},"
+        "pruner:{_target_:'optuna.pruners.MedianPruner'}}"
+    ]
+
+
+def test_a_trial_of_another_command_is_left_to_it(
+    study: Callable[..., Toy], tmp_path: Path
+) -> None:
+    import optuna
+
+    study(square, n_trials=1)
+    whole = optuna.load_study(study_name="study", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    other = whole.ask()
+    other.set_user_attr("sweep", "elsewhere")
+    study(square, n_trials=2)
+    assert [trial["state"] for trial in trials(tmp_path)] == ["complete", "running", "complete"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"interval": 10}, "val_check_interval=10 below trainer.max_steps=10"),
+        ({"storage": None}, "jobs need hydra.sweeper.storage"),
+        ({"metric": "oracle/image_auroc"}, "no validation measures oracle/image_auroc"),
+    ],
+)
+def test_a_pruner_without_a_say_is_refused(
+    study: Callable[..., Toy], settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        study(square, pruner=MEDIAN, **settings)
+
+
 @pytest.mark.parametrize(
     ("lines", "metric", "words"),
     [
@@ -294,6 +353,35 @@ def test_spaces_are_read_as_hydra_writes_them() -> None:
 
 
 # ------------------------------------------------------------------------------- whole studies
+
+
+def test_a_pruned_run_ends_early_and_can_go_on(
+    run_here: Run, settings: tuple[str, ...], mvtec_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna", minversion="4", reason="optuna is an optional package")
+    own = [
+        *settings, f"dataset.root={mvtec_folder}", "dataset.holdout=0.4", "trainer.max_steps=4",
+        "trainer.val_check_interval=2", "optimized_metric=val/loss",
+    ]  # fmt: skip
+    nobody = "+hydra.sweeper.pruner={_target_:optuna.pruners.ThresholdPruner,upper:-1.0}"
+    outcome = run_here(
+        "train", "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", nobody, *own,
+        "seed=7,7", f"output_dir={tmp_path}",
+    )  # fmt: skip
+    assert outcome.code == 1
+    assert "no trial has a value of val/loss" in outcome.err
+    assert "pruned at step 2: val/loss=" in outcome.out
+    [trial] = trials(tmp_path)
+    folder = Path(trial["folder"])
+    noted = json.loads((folder / "pruned.json").read_text())
+    assert (noted["step"], noted["val/loss"]) == (2, pytest.approx(trial["value"]))
+    assert trial["state"] == "pruned"
+    assert not (folder / "metrics.json").exists()
+    assert "pruning" not in folder.name
+    outcome = run_here("train", *own, "seed=7", f"output_dir='{folder}'")
+    assert outcome.code == 0, outcome.err
+    assert json.loads((folder / "metrics.json").read_text())["resumed"]
+    assert not (folder / "pruned.json").exists()
 
 
 @pytest.mark.slow
