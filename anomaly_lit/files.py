@@ -57,6 +57,13 @@ def _umask() -> int:
     return mask
 
 
+def runs_below(folder: Path) -> list[Path]:
+    """The folders of all runs below a folder, itself among them, save what lies in hidden ones."""
+    runs = [file.parent for file in sorted(folder.rglob("config.yaml"))]
+    hidden = [any(part[0] == "." for part in run.relative_to(folder).parts) for run in runs]
+    return [run for run, is_hidden in zip(runs, hidden, strict=True) if not is_hidden]
+
+
 def environment() -> dict[str, Any]:
     """What a number depends on besides the configuration: versions, commit, machine, command."""
     import torch

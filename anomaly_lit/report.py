@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from anomaly_lit.files import replace_file
+from anomaly_lit.files import replace_file, runs_below
 from anomaly_lit.tables import COLUMNS
 
 METRICS = {key: title for key, title in COLUMNS.items() if "rate" not in key}
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def read_runs(folder: Path) -> list[Run]:
     """All runs below a folder, and the folder's own if it is one."""
-    return [read_run(file.parent) for file in sorted(folder.rglob("config.yaml"))]
+    return [read_run(run) for run in runs_below(folder)]
 
 
 def read_run(folder: Path) -> Run:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from anomaly_lit.files import runs_below
 from anomaly_lit.sweep import PRUNED
 
 STATES = ("done", "pruned", "running", "failed", "waiting")
@@ -62,7 +63,7 @@ def read_sweep(folder: Path) -> tuple[list[JobStatus], int]:
         content = json.loads(plan.read_text(encoding="utf-8"))
         places, at_a_time = content["jobs"], content["at_a_time"]
     else:
-        places = {str(p.parent.relative_to(folder)): [] for p in folder.rglob("config.yaml")}
+        places = {str(run.relative_to(folder)): [] for run in runs_below(folder)}
         at_a_time = 1
     if not places:
         raise ValueError(f"{folder} holds no run; give the output_dir of a sweep")

@@ -16,6 +16,14 @@ from omegaconf import DictConfig
 
 from anomaly_lit import config as configuration
 from anomaly_lit.cluster import check_launcher, check_tasks, is_first_process, join_tasks
+from anomaly_lit.runs import (
+    check_same_data,
+    code_digest,
+    is_current,
+    put_aside,
+    read_metrics,
+    state_of,
+)
 from anomaly_lit.sweep import ORACLE, PRUNED, check_objective, objective
 from anomaly_lit.types import Stopped, UserError
 
@@ -50,11 +58,14 @@ def train(cfg: DictConfig) -> float | None:
     directory = configuration.output_folder()
     cfg.output_dir = str(directory)  # and with it what refers to it, also in a job of a sweep
     config = configuration.plain(cfg)
-    pruning, config["pruning"] = config["pruning"], None  # of one trial, not of the run
+    pruning, when_changed = config.pop("pruning"), config.pop("when_changed")
     check_objective(config)
     join_tasks()
     check_tasks(config["trainer"].get("devices"), config["trainer"].get("num_nodes", 1))
     state = state_of(directory, config)
+    if state == "finished" and not is_current(directory, config, when_changed):
+        put_aside(directory)
+        state = "new"
     if state == "finished":
         metrics = read_metrics(directory)
         print_results(metrics, directory)
@@ -64,36 +75,6 @@ def train(cfg: DictConfig) -> float | None:
         find_all_weights(config)
     metrics = run(config, directory, state, pruning)
     return objective(config, metrics)
-
-
-def state_of(directory: Path, config: dict[str, Any]) -> str:
-    """``new``, ``unfinished`` or ``finished``; what another run left is never touched.
-
-    Raises:
-        UserError: The folder holds a run of another configuration, or one without its config.
-    """
-    from omegaconf import OmegaConf
-
-    noted, checkpoint = directory / "config.yaml", directory / "checkpoints" / "last.ckpt"
-    if not noted.is_file():
-        if checkpoint.exists() or (directory / "metrics.json").exists():
-            raise UserError(
-                f"output_dir={directory} holds results but no config.yaml that says of what; "
-                "choose another output_dir"
-            )
-        return "new"
-    before = configuration.moved(OmegaConf.to_container(OmegaConf.load(noted)), str(directory))
-    changes = configuration.differences(before, config)
-    finished = (directory / "metrics.json").is_file()
-    if changes and (finished or checkpoint.is_file()):
-        lines = "\n".join(f"  {line}" for line in changes)
-        raise UserError(
-            f"output_dir={directory} holds a run with another configuration:\n{lines}\n"
-            "choose another output_dir, or repeat the old command to resume"
-        )
-    if finished:
-        return "finished"
-    return "unfinished" if checkpoint.is_file() else "new"
 
 
 def find_all_weights(config: dict[str, Any]) -> None:
@@ -234,22 +215,6 @@ def check_synthesis(datamodule: AnomalyDataModule, method: Method) -> None:
         raise UserError(
             f"{name} does not learn from corrupted images: synthesis=none, or "
             "dataset.validate_on_synthesis=true to validate on them"
-        )
-
-
-def check_same_data(datamodule: AnomalyDataModule, checkpoint: Path) -> None:
-    """Refuses to go on with other images than those a run began with.
-
-    Raises:
-        UserError: Files were added, removed or changed since.
-    """
-    from anomaly_lit.checkpoint import read_checkpoint
-
-    if read_checkpoint(checkpoint)["anomaly_lit"].get("data_digest") != datamodule.digest:
-        raise UserError(
-            f"the images in dataset.root={datamodule.root} are not those with which {checkpoint} "
-            "was trained: files were added, removed or changed. Restore them, or choose another "
-            "output_dir to start anew"
         )
 
 
@@ -423,6 +388,7 @@ def fit_and_test(
         "images/holdout": len(datamodule.holdout_samples),
         "images/test": len(datamodule.test_samples),
         "data_digest": datamodule.digest,
+        "code_digest": code_digest(type(method)),
         "threshold_fpr": evaluation.fpr,
         **environment(),
     }
@@ -557,13 +523,6 @@ def quiet() -> None:
         ".*sync_dist=True.*",  # all ranks compute the metrics of all images
     ):
         warnings.filterwarnings("ignore", text)
-
-
-def read_metrics(directory: Path) -> dict[str, Any]:
-    """The results of a finished run."""
-    import json
-
-    return json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

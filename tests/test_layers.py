@@ -18,6 +18,7 @@ LAYERS = [
     {"data", "metrics", "methods", "pictures", "page"},
     {"callbacks", "loggers", "plan"},
     {"checkpoint"},
+    {"runs"},
     {"train", "test", "predict", "check", "status", "report"},
 ]
 COMMANDS = LAYERS[-1]

@@ -164,6 +164,15 @@ class AnomalyDataModule(pl.LightningDataModule):
         if self.cache is not None:
             raise_all(self.cache.fill(self._samples_of(stage), self.resize))
 
+    def present_digest(self) -> str:
+        """Digest of the files as they are now, without a judgement of them.
+
+        Raises:
+            UserError: where the root or a named category does not exist.
+        """
+        self.list_samples()
+        return self._digest()
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Give shuffled batches of the same size; what does not fill one is left to the next epoch.
 

@@ -46,6 +46,7 @@ OF_THE_SWEEP = (
 # which of SLURM's processes this is; a job starts its own
 TASKS_OF_SLURM = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID",
                   "SLURM_STEP", "SLURM_TASKS_PER_NODE")  # fmt: skip
+NOT_OF_A_RUN = ("hydra", "pruning", "when_changed")  # of this sweep
 PAUSE = 0.05  # seconds between two looks at the running jobs
 GRACE = 30.0  # seconds that a job is given to end by itself
 
@@ -206,13 +207,17 @@ class ProcessLauncher(Launcher):
         ):
             return False
         from anomaly_lit.config import plain
-        from anomaly_lit.train import state_of
+        from anomaly_lit.runs import is_current, state_of
 
-        own = OmegaConf.masked_copy(job.config, [str(k) for k in job.config if k != "hydra"])
+        keys = [str(key) for key in job.config if key not in NOT_OF_A_RUN]
+        own = OmegaConf.masked_copy(job.config, keys)
         own.output_dir = str(job.folder)
         HydraConfig.instance().set_config(job.config)
         try:
-            job.state = "skipped" if state_of(job.folder, plain(own)) == "finished" else "waiting"
+            config, changed = plain(own), job.config.when_changed
+            finished = state_of(job.folder, config) == "finished"
+            if finished and is_current(job.folder, config, changed):
+                job.state = "skipped"
         except Exception as error:
             job.state, job.error = "failed", str(error)
         return job.state != "waiting"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from anomaly_lit import runs
+from anomaly_lit.files import runs_below
+from anomaly_lit.methods import DSR, FastFlow
 from anomaly_lit.status import duration, read_sweep, report
 from anomaly_lit.types import UserError
 from hydra_plugins.anomaly_lit_launcher import (
@@ -211,6 +215,53 @@ def test_a_sweep_goes_on_where_it_stopped(run_here: Run, sweep: list[str], tmp_p
     assert outcome.code == 0, outcome.err
     assert "weights=random: already finished" in outcome.out
     assert set(state_of(tmp_path / "s").values()) == {"done"}
+
+
+def test_finished_jobs_of_other_images_or_code_are_run_again(
+    run_here: Run, settings: tuple[str, ...], mvtec_folder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(mvtec_folder, data)
+    line = [
+        "-m", *settings, f"dataset.root={data}", "hydra/launcher=process", "seed=1",
+        f"output_dir={tmp_path / 's'}",
+    ]  # fmt: skip
+    assert run_here("train", *line).code == 0
+    [job] = runs_below(tmp_path / "s")
+    results = json.loads((job / "metrics.json").read_text())
+    (job / "metrics.json").write_text(json.dumps({**results, "code_digest": "older"}))
+    outcome = run_here("train", *line, "when_changed=keep")
+    assert "already finished" in outcome.out
+    assert "the code has changed since" in outcome.err
+    next((data / "bolt" / "train" / "good").iterdir()).unlink()
+    outcome = run_here("train", *line, "when_changed=keep")
+    assert outcome.code == 0, outcome.err
+    assert "the images have changed since" in outcome.err
+    assert "trained again" in outcome.err
+    again = json.loads((job / "metrics.json").read_text())
+    assert again["data_digest"] != results["data_digest"]
+    assert not again["resumed"]
+    kept = json.loads((job / ".earlier" / "1" / "metrics.json").read_text())
+    assert kept["data_digest"] == results["data_digest"]
+    assert (job / ".earlier" / "1" / "checkpoints" / "last.ckpt").is_file()
+    assert runs_below(tmp_path / "s") == [job]
+    assert list(state_of(tmp_path / "s").values()) == ["done"]
+
+
+def test_code_is_that_of_the_method_and_of_what_all_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = Path(runs.__file__).parent
+    shutil.copytree(package, tmp_path / "p", ignore=shutil.ignore_patterns("weights"))
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "p" / "runs.py"))
+    before = runs.code_digest(FastFlow)
+    with (tmp_path / "p" / "pictures.py").open("a") as file:
+        file.write("# of no number")
+    assert runs.code_digest(FastFlow) == before
+    assert runs.code_digest(DSR) != before
+    with (tmp_path / "p" / "losses.py").open("a") as file:
+        file.write("# of many")
+    assert runs.code_digest(FastFlow) != before
 
 
 def save_resnet(file: Path) -> None:
