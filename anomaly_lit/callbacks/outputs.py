@@ -152,6 +152,9 @@ class Outputs(pl.Callback):
 class LossCurves(pl.Callback):
     """Keeps every logged loss and draws ``loss.png`` when training ends.
 
+    Lightning goes on to give the last value of a term that is no longer logged, such as one of an
+    earlier stage: a value to the bit the same as the one before it is taken for that.
+
     Args:
         directory: Where to write.
     """
@@ -185,7 +188,9 @@ class LossCurves(pl.Callback):
     def _note(self, trainer: pl.Trainer, prefix: str) -> None:
         for key, value in trainer.callback_metrics.items():
             if key.startswith(prefix):
-                self.history.setdefault(key, []).append((trainer.global_step, float(value)))
+                line = self.history.setdefault(key, [])
+                if not line or line[-1][1] != float(value):  # else it is the last one still
+                    line.append((trainer.global_step, float(value)))
 
     def state_dict(self) -> dict[str, Any]:
         """The history, so that a resumed run draws all of it."""

@@ -7,9 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import torch
 
 from anomaly_lit.callbacks import Outputs
-from anomaly_lit.callbacks.outputs import caption_of, choose_images, colour_range, write_rows
+from anomaly_lit.callbacks.outputs import (
+    LossCurves,
+    caption_of,
+    choose_images,
+    colour_range,
+    write_rows,
+)
 from anomaly_lit.types import UserError
 
 
@@ -101,3 +108,30 @@ def test_outputs_need_an_evaluation(tmp_path: Path) -> None:
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(UserError, match="Evaluation"):
         Outputs(str(tmp_path)).on_test_end(trainer, None)  # type: ignore[arg-type]
+
+
+class TwoStages(pl.LightningModule):
+    """Logs one term in its first steps and another later, as methods in stages do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        self.log("train/first" if batch_idx < 3 else "train/second", batch.sum() + batch_idx)
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_loss_curves_end_with_the_stage_that_logs_them(tmp_path: Path) -> None:
+    curves = LossCurves(str(tmp_path))
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=6, log_every_n_steps=1, logger=False, callbacks=[curves],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(TwoStages(), torch.utils.data.DataLoader(torch.ones(6, 1)))
+    steps = {key: [step for step, _ in line] for key, line in curves.history.items()}
+    assert steps == {"train/first": [1, 2, 3], "train/second": [4, 5, 6]}
+    assert (tmp_path / "loss.png").is_file()
