@@ -16,11 +16,10 @@ image. The stages:
 - whole: all of these at once, `Detector.predict`; "overlay" is what anomaly-predict adds to write
   the overlay of an image.
 
-Variants change the forward pass alone: see engines.py. A round measures every variant and
-stage of a method once, in turns; ratios are taken within a round. One pays where the median
-of its ratios to eager is at least 1.05. "off" is the furthest that a map lies from eager's, in
-ranges of the map; beyond 0.001 the variant computes something else. anomalib is measured where it
-is installed. With --output a plot is written beside the result.
+Variants change the forward pass alone: see engines.py. A round measures every variant and stage of
+a method once, in turns; ratios are taken within a round. A variant pays where the median of its
+ratios to eager is at least 1.05. "off" is the furthest that a map lies from eager's, in ranges of
+the map; beyond 0.001 it is another result. With --output a plot is written beside the result.
 """
 
 from __future__ import annotations
@@ -58,8 +57,6 @@ ANOTHER = ", another result"
 SAME = 1e-3  # furthest from eager, in ranges of the map, for the same result
 OURS = "fastflow_small"  # beside the peers
 FEW = 3  # rounds of batches, which take long
-
-
 Figures = dict[str, list[dict[str, float]]]  # of each contender, a record a round
 
 
@@ -215,9 +212,9 @@ def draw(result: dict[str, Any], file: Path) -> None:
         name, batch, variant = row["what"].split(", ")
         if "missing" in row or variant == EAGER or name not in names:
             continue
-        place = names.index(name) + (0.15 if batch == "batch 1" else -0.15)
+        shift, mark = (0.15, "o") if batch == "batch 1" else (-0.15, "s")
         colour = f"C{list(VARIANTS).index(variant)}"
-        right.plot(row["times eager"][0], place, "o" if batch == "batch 1" else "s", color=colour)
+        right.plot(row["times eager"][0], names.index(name) + shift, mark, color=colour)
     for variant in result["conclusion"]:
         name, batch = variant["what"].split(", ")
         if batch == "batch 1":
@@ -225,7 +222,9 @@ def draw(result: dict[str, Any], file: Path) -> None:
     right.axvline(PAYS, color="black", linewidth=0.8, linestyle=":")
     right.set_yticks(range(len(names)), names)
     right.set_xscale("log")
-    right.set_xlabel(f"forward, times as fast as eager; circles: batch 1, squares: larger; {PAYS}")
+    for level in (right.xaxis.set_major_formatter, right.xaxis.set_minor_formatter):
+        level("{x:g}")
+    right.set_xlabel("forward, times as fast as eager; circles: batch 1, squares: larger")
     right.legend(fontsize=8)
     figure.suptitle(f"{result['hardware']}, commit {result['commit']}", fontsize=9)
     figure.savefig(file, dpi=120)

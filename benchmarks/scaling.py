@@ -144,6 +144,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, NullLocator
 
     panels: dict[tuple[str, str], list[tuple[str, dict[str, Any]]]] = {}
     for part, found in result["parts"].items():
@@ -166,6 +167,14 @@ def draw(result: dict[str, Any], file: Path) -> None:
             place.fill_between([x for x, _ in points], low, high, alpha=0.2)
         place.set_xscale("log")
         place.set_yscale("log")
+        low, high = place.get_ylim()
+        if high < 10 * low:  # noise is not to look like growth
+            place.set_ylim(math.sqrt(low * high / 10), math.sqrt(low * high * 10))
+        xs = result["parts"][part]["sizes"]
+        place.set_xticks(xs, [f"{x:g}" for x in xs], fontsize=7)
+        place.xaxis.set_minor_locator(NullLocator())
+        place.yaxis.set_major_formatter("{x:g}")
+        place.yaxis.set_minor_formatter(NullFormatter())
         place.set_xlabel(result["parts"][part]["axis"], fontsize=8)
         place.set_title(f"{part}: {quantity}", fontsize=9)
         place.legend(fontsize=7)
