@@ -81,9 +81,11 @@ class WithPartners(Sampler[list[tuple[int, int]]]):
     def __init__(self, batches: TrainBatches, groups: Sequence[str]) -> None:
         self.batches = batches
         members: dict[str, list[int]] = {}
+        self.places: list[int] = []  # of each index in its group
         for index, group in enumerate(groups):
-            members.setdefault(group, []).append(index)
-        self.others = [members[group] for group in groups]
+            self.places.append(len(members.setdefault(group, [])))
+            members[group].append(index)
+        self.members = [members[group] for group in groups]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -93,8 +95,11 @@ class WithPartners(Sampler[list[tuple[int, int]]]):
             yield [(index, self._partner(step, index)) for index in batch]
 
     def _partner(self, step: int, index: int) -> int:
-        others = [other for other in self.others[index] if other != index] or [index]
-        return others[mixed_seed(self.batches.seed, step, index) % len(others)]
+        members, own = self.members[index], self.places[index]
+        if len(members) == 1:
+            return index
+        place = mixed_seed(self.batches.seed, step, index) % (len(members) - 1)
+        return members[place + (place >= own)]  # its own place is stepped over, at any group's size
 
 
 class ShardSampler(Sampler[int]):

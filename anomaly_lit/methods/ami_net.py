@@ -164,9 +164,9 @@ class AMINet(Method):
         maps = resize(torch.cat([distance, direction], dim=1), image.shape[-2:])
         maps = smooth(maps, self.smoothing)
         anomaly_map = maps[:, :1] * maps[:, 1:]  # (B, 1, H, W)
-        reduce = anomaly_map.std if self.score == "std" else None
-        score = reduce(dim=(1, 2, 3), unbiased=False) if reduce else anomaly_map.amax(dim=(1, 2, 3))
-        return Prediction(anomaly_map, score)
+        if self.score == "std":
+            return Prediction(anomaly_map, anomaly_map.std(dim=(1, 2, 3), unbiased=False))
+        return Prediction(anomaly_map, anomaly_map.amax(dim=(1, 2, 3)))
 
 
 class InpaintingNetwork(nn.Module):

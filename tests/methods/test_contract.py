@@ -82,6 +82,22 @@ def test_scoring_draws_nothing_at_random(method: Any, make_batch: MakeBatch) -> 
     assert torch.equal(first.anomaly_map, second.anomaly_map)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_scoring_is_one_graph_that_engines_can_take(method: Any, make_batch: MakeBatch) -> None:
+    """Nothing in it breaks torch.compile or an export; what a compiler makes of it is not seen."""
+    batch = make_batch()
+    method.eval()
+
+    def score(image: Tensor) -> Any:
+        return tuple(method.predict_batch({"image": image, "category": batch["category"]}))
+
+    torch.compiler.reset()
+    whole = torch.compile(score, backend="eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        torch.testing.assert_close(whole(batch["image"]), score(batch["image"]))
+
+
 def test_loss_falls_on_one_batch(method: Any, fit: Fit, make_batch: MakeBatch) -> None:
     batch = make_batch()
     before = loss_of(method, batch)

@@ -58,6 +58,15 @@ def test_a_position_is_restored_without_its_own_cell(method: Any) -> None:
         assert not torch.allclose(second[~mine], first[~mine])
 
 
+def test_the_masks_of_scoring_are_drawn_once_from_their_seed(small_method: Build) -> None:
+    """On the CPU: the same on every device, and nothing that an exported network would draw."""
+    method = small_method("mfrnet", mask_seed=5)
+    wanted = method.mask.for_scoring(*method.grid, torch.Generator().manual_seed(5))
+    assert torch.equal(method.hidden, torch.stack(wanted))
+    assert not any("hidden" in name for name in method.state_dict())
+    assert not torch.equal(method.hidden, small_method("mfrnet", mask_seed=6).hidden)
+
+
 def test_a_network_that_echoes_restores_the_fill_everywhere(method: Any) -> None:
     method.restoration = nn.ModuleList([Echo()])
     with torch.no_grad():

@@ -74,6 +74,7 @@ class MFRNet(Method):
         UserError: The numbers do not fit each other.
     """
 
+    hidden: Tensor
     low: Tensor
     high: Tensor
     placed: Tensor
@@ -114,7 +115,8 @@ class MFRNet(Method):
         self.structure_weight = structure_weight
         self.combine = combine
         self.smoothing = smoothing
-        self.mask_seed = mask_seed
+        masks = mask.for_scoring(*self.grid, torch.Generator().manual_seed(mask_seed))
+        self.register_buffer("hidden", torch.stack(masks), persistent=False)
         channels = sum(backbone.channels)
         self.groups = [channels] if restoration == "joint" else list(backbone.channels)
         self.register_buffer("low", torch.zeros(channels, 1, 1))
@@ -165,9 +167,8 @@ class MFRNet(Method):
     def differences(self, image: Tensor) -> Tensor:
         """Pixel and structural map, (passes, 2, B, h, w), one pass for each cell size."""
         features = self.scaled(self.backbone(image))
-        generator = torch.Generator(image.device).manual_seed(self.mask_seed)
         passes = []
-        for hidden in self.mask.for_scoring(*self.grid, generator):
+        for hidden in self.hidden:  # (n, 1, h, w), the same on every device
             restored = self.restore(features, hidden)
             pixel = (restored - features).square().mean(dim=1)
             similarity = ssim_map(restored.clamp(0, 1), features.clamp(0, 1))

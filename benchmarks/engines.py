@@ -1,0 +1,190 @@
+"""Ways to run a trained method's scoring: image to (map, score). Used by inference.py."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anomaly_lit import load
+
+Run = Callable[[Tensor], tuple[Tensor, Tensor]]  # (B, 3, H, W) to (B, 1, H, W) and (B,)
+EAGER = "eager"
+
+
+class MissingError(Exception):
+    """Why a variant cannot be measured, in a line."""
+
+
+class Scoring(nn.Module):
+    """A method as a network of tensors alone: what a detector computes for one category."""
+
+    def __init__(self, checkpoint: Path, device: str) -> None:
+        super().__init__()
+        detector = load(checkpoint, device)
+        self.method = detector.method
+        self.category = (detector.categories or [""])[0]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) to the map (B, 1, H, W) and the score (B,)."""
+        batch: Any = {"image": image, "category": [self.category] * len(image)}
+        anomaly_map, score = self.method.predict_batch(batch)
+        return anomaly_map.float(), score.float()
+
+
+class Engines:
+    """Builds the variants of one checkpoint.
+
+    Args:
+        checkpoint: Of a trained method.
+        folder: For exported files.
+        device: ``cpu`` or ``cuda``.
+        threads: Of every engine.
+    """
+
+    def __init__(self, checkpoint: Path, folder: Path, device: str, threads: int) -> None:
+        self.checkpoint, self.folder = checkpoint, folder
+        self.device, self.threads = device, threads
+        self._exported: dict[tuple[int, ...], tuple[Path, float] | str] = {}
+
+    def prepare(self, name: str, image: Tensor) -> tuple[Run, float]:
+        """A variant that has run once on images of this shape, and the seconds that it took.
+
+        Raises:
+            MissingError: It cannot be built here.
+        """
+        start = time.perf_counter()
+        try:
+            run, before = VARIANTS[name](self, image)
+            with torch.inference_mode():
+                run(image)
+        except MissingError:
+            raise
+        except Exception as error:  # whatever a compiler or an exporter raises is the result
+            raise MissingError(reason(error)) from error
+        return run, before + time.perf_counter() - start
+
+    def scoring(self) -> Scoring:
+        """The method, read anew."""
+        return Scoring(self.checkpoint, self.device).eval()
+
+    def eager(self, image: Tensor) -> tuple[Run, float]:
+        """As it is."""
+        return self.scoring(), 0.0
+
+    def channels_last(self, image: Tensor) -> tuple[Run, float]:
+        """Weights and images with channels as the innermost axis in memory."""
+        scoring = self.scoring().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return lambda given: scoring(given.contiguous(memory_format=torch.channels_last)), 0.0
+
+    def bfloat16(self, image: Tensor) -> tuple[Run, float]:
+        """Under autocast; what a method computes in float32 on purpose stays so."""
+        scoring = self.scoring()
+
+        def run(given: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.autocast(self.device, torch.bfloat16):
+                return scoring(given)
+
+        return run, 0.0
+
+    def compiled(self, image: Tensor) -> tuple[Run, float]:
+        """torch.compile of backbone, head and map as one graph, for this shape."""
+        torch.compiler.reset()
+        return torch.compile(self.scoring(), fullgraph=True, dynamic=False), 0.0
+
+    def onnxruntime(self, image: Tensor) -> tuple[Run, float]:
+        """ONNX Runtime on the CPU."""
+        file, seconds = self._export(image, "onnxruntime")
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+
+        def run(given: Tensor) -> tuple[Tensor, Tensor]:
+            anomaly_map, score = session.run(None, {name: given.numpy()})
+            return torch.from_numpy(anomaly_map), torch.from_numpy(score)
+
+        return run, seconds
+
+    def openvino(self, image: Tensor) -> tuple[Run, float]:
+        """OpenVINO on the CPU, in float32: its own choice may be bfloat16."""
+        file, seconds = self._export(image, "openvino")
+        import openvino
+
+        settings = {
+            "INFERENCE_NUM_THREADS": self.threads,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",  # one request at a time, as here
+        }
+        model = openvino.Core().compile_model(openvino.convert_model(file), "CPU", settings)
+
+        def run(given: Tensor) -> tuple[Tensor, Tensor]:
+            found = model(given.numpy())
+            return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+        return run, seconds
+
+    def _export(self, image: Tensor, engine: str) -> tuple[Path, float]:
+        """The ONNX file for this shape and the seconds that its export took; written once."""
+        missing = [name for name in (engine, "onnx", "onnxscript") if find_spec(name) is None]
+        if missing:
+            raise MissingError(f"{', '.join(missing)} not installed here")
+        if self.device != "cpu":
+            raise MissingError("measured on the CPU only")
+        shape = tuple(image.shape)
+        if shape not in self._exported:
+            self._exported[shape] = self._written(image)
+        found = self._exported[shape]
+        if isinstance(found, str):
+            raise MissingError(found)
+        return found
+
+    def _written(self, image: Tensor) -> tuple[Path, float] | str:
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        start = time.perf_counter()
+        file = self.folder / f"{self.checkpoint.stem}_{len(image)}.onnx"
+        try:
+            with torch.no_grad():
+                program = torch.onnx.export(self.scoring(), (image,), dynamo=True, verbose=False)
+                assert program is not None
+                program.save(file)
+        except Exception as error:
+            return f"export: {reason(error)}"
+        return file, time.perf_counter() - start
+
+
+VARIANTS: dict[str, Callable[[Engines, Tensor], tuple[Run, float]]] = {
+    EAGER: Engines.eager,
+    "channels_last": Engines.channels_last,
+    "bfloat16": Engines.bfloat16,
+    "compile": Engines.compiled,
+    "onnxruntime": Engines.onnxruntime,
+    "openvino": Engines.openvino,
+}
+
+
+def reason(error: BaseException, most: int = 160) -> str:
+    """The first line of what was at the bottom of an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[\d*m", "", str(error)).strip() or type(error).__name__
+    line = text.splitlines()[0].replace("|", "/")
+    return f"{type(error).__name__}: {line[:most]}"
+
+
+def furthest(own: tuple[Tensor, Tensor], given: tuple[Tensor, Tensor]) -> float:
+    """Largest distance of a map from eager's, in ranges of eager's map; NaN stays NaN."""
+    expected = own[0].flatten(1)
+    spans = expected.amax(1) - expected.amin(1)
+    off = (given[0].flatten(1) - expected).abs().amax(1)
+    return float((off / spans.clamp(min=1e-12)).max())
