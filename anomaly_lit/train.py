@@ -81,7 +81,8 @@ def state_of(directory: Path, config: dict[str, Any]) -> str:
             )
         return "new"
     before = configuration.moved(OmegaConf.to_container(OmegaConf.load(noted)), str(directory))
-    changes = configuration.differences(before, config)
+    step = before.pop("step", None)  # how fast a step is: a run may go on with another
+    changes = configuration.differences(before, {k: v for k, v in config.items() if k != "step"})
     finished = (directory / "metrics.json").is_file()
     if changes and (finished or checkpoint.is_file()):
         lines = "\n".join(f"  {line}" for line in changes)
@@ -91,7 +92,11 @@ def state_of(directory: Path, config: dict[str, Any]) -> str:
         )
     if finished:
         return "finished"
-    return "unfinished" if checkpoint.is_file() else "new"
+    if not checkpoint.is_file():
+        return "new"
+    for line in configuration.differences(step or config["step"], config["step"], "step"):
+        print(f"{line}: the weights will agree with those of the old command up to rounding")
+    return "unfinished"
 
 
 def find_all_weights(config: dict[str, Any]) -> None:
@@ -125,6 +130,7 @@ def run_until_stopped(
     """What ``run`` does, while signals are noted."""
     import pytorch_lightning as pl
 
+    from anomaly_lit.callbacks.step import compile_error
     from anomaly_lit.callbacks.stopping import end_ranks
     from anomaly_lit.files import replace_file
 
@@ -149,6 +155,9 @@ def run_until_stopped(
         lost = end_ranks(trainer, error)
         if lost:
             raise UserError(lost) from error
+        uncompiled = compile_error(error)
+        if uncompiled:
+            raise UserError(uncompiled) from error
         if isinstance(error, RuntimeError) and out_of_memory(error):
             batch = config["dataset"].get("batch_size")
             raise UserError(
@@ -273,6 +282,7 @@ def build_trainer(
     callbacks += [
         signals,
         RanksAgree(config, data_digest),
+        configuration.instantiate(config["step"]),
         FillFeatureCache(),
         StepSeeds(config["seed"]),
         StopAtNaN(),

@@ -90,7 +90,7 @@ class Again(pl.Callback):
         batch = module.transfer_batch_to_device(
             next(iter(datamodule.train_dataloader())), module.device, 0
         )
-        whole = datamodule._with_features(batch)
+        whole = datamodule.with_features(batch)
         add = datamodule.corrupt if datamodule.synthesis is not None else lambda batch, step: batch
         prepared = add(whole, 0)
         datamodule.train_dataloader = lambda: Repeated(prepared)
