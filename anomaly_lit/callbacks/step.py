@@ -120,6 +120,7 @@ class FastStep(pl.Callback):
         for optimizer in trainer.optimizers:
             adapt_state(optimizer)
         if self.chosen(pl_module.device.type)["compile"]:
+            torch.compiler.reset()  # it counts networks of other jobs against the same limit
             for network in networks(pl_module):
                 # the shapes of a training step never change; a draw is that of the plain network
                 network.compile(fullgraph=True, dynamic=False, options={"fallback_random": True})

@@ -128,12 +128,10 @@ class Method(pl.LightningModule):
         return torch.Generator(self.device).manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Logs every term as ``train/<term>``."""
+        """Logs every term as ``train/<term>``; not with ``prog_bar``, which waits in each step."""
         losses = self.losses(batch)
         for name, value in losses.items():
-            self.log(
-                f"train/{name}", value, prog_bar=name == "loss", batch_size=len(batch["image"])
-            )
+            self.log(f"train/{name}", value, batch_size=len(batch["image"]))
         return losses["loss"]
 
     def validation_step(  # type: ignore[override]

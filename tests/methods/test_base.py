@@ -94,10 +94,16 @@ def test_statistics_of_training_images_read_the_feature_cache(
         )
         method = small_method(name)
         trainer = pl.Trainer(
-            accelerator="cpu", max_steps=1, limit_val_batches=0, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, callbacks=[FillFeatureCache()],
+            accelerator="cpu",
+            max_steps=1,
+            limit_val_batches=0,
             use_distributed_sampler=False,
-        )  # fmt: skip
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[FillFeatureCache()],
+        )
         torch.manual_seed(0)
         trainer.fit(method, datamodule=datamodule)
         found.append(method.state_dict()[kept].clone())

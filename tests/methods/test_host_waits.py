@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from pytorch_lightning.trainer.connectors.logger_connector import _LoggerConnector
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -115,6 +116,7 @@ def test_a_training_step_waits_for_nothing(
     found: set[str] = set()
     # its seed is a number of the host's own generator
     monkeypatch.setattr(type(method), "generator", lambda self: torch.Generator().manual_seed(0))
+    watch(monkeypatch, _LoggerConnector, "on_batch_end", found)  # prog_bar=True would wait
     for part in ("training_step", "backward", "configure_gradient_clipping"):
         watch(monkeypatch, method, part, found)
     fit(method, batch, 4 if name.startswith("dsr") else 1)  # which has three stages
