@@ -27,7 +27,7 @@ class LiveProgress(RichProgressBar):
 
     every_seconds = 0.5
     asked = -math.inf
-    metrics: dict[str, Any] = {}  # noqa: RUF012
+    answer: dict[str, Any] = {}  # noqa: RUF012
 
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
@@ -35,8 +35,8 @@ class LiveProgress(RichProgressBar):
         """The last answer, or a new one where it is time."""
         if time.monotonic() - self.asked >= self.every_seconds:
             self.asked = time.monotonic()
-            self.metrics = shown(trainer)
-        return self.metrics
+            self.answer = shown(trainer)
+        return self.answer
 
 
 class PlainProgress(ProgressBar):
