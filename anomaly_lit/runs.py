@@ -50,7 +50,8 @@ def state_of(directory: Path, config: dict[str, Any]) -> str:
             )
         return "new"
     before = configuration.moved(yaml.safe_load(noted.read_text("utf-8")), str(directory))
-    changes = configuration.differences(before, config)
+    step = before.pop("step", None)  # how fast a step is: a run may go on with another
+    changes = configuration.differences(before, {k: v for k, v in config.items() if k != "step"})
     finished = (directory / "metrics.json").is_file()
     if changes and (finished or checkpoint.is_file()):
         lines = "\n".join(f"  {line}" for line in changes)
@@ -60,7 +61,11 @@ def state_of(directory: Path, config: dict[str, Any]) -> str:
         )
     if finished:
         return "finished"
-    return "unfinished" if checkpoint.is_file() else "new"
+    if not checkpoint.is_file():
+        return "new"
+    for line in configuration.differences(step or config["step"], config["step"], "step"):
+        print(f"{line}: the weights will agree with those of the old command up to rounding")
+    return "unfinished"
 
 
 def is_current(

@@ -114,6 +114,7 @@ def run_until_stopped(
     """What ``run`` does, while signals are noted."""
     import pytorch_lightning as pl
 
+    from anomaly_lit.callbacks.step import compile_error
     from anomaly_lit.callbacks.stopping import end_ranks
     from anomaly_lit.files import replace_file
 
@@ -142,6 +143,9 @@ def run_until_stopped(
         lost = end_ranks(trainer, error)
         if lost:
             raise UserError(lost) from error
+        uncompiled = compile_error(error)
+        if uncompiled:
+            raise UserError(uncompiled) from error
         if isinstance(error, RuntimeError) and out_of_memory(error):
             batch = config["dataset"].get("batch_size")
             raise UserError(
@@ -254,6 +258,7 @@ def build_trainer(
     callbacks += [
         signals,
         RanksAgree(config, data_digest),
+        configuration.instantiate(config["step"]),
         FillFeatureCache(),
         StepSeeds(config["seed"]),
         StopAtNaN(),

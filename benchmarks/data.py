@@ -186,7 +186,7 @@ def as_table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], file: Path, title: str) -> None:
-    """Bars of the medians with the spread, on a logarithmic axis."""
+    """Bars of the medians with the spread; of several magnitudes on a logarithmic axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -198,7 +198,8 @@ def draw(result: dict[str, Any], file: Path, title: str) -> None:
     middle = [row[unit][0] for row in rows]
     errors = [[row[unit][0] - row[unit][1], row[unit][2] - row[unit][0]] for row in rows]
     axes.barh([row["what"] for row in rows], middle, xerr=np.transpose(errors), color="#4477aa")
-    axes.set_xscale("log")
+    if max(middle) > 10 * min(middle):
+        axes.set_xscale("log")
     axes.set_xlabel(unit)
     axes.set_title(f"{title}\n{result['hardware']}, commit {result['commit']}", fontsize=9)
     figure.savefig(file, dpi=120)

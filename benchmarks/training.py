@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Clock(pl.Callback):
     """Notes when training gets to its first batch and when each step has ended."""
 
     def __init__(self) -> None:
-        self.began = 0.0
+        self.began = self.first = 0.0
         self.ends: list[float] = []
 
     def on_train_batch_start(self, *arguments: Any) -> None:
@@ -90,7 +90,7 @@ class Again(pl.Callback):
         batch = module.transfer_batch_to_device(
             next(iter(datamodule.train_dataloader())), module.device, 0
         )
-        whole = datamodule._with_features(batch)
+        whole = datamodule.with_features(batch)
         add = datamodule.corrupt if datamodule.synthesis is not None else lambda batch, step: batch
         prepared = add(whole, 0)
         datamodule.train_dataloader = lambda: Repeated(prepared)
@@ -136,7 +136,14 @@ def compose(method: str, root: Path, cache: list[str], batch: int) -> dict[str, 
     return config
 
 
-def train(config: dict[str, Any], steps: int, device: str, precision: str, alone: bool) -> Clock:
+def train(
+    config: dict[str, Any],
+    steps: int,
+    device: str,
+    precision: str,
+    alone: bool,
+    more: Sequence[pl.Callback] = (),
+) -> Clock:
     """Train some steps from scratch; times by the clock, `began` since the call."""
     pl.seed_everything(0, verbose=False)
     start = time.perf_counter()
@@ -153,10 +160,11 @@ def train(config: dict[str, Any], steps: int, device: str, precision: str, alone
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[FillFeatureCache(), *([Again()] if alone else []), StepSeeds(0), clock],
+        callbacks=[*more, FillFeatureCache(), *([Again()] if alone else []), StepSeeds(0), clock],
     )
     trainer.fit(method, datamodule=datamodule)
     clock.began -= start
+    clock.first = clock.ends[0] - start
     return clock
 
 

@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from anomaly_lit.callbacks.outputs import LossCurves, Outputs, TrainingPictures
     from anomaly_lit.callbacks.profile import Profile
     from anomaly_lit.callbacks.run import ResumeCheckpoint, StepSeeds, StopAtNaN
+    from anomaly_lit.callbacks.step import FastStep
 
 __all__ = [
     "Dashboard",
     "Evaluation",
+    "FastStep",
     "LossCurves",
     "Outputs",
     "Profile",
@@ -26,6 +28,7 @@ __all__ = [
 FILES = {
     "Dashboard": "dashboard",
     "Evaluation": "evaluation",
+    "FastStep": "step",
     "LossCurves": "outputs",
     "Outputs": "outputs",
     "Profile": "profile",

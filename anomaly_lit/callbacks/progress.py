@@ -13,7 +13,30 @@ from pytorch_lightning.callbacks import ProgressBar, RichProgressBar
 
 def progress_bar() -> ProgressBar:
     """A live bar where somebody watches, plain lines where the output goes to a file."""
-    return RichProgressBar(leave=False) if sys.stdout.isatty() else PlainProgress()
+    return LiveProgress(leave=False) if sys.stdout.isatty() else PlainProgress()
+
+
+def shown(trainer: pl.Trainer) -> dict[str, Any]:
+    """What to show beside the time, the training loss first; waits for the device."""
+    loss = {k: float(v) for k, v in trainer.callback_metrics.items() if k == "train/loss"}
+    return {**loss, **trainer.progress_bar_metrics}
+
+
+class LiveProgress(RichProgressBar):
+    """A bar that is drawn after every step, and asks for the loss now and then."""
+
+    every_seconds = 0.5
+    asked = -math.inf
+    answer: dict[str, Any] = {}  # noqa: RUF012
+
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """The last answer, or a new one where it is time."""
+        if time.monotonic() - self.asked >= self.every_seconds:
+            self.asked = time.monotonic()
+            self.answer = shown(trainer)
+        return self.answer
 
 
 class PlainProgress(ProgressBar):
@@ -59,8 +82,7 @@ class PlainProgress(ProgressBar):
         done = max(1, trainer.global_step - self.first_step)  # 0 while gradients accumulate
         total = trainer.estimated_stepping_batches
         left = (now - self.start) / done * (total - trainer.global_step)
-        shown = {key: f"{float(value):.4g}" for key, value in trainer.progress_bar_metrics.items()}
-        losses = ", ".join(f"{key} {value}" for key, value in shown.items())
+        losses = ", ".join(f"{key} {float(value):.4g}" for key, value in shown(trainer).items())
         print(
             f"step {trainer.global_step}/{total}: {losses}, "
             f"{self.images / (now - self.start):.1f} images/s, {duration(left)} left",

@@ -113,6 +113,8 @@ class AnomalyDataModule(pl.LightningDataModule):
         self.digest = ""
         self.validate_on_test = False
         self.with_prompts = False
+        self.pin_memory = torch.cuda.is_available()
+        self.persistent_workers = True
         self._shrunk = False
 
     def find_categories(self, root: Path) -> list[str]:
@@ -243,13 +245,13 @@ class AnomalyDataModule(pl.LightningDataModule):
         if trainer is None:
             return batch
         if trainer.training:
-            batch = self._with_features(batch)
+            batch = self.with_features(batch)
             return batch if self.synthesis is None else self.corrupt(batch, self._position())
         if not (trainer.validating or trainer.sanity_checking):
             return batch
         split = self.validation_names()[dataloader_idx]
         if split == "holdout":
-            batch = self._with_features(batch)
+            batch = self.with_features(batch)
         if split == "test" or self.synthesis is None:
             return batch
         batch = self.corrupt(batch)
@@ -263,7 +265,8 @@ class AnomalyDataModule(pl.LightningDataModule):
             "label": label,
         }
 
-    def _with_features(self, batch: Batch) -> Batch:
+    def with_features(self, batch: Batch) -> Batch:
+        """Add what the cache holds of the features of a batch's images and prompts, if all."""
         if self.feature_cache is None:
             return batch
         device = batch["image"].device
@@ -496,8 +499,8 @@ class AnomalyDataModule(pl.LightningDataModule):
             batch_sampler=batch_sampler,
             num_workers=self.num_workers,
             collate_fn=as_it_is,
-            pin_memory=torch.cuda.is_available() and not isinstance(self.cache, DeviceCache),
-            persistent_workers=self.num_workers > 0,
+            pin_memory=self.pin_memory and not isinstance(self.cache, DeviceCache),
+            persistent_workers=self.persistent_workers and self.num_workers > 0,
         )
 
     def _digest(self) -> str:

@@ -23,9 +23,9 @@ class DiskFeatureCache(FeatureCache):
     """`FeatureCache` in files, shared by all processes of a machine and by later runs.
 
     Features are known by the image (path, size, time of change, geometry), the backbone (network,
-    stages, normalisation, a hash of its weights) and the precision, device and versions that
-    computed them. A step reads them from memory-mapped files or, where all take at most a quarter
-    of a GPU's free memory, from there. All images of a backbone are kept or none.
+    stages, normalisation, a hash of its weights) and the precision, layout, device and versions
+    that computed them. A step reads them from memory-mapped files or, where all take at most a
+    quarter of a GPU's free memory, from there. All images of a backbone are kept or none.
 
     Args:
         folder: Where the files lie; None: that in ANOMALY_LIT_CACHE, else ~/.cache/anomaly_lit.
@@ -108,6 +108,8 @@ class DiskFeatureCache(FeatureCache):
                 timm.__version__,
             ],
         }
+        if channels_innermost(backbone):
+            subject["layout"] = "channels_last"  # which rounds otherwise
         columns = [Column(tuple(stage.shape[1:]), self.dtype or stage.dtype) for stage in maps]
         return Store(
             self.folder / "features", subject, columns, self.max_gb, "dataset.feature_cache"
@@ -125,6 +127,14 @@ class DiskFeatureCache(FeatureCache):
             return []
 
         return write
+
+
+def channels_innermost(module: nn.Module) -> bool:
+    """Whether the weights of convolutions are laid out so, as for `step.channels_last`."""
+    return any(
+        p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
+        for p in module.parameters()
+    )
 
 
 def _moved(kept: Kept, device: torch.device, rows: int = 64) -> Kept:

@@ -98,6 +98,11 @@ class Method(pl.LightningModule):
         The same on every rank. To be called from a hook such as ``on_fit_start`` (statistics of
         ``train``) or ``on_validation_start`` (of ``holdout``, once the weights moved).
 
+        Images of ``train`` bring what the cache holds of their features, for ``features``: those
+        that training reads, so computed in its precision (bfloat16 under ``bf16-mixed``) and
+        rounded where ``dataset.feature_cache.dtype`` says so. Without a cache the backbone computes
+        them in float32, unless the caller asks for autocast.
+
         Args:
             split: What is trained on, or what is held out.
             most: Images to give at most, as many of each category (at least one).
@@ -113,6 +118,8 @@ class Method(pl.LightningModule):
             )
         for batch in datamodule.normal_batches(split, most):
             moved = self.transfer_batch_to_device(batch, self.device, 0)
+            if split == "train":
+                moved = datamodule.with_features(moved)
             yield datamodule.corrupt(moved) if "corrupted" in self.needs else moved
 
     def generator(self) -> torch.Generator:
@@ -121,12 +128,10 @@ class Method(pl.LightningModule):
         return torch.Generator(self.device).manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Logs every term as ``train/<term>``."""
+        """Logs every term as ``train/<term>``; not with ``prog_bar``, which waits in each step."""
         losses = self.losses(batch)
         for name, value in losses.items():
-            self.log(
-                f"train/{name}", value, prog_bar=name == "loss", batch_size=len(batch["image"])
-            )
+            self.log(f"train/{name}", value, batch_size=len(batch["image"]))
         return losses["loss"]
 
     def validation_step(  # type: ignore[override]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from anomaly_lit.callbacks import LossCurves, ResumeCheckpoint, StepSeeds, StopAtNaN
-from anomaly_lit.callbacks.progress import PlainProgress, duration
+from anomaly_lit.callbacks.progress import LiveProgress, PlainProgress, duration
 from anomaly_lit.callbacks.run import FORMAT_VERSION, RanksAgree, WholeCheckpoint
 from anomaly_lit.types import UserError
 
@@ -252,3 +252,20 @@ def test_progress_of_other_ranks_is_silent(capsys: pytest.CaptureFixture[str]) -
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_live_bar_asks_for_the_loss_now_and_then() -> None:
+    class Trainer:
+        asked = 0
+        progress_bar_metrics = {"val/loss": 2.0}  # noqa: RUF012
+
+        @property
+        def callback_metrics(self) -> dict[str, Any]:
+            self.asked += 1
+            return {"train/loss": torch.tensor(1.0), "train/term": torch.tensor(3.0)}
+
+    bar, trainer = LiveProgress(leave=False), Trainer()
+    for _ in range(3):
+        metrics = bar.get_metrics(trainer, None)  # type: ignore[arg-type]
+        assert metrics == {"train/loss": 1.0, "val/loss": 2.0}
+    assert trainer.asked == 1

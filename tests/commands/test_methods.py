@@ -109,6 +109,37 @@ def test_killed_run_ends_with_the_same_weights(
     assert [metrics_of(folder)["resumed"] for folder in (killed, whole)] == [True, False]
 
 
+def test_options_of_a_step_leave_no_trace_in_the_checkpoint(
+    root: str, run_here: Run, tmp_path: Path
+) -> None:
+    """Tested later, without them, it gives the same to the bit."""
+    run, test = tmp_path / "run", tmp_path / "test"
+    line = ("trainer.max_steps=2", "trainer.val_check_interval=1", "dataset.num_workers=1")
+    step = ("step.channels_last=true", "step.fused=true", "step.persistent_workers=false")
+    outcome = run_here("train", *of_method("uniad"), root, *line, *step, f"output_dir={run}")
+    assert outcome.code == 0, outcome.err
+    outcome = run_here("test", f"ckpt_path={run / 'checkpoints/last.ckpt'}", f"output_dir={test}")
+    assert outcome.code == 0, outcome.err
+    tested = {k: v for k, v in metrics_of(run).items() if k[:5] == "test/"}
+    assert tested == {k: v for k, v in metrics_of(test).items() if k[:5] == "test/"}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (("step.fused=true", "method.optimizer._target_=torch.optim.Adamax"), "Adamax has no such"),
+        (("step.pin_memory=true",), "training is on cpu"),
+        (("step.compile=3",), "step.compile: 3 is no bool"),
+    ],
+)
+def test_options_of_a_step_that_cannot_be_had_are_refused(
+    line: tuple[str, ...], words: str, root: str, run_here: Run, tmp_path: Path
+) -> None:
+    outcome = run_here("train", *of_method("uniad"), root, *line, f"output_dir={tmp_path}")
+    assert outcome.code == 1
+    assert words in outcome.err
+
+
 def test_prompts_are_changed_when_testing(root: str, run_here: Run, tmp_path: Path) -> None:
     run = tmp_path / "run"
     steps = ("trainer.max_steps=2", "trainer.val_check_interval=2", "method.prompts=3")

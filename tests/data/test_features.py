@@ -159,6 +159,9 @@ def test_other_weights_geometry_precision_and_files_are_other_features(
     assert computed(dtype="bfloat16") == 5
     with torch.autocast("cpu", torch.bfloat16):
         assert computed() == 5
+    wide = Halves()
+    wide.weight = nn.Parameter(torch.ones(2, 2, 3, 3).to(memory_format=torch.channels_last))
+    assert computed(wide) == 5
     Path(samples[0].path).write_text("another picture")
     assert computed() == 1
 

@@ -100,6 +100,8 @@ class Repeated(pl.LightningDataModule):
         self.batch = batch
         self.steps = steps
         self.categories = list(dict.fromkeys(batch["category"]))
+        self.num_workers = 0
+        self.cache = None
 
     def train_dataloader(self) -> Any:
         return DataLoader([self.batch] * self.steps, batch_size=None)
@@ -107,15 +109,25 @@ class Repeated(pl.LightningDataModule):
     def normal_batches(self, split: str, most: int) -> Iterator[Any]:
         yield self.batch
 
+    def with_features(self, batch: Any) -> Any:
+        return batch
+
     def corrupt(self, batch: Any, step: int = 0) -> Any:
         return batch
 
 
 @pytest.fixture(scope="session")
-def fit() -> Callable[..., None]:
-    """Trains ``fit(method, batch, steps)`` on one batch."""
+def fit() -> Callable[..., pl.Trainer]:
+    """Trains ``fit(method, batch, steps)`` on one batch; gives the trainer."""
 
-    def train(method: Any, batch: Any, steps: int, precision: Any = "32-true") -> None:
+    def train(
+        method: Any,
+        batch: Any,
+        steps: int,
+        precision: Any = "32-true",
+        callbacks: Any = (),
+        ckpt_path: Any = None,
+    ) -> pl.Trainer:
         trainer = pl.Trainer(
             accelerator="cpu",
             precision=precision,
@@ -124,8 +136,10 @@ def fit() -> Callable[..., None]:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
+            callbacks=list(callbacks),
         )
-        trainer.fit(method, datamodule=Repeated(batch, steps))
+        trainer.fit(method, datamodule=Repeated(batch, steps), ckpt_path=ckpt_path)
+        return trainer
 
     return train
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from anomaly_lit.callbacks.run import FillFeatureCache
+from anomaly_lit.data import FeatureCache, HostCache, MVTecAD
 from anomaly_lit.methods.base import Method
+from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.types import UserError
 
 
@@ -59,3 +66,48 @@ def test_statistics_need_a_data_module() -> None:
         trainer.fit(
             Curious(None), DataLoader([{"image": torch.zeros(1, 3, 8, 8)}], batch_size=None)
         )
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training.*")
+@pytest.mark.parametrize(("name", "kept"), [("uniad_small", "head.bias"), ("mfrnet_small", "high")])
+def test_statistics_of_training_images_read_the_feature_cache(
+    name: str,
+    kept: str,
+    small_method: Callable[..., Any],
+    mvtec_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the bit what the backbone gives, which is asked once for each image."""
+    seen: list[int] = []
+    forward = Backbone.forward
+
+    def counting(self: Backbone, image: Tensor) -> list[Tensor]:
+        seen.append(len(image))
+        return forward(self, image)
+
+    monkeypatch.setattr(Backbone, "forward", counting)
+    found = []
+    for cache in (None, FeatureCache()):
+        seen.clear()
+        datamodule = MVTecAD(
+            str(mvtec_folder), image_size=64, batch_size=2, cache=HostCache(), feature_cache=cache
+        )
+        method = small_method(name)
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_steps=1,
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[FillFeatureCache()],
+        )
+        torch.manual_seed(0)
+        trainer.fit(method, datamodule=datamodule)
+        found.append(method.state_dict()[kept].clone())
+    count = len(datamodule.train_samples) + len(datamodule.holdout_samples)
+    assert sum(seen) == count
+    assert torch.equal(found[0], found[1])
+    assert found[0].any()

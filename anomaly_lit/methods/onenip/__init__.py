@@ -245,6 +245,7 @@ class OneNIP(Method):
         names: list[str] = []
         with torch.no_grad():
             for batch in self.normal_batches("train", self.prompt_count * len(categories)):
+                # scoring reads prompts: not the cache's features, which may be rounded
                 maps.append(aggregate(self.backbone(batch["image"]), self.grid).float())
                 names += batch["category"]
         self.stored.fill(torch.cat(maps), names, self.prompt_count)

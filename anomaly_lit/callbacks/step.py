@@ -1,0 +1,227 @@
+"""How a training step is computed: compiled, in which layout, by which optimiser, fed by what."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from anomaly_lit.data.cache import DeviceCache
+from anomaly_lit.methods.base import Method
+from anomaly_lit.types import UserError
+
+# What is on where an option is null. On a CPU, what benchmarks/step.py found to pay.
+ON = {"cpu": {"persistent_workers"}, "cuda": {"persistent_workers", "pin_memory"}}
+
+
+class FastStep(pl.Callback):
+    """Computes training steps in another way, which changes their results by rounding alone.
+
+    In training only: before a validation compiled code is left, and once training ends the
+    network is laid out as before, so that tests give what a loaded checkpoint gives. Checkpoints
+    have the same keys, and one made with an option goes on without it. None takes ``ON``.
+
+    Args:
+        compile: Have ``torch.compile`` write code for the networks. Its first step takes long.
+        channels_last: Keep weights and maps with the channels innermost. Noise and dropout drawn
+            over a map then fall on other places of it.
+        fused: Let the optimiser move all parameters in one loop over memory.
+        pin_memory: Hand batches over in page-locked memory, from which a GPU copies by itself.
+        persistent_workers: Keep ``dataset.num_workers`` processes from one epoch to the next.
+
+    Raises:
+        UserError: When training starts, where an option that is set to true cannot be had.
+    """
+
+    def __init__(
+        self,
+        compile: bool | None = None,
+        channels_last: bool | None = None,
+        fused: bool | None = None,
+        pin_memory: bool | None = None,
+        persistent_workers: bool | None = None,
+    ) -> None:
+        self.options = {
+            "compile": compile,
+            "channels_last": channels_last,
+            "fused": fused,
+            "pin_memory": pin_memory,
+            "persistent_workers": persistent_workers,
+        }
+        self.compiled: dict[nn.Module, Callable[..., Any]] = {}
+
+    def chosen(self, device: str) -> dict[str, bool]:
+        """All options for a type of device, such as ``cpu``."""
+        on = ON.get(device, set())
+        return {k: k in on if value is None else value for k, value in self.options.items()}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Checks everything and prepares all but the compiled networks."""
+        if stage != "fit":
+            return
+        assert isinstance(pl_module, Method)
+        device = trainer.strategy.root_device
+        chosen = self.chosen(device.type)
+        if chosen["compile"]:
+            check_compiler(device)
+        if chosen["channels_last"]:
+            pl_module.to(memory_format=torch.channels_last)
+        if chosen["fused"] or self.options["fused"] is False:
+            self._fuse(trainer, pl_module, chosen["fused"])
+        self._feed(trainer, device)
+
+    def _fuse(self, trainer: pl.Trainer, method: Method, fused: bool) -> None:
+        asked = self.options["fused"] is not None
+        problem = why_not_fused(trainer, method)
+        if problem is None:
+            method.optimizer = partial(build_optimizer, method.optimizer, fused)
+        elif fused and asked:
+            raise UserError(f"step.fused=true: {problem}")
+
+    def _feed(self, trainer: pl.Trainer, device: torch.device) -> None:
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if datamodule is None:
+            return
+        pin, persist = self.options["pin_memory"], self.options["persistent_workers"]
+        if pin and device.type != "cuda":
+            raise UserError(
+                f"step.pin_memory=true serves copies to a GPU, and training is on {device.type}: "
+                "step.pin_memory=null"
+            )
+        if pin and isinstance(datamodule.cache, DeviceCache):
+            raise UserError(
+                "step.pin_memory=true serves copies to a GPU, and with cache=device images are "
+                "there already: step.pin_memory=null"
+            )
+        if persist and not datamodule.num_workers:
+            raise UserError(
+                "step.persistent_workers=true needs processes that could be kept: "
+                "dataset.num_workers=2, or step.persistent_workers=null"
+            )
+        chosen = self.chosen(device.type)
+        datamodule.pin_memory = chosen["pin_memory"]
+        datamodule.persistent_workers = chosen["persistent_workers"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lets Lightning clip in front of a fused optimiser where no scaler is at work."""
+        if getattr(trainer.precision_plugin, "scaler", None) is None:
+            for optimizer in trainer.optimizers:
+                # Lightning 2.6 takes it for a sign that gradients are still scaled
+                optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Fits a checkpoint's optimiser to this run, and has the networks compiled when called."""
+        for optimizer in trainer.optimizers:
+            adapt_state(optimizer)
+        if self.chosen(pl_module.device.type)["compile"]:
+            torch.compiler.reset()  # it counts networks of other jobs against the same limit
+            for network in networks(pl_module):
+                # the shapes of a training step never change; a draw is that of the plain network
+                network.compile(fullgraph=True, dynamic=False, options={"fallback_random": True})
+                self.compiled[network] = network._compiled_call_impl  # type: ignore[assignment]
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leaves compiled code."""
+        for network in self.compiled:
+            network._compiled_call_impl = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Goes back to it."""
+        for network, call in self.compiled.items():
+            network._compiled_call_impl = call
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leaves compiled code for good."""
+        self.on_validation_start(trainer, pl_module)
+        self.compiled.clear()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lays the network out as it was."""
+        if stage == "fit" and self.chosen(pl_module.device.type)["channels_last"]:
+            pl_module.to(memory_format=torch.contiguous_format)
+
+
+def networks(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost parts that are called as a whole and consist of several layers."""
+    for child in module.children():
+        called = type(child).forward is not nn.Module.forward
+        if not called:
+            yield from networks(child)
+        elif any(True for _ in child.children()) and any(True for _ in child.parameters()):
+            yield child
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compiles next to nothing.
+
+    Raises:
+        UserError: Not even that can be compiled here.
+    """
+    try:
+        torch.compile(torch.neg, fullgraph=True)(torch.ones(2, device=device))
+    except Exception as error:
+        raise UserError(
+            f"step.compile=true: torch cannot compile for {device.type} here: "
+            f"{str(error).strip().splitlines()[0]}. Install a C++ compiler (g++ or what CXX "
+            "names; for a GPU Triton as well), or set step.compile=false"
+        ) from error
+
+
+def compile_error(error: BaseException) -> str | None:
+    """In words, where torch failed to compile a network."""
+    if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
+        return None
+    text = str(error).strip().splitlines()
+    return f"step.compile=true: torch cannot compile this method: {text[0]}. Set step.compile=false"
+
+
+def why_not_fused(trainer: pl.Trainer, method: Method) -> str | None:
+    """What stands against a fused optimiser; None is nothing."""
+    if "fused" not in inspect.signature(method.optimizer).parameters:
+        name = getattr(getattr(method.optimizer, "func", method.optimizer), "__name__", "it")
+        return f"{name} has no such form; Adam, AdamW, SGD and Adagrad have"
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        return (
+            f"trainer.precision={trainer.precision} scales gradients, and a fused optimiser takes "
+            "that back too late for clipping; choose trainer.precision=bf16-mixed"
+        )
+    return None
+
+
+def build_optimizer(build: Callable[..., Optimizer], fused: bool, parameters: Any) -> Optimizer:
+    """The optimiser of these parameters.
+
+    Raises:
+        UserError: It has no fused form for their device or with its other arguments.
+    """
+    try:
+        return build(parameters, fused=fused)
+    except RuntimeError as error:
+        raise UserError(f"step.fused={str(fused).lower()}: {error}") from error
+
+
+def adapt_state(optimizer: Optimizer) -> None:
+    """Fits what a checkpoint brought to this optimiser's form and to the parameters' layout.
+
+    A fused step trusts both: it would take moments in another order of memory for the right ones.
+    """
+    fused = optimizer.defaults.get("fused")
+    for group in optimizer.param_groups:
+        if "fused" in group:
+            group["fused"] = fused
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if not isinstance(value, Tensor):
+                    continue
+                if name == "step":
+                    there = fused or group.get("capturable")
+                    state[name] = value.to(parameter.device if there else "cpu")
+                elif value.shape == parameter.shape and value.stride() != parameter.stride():
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
