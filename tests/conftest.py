@@ -120,7 +120,8 @@ def environment() -> dict[str, str]:
 
 
 IN_CHILD = """
-import os, runpy, sys
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
 for number, path in ((1, out), (2, err)):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
 os.environ.clear()

@@ -71,7 +71,7 @@ class FastStep(pl.Callback):
         if chosen["compile"]:
             check_compiler(device)
         if chosen["channels_last"]:
-            pl_module.to(memory_format=torch.channels_last)
+            lay_out(pl_module, torch.channels_last)
         if chosen["fused"] or self.options["fused"] is False:
             self._fuse(trainer, pl_module, chosen["fused"])
         self._feed(trainer, device)
@@ -144,7 +144,14 @@ class FastStep(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Lays the network out as it was."""
         if stage == "fit" and self.chosen(pl_module.device.type)["channels_last"]:
-            pl_module.to(memory_format=torch.contiguous_format)
+            lay_out(pl_module, torch.contiguous_format)
+
+
+def lay_out(module: nn.Module, layout: torch.memory_format) -> None:
+    """Brings weights of four dimensions into a layout; `Module.to` stumbles over those of five."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=layout)
 
 
 def networks(module: nn.Module) -> Iterator[nn.Module]:
