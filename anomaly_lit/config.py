@@ -56,11 +56,24 @@ def config_dir() -> str:
 
 
 def job_folder(overrides: str) -> str:
-    """Name of a sweep job's folder: its overrides, short and safe for every file system."""
-    name = re.sub(r"[^\w=.,+-]", "_", overrides) or "default"
-    if len(name) <= 120:
-        return name
-    return f"{name[:100]}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
+    """Name of a sweep job's folder: its overrides, short and safe for every file system.
+
+    Where they are long, each key is reduced to its last part, and each value to 16 letters; a hash
+    of the whole tells apart what then looks the same.
+
+    >>> job_folder("method=uniad,dataset.categories=[a b]")
+    'method=uniad,dataset.categories=_a_b_'
+    """
+
+    def safe(text: str) -> str:
+        return re.sub(r"[^\w=.,+-]", "_", text)
+
+    if len(overrides) <= 120:
+        return safe(overrides) or "default"
+    parts = [part.partition("=") for part in re.split(r",(?=[\w.@/+~]+=)", overrides)]
+    short = ",".join(f"{re.split(r'[./]', key)[-1]}={value[:16]}" for key, _, value in parts)
+    mark = hashlib.sha256(overrides.encode()).hexdigest()[:12]
+    return f"{safe(short)[:150]}-{mark}"
 
 
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
