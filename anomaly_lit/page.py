@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
-WIDTH, HEIGHT, LEFT, BOTTOM = 560, 320, 56, 40  # of a plot, in pixels
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM = 560, 320, 56, 24, 40  # of a plot, in pixels
 KINDS = "missed|false_alarm|found|passed"
 PICTURE = re.compile(rf"\d+_({KINDS})_(?P<image>.+)\.png")  # as runs name their pictures
 PICTURE_WIDTH = 640
@@ -174,7 +174,7 @@ def _wider(values: Sequence[float], log: bool = False) -> tuple[float, float]:
 def _x(value: float, bounds: tuple[float, float], log: bool = False) -> float:
     if log and bounds[0] > 0:
         value, bounds = math.log(value), (math.log(bounds[0]), math.log(bounds[1]))
-    return LEFT + (WIDTH - LEFT - 10) * (value - bounds[0]) / (bounds[1] - bounds[0])
+    return LEFT + (WIDTH - LEFT - RIGHT) * (value - bounds[0]) / (bounds[1] - bounds[0])
 
 
 def _y(value: float, bounds: tuple[float, float]) -> float:
@@ -189,7 +189,7 @@ def _axes(
     log: bool = False,
 ) -> str:
     parts = [
-        f'<path d="M{LEFT} 10V{HEIGHT - BOTTOM}H{WIDTH - 10}" fill="none" stroke="#888"/>',
+        f'<path d="M{LEFT} 10V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}" fill="none" stroke="#888"/>',
         f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 6}" font-size="12" text-anchor="middle">'
         f"{html.escape(x_title)}</text>",
         f'<text transform="translate(14 {HEIGHT / 2 - 10}) rotate(-90)" font-size="12" '

@@ -146,7 +146,8 @@ def rows_of(runs: Iterable[Run]) -> list[Row]:
         groups.setdefault(key, []).append(run)
         told[id(groups[key])] = own
     names = name_groups([told[id(group)] for group in groups.values()])
-    return [Row(name, group) for name, group in zip(names, groups.values(), strict=True)]
+    rows = [Row(name, group) for name, group in zip(names, groups.values(), strict=True)]
+    return sorted(rows, key=lambda row: row.name)
 
 
 def name_groups(settings: Sequence[Mapping[str, Value]]) -> list[str]:
