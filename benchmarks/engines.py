@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from anomaly_lit import load
+from anomaly_lit.callbacks.step import lay_out
 
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]  # (B, 3, H, W) to (B, 1, H, W) and (B,)
 EAGER = "eager"
@@ -81,7 +82,8 @@ class Engines:
 
     def channels_last(self, image: Tensor) -> tuple[Run, float]:
         """Weights and images with channels as the innermost axis in memory."""
-        scoring = self.scoring().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        scoring = self.scoring()
+        lay_out(scoring, torch.channels_last)
         return lambda given: scoring(given.contiguous(memory_format=torch.channels_last)), 0.0
 
     def bfloat16(self, image: Tensor) -> tuple[Run, float]:
