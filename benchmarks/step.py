@@ -120,9 +120,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
             switch = row["what"].rpartition(", ")[2]
             counts.setdefault(switch, []).append(row["pays"] == "yes")
     return "\n".join(
-        f"{switch}: {PAYS} or more on {sum(paid)} of {len(paid)}"
-        f"{'' if all(paid) else '; not paying in general, off' if any(paid) else '; off'}"
-        for switch, paid in counts.items()
+        f"{switch}: {PAYS} or more on {sum(paid)} of {len(paid)}" for switch, paid in counts.items()
     )
 
 
