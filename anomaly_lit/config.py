@@ -59,7 +59,8 @@ def job_folder(overrides: str) -> str:
     """Name of a sweep job's folder: its overrides, short and safe for every file system.
 
     Where they are long, each key is reduced to its last part, and each value to 16 letters; a hash
-    of the whole tells apart what then looks the same.
+    of the whole tells apart what then looks the same. At most 120 letters, since dashboards cut
+    names at 128.
 
     >>> job_folder("method=uniad,dataset.categories=[a b]")
     'method=uniad,dataset.categories=_a_b_'
@@ -73,7 +74,7 @@ def job_folder(overrides: str) -> str:
     parts = [part.partition("=") for part in re.split(r",(?=[\w.@/+~]+=)", overrides)]
     short = ",".join(f"{re.split(r'[./]', key)[-1]}={value[:16]}" for key, _, value in parts)
     mark = hashlib.sha256(overrides.encode()).hexdigest()[:12]
-    return f"{safe(short)[:150]}-{mark}"
+    return f"{safe(short)[:107]}-{mark}"
 
 
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)

@@ -254,13 +254,13 @@ def test_job_folder_is_short_and_safe_for_every_file_system() -> None:
     long = [job_folder("x=" + "y" * 200 + end) for end in "ab"]
     assert len(set(long)) == 2
     many = [job_folder(",".join(f"group.name{i}={'z' * 30}" for i in range(n))) for n in (9, 40)]
-    assert all(len(name) <= 163 for name in [*long, *many])
+    assert all(len(name) <= 120 for name in [*long, *many])
     data = (
         "dataset.categories=[a,b],dataset.root=/a/very/long/way/to/some/images,trainer.max_steps=3"
     )
     name = job_folder(f"{data},backbone=resnet18,backbone.weights=random,method=uniad_small,seed=0")
     assert name.startswith("categories=_a,b_,root=_a_very_long_way,max_steps=3,backbone=resnet18")
-    assert "method=uniad_small,seed=0-" in name
+    assert "method=uniad_small" in name
 
 
 @pytest.mark.parametrize(
