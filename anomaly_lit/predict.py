@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +102,21 @@ def judge(
         detector.categories[0] if len(detector.categories) == 1 else None
     )
     limits = limits_of(detector.calibration, category)
-    for path, finding in zip(readable, findings, strict=True):
+    if config["save_maps"]:
+        (directory / "maps").mkdir(exist_ok=True)
+
+    def save(path: Path, finding: Any) -> None:
         name = path.relative_to(root).as_posix().replace("/", "__")
         low, high = colour_range(limits, finding.anomaly_map)
         outline = outline_of(finding.verdict, finding.anomaly_map, limits)
         shown = overlay(finding.image, finding.anomaly_map, low, high, outline)
         save_image(shown, directory / "overlays" / f"{name}.png")
         if config["save_maps"]:
-            (directory / "maps").mkdir(exist_ok=True)
             np.save(directory / "maps" / f"{name}.npy", finding.anomaly_map.astype(np.float16))
+
+    with ThreadPoolExecutor() as pool:  # pictures take longer to write than to judge
+        list(pool.map(save, readable, findings))
+    for path, finding in zip(readable, findings, strict=True):
         threshold = finding.threshold if finding.threshold == finding.threshold else None
         rows.append(_row(path, category or "", finding.score, threshold, finding.verdict, ""))
     order = {path: position for position, path in enumerate(paths)}
