@@ -83,7 +83,12 @@ def test_layout_and_fused_optimiser_change_losses_by_rounding_alone(
     method = small_method(name)
     keys = list(method.state_dict())
     found = losses_of(method, channels_last=True, fused=True)
-    assert found == pytest.approx(expected, rel=2e-3, abs=1e-5)
+    # A perplexity counts nearest codes: rounding that moves one vector across a border of two
+    # codes (its error is then equal to either) changes the count by a whole vector.
+    counts = {key for key in expected if "perplexity" in key}
+    for key, value in expected.items():
+        assert found.pop(key) == pytest.approx(value, rel=5e-2 if key in counts else 2e-3, abs=1e-5)
+    assert not found
     assert list(method.state_dict()) == keys
     assert all(value.is_contiguous() for value in method.parameters())
 
