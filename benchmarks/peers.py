@@ -1,4 +1,7 @@
-"""anomalib's methods from a picture's file to a verdict. Used by inference.py."""
+"""anomalib's methods, in training and from a picture's file to a verdict.
+
+Used by training.py and inference.py.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ from unittest.mock import patch
 
 import timm
 import torch
+from data import peer as data_of_peer
 from engines import reason
 from torch import Tensor
 
+TRAINED = {"fastflow_small": "Fastflow"}  # of ours, and what is the same there
 PEERS = ("Fastflow", "Padim", "Stfpm")
 LIMITS = {"_image_threshold": 0.5, "_pixel_threshold": 0.5,
           "image_min": 0.0, "image_max": 1.0, "pixel_min": 0.0, "pixel_max": 1.0}  # fmt: skip
@@ -95,3 +100,25 @@ def stages_of(module: Any, paths: Sequence[Path], device: str) -> dict[str, floa
         name: (end - start) / len(paths)
         for name, start, end in zip(names, times, times[1:], strict=False)
     }
+
+
+def train(name: str, root: Path, batch: int, steps: int, clock: Any, **options: Any) -> str:
+    """Trains one of anomalib's methods on its own data module; why not, or "".
+
+    Its pre-processor and data module are part of the step, as they are in its engine; its metrics
+    and pictures, which training does not use, are left out. `options` are the trainer's.
+    """
+    try:
+        module = build(name, 256, "cpu")
+        if isinstance(module, str):
+            return module
+        from lightning.pytorch import Trainer
+
+        module.train()
+        module.post_processor = None
+        Trainer(callbacks=[clock], max_steps=steps, **options).fit(
+            module, datamodule=data_of_peer(root, batch)
+        )
+    except Exception as error:  # another version of it
+        return reason(error)
+    return ""

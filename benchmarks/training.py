@@ -2,6 +2,7 @@
 
     python benchmarks/training.py --output benchmarks/results/training.json
     python benchmarks/training.py --methods dsr_small --device gpu --precision bf16-mixed
+    python benchmarks/training.py --methods uniad_small --backbone wide_resnet50_2
     python benchmarks/training.py --table benchmarks/results/training.json >> table.md
 
 Every method trains on 1024 x 1024 PNG files, drawn by data.py, at 256 x 256, in the real trainer
@@ -10,7 +11,8 @@ without validation and logging:
 - no cache: pictures are decoded, and features computed, in each step;
 - image cache: `cache=host` without features;
 - image + feature cache: `cache=host` as it is; or both from disk, opened by a later run;
-- trainable part alone: one batch with its features, given again and again.
+- trainable part alone: one batch with its features, given again and again;
+- anomalib: its FastFlow beside ours, the same network, on its own data module, where installed.
 
 A figure is the median time between two steps of a round; rounds measure everything in turns, and
 ratios are taken within a round. "before" is what passes until the first step begins, from building
@@ -36,6 +38,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from data import as_table, finish, make_pictures, spread
+from peers import TRAINED
+from peers import train as train_peer
 
 from anomaly_lit.callbacks.run import FillFeatureCache, StepSeeds
 from anomaly_lit.config import config_dir, plain
@@ -45,12 +49,22 @@ from anomaly_lit.train import build
 DEFAULTS = ["uniad_small", "fastflow_small", "ami_net_small"]
 BASE = "no cache"
 ALONE = "trainable part alone"
+PEER = "anomalib"
 VARIANTS = {
     BASE: ["cache=none"],
     "image cache": ["cache=host", "dataset.feature_cache=null"],
     "image + feature cache": ["cache=host"],
     "image + feature cache, disk": ["cache=disk"],
     ALONE: ["cache=host"],
+}
+QUIET: dict[str, Any] = {
+    "devices": 1,
+    "limit_val_batches": 0,
+    "num_sanity_val_steps": 0,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
 }
 WARM_UP = 3  # steps of a round that do not count
 
@@ -110,7 +124,10 @@ class Repeated:
         return iter([self.batch] * len(self))
 
 
-def compose(method: str, root: Path, cache: list[str], batch: int) -> dict[str, Any]:
+def compose(
+    method: str, root: Path, cache: list[str], batch: int, more: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The settings of a run; `more` overrides them."""
     from hydra import compose as compose_
     from hydra import initialize_config_dir
 
@@ -124,6 +141,7 @@ def compose(method: str, root: Path, cache: list[str], batch: int) -> dict[str, 
         "logger=none",
         "output_dir=/nowhere",
         *cache,
+        *more,
     ]
     if cache == ["cache=disk"]:
         for part in ("cache", "feature_cache"):
@@ -149,19 +167,9 @@ def train(
     start = time.perf_counter()
     datamodule, method = build(config)
     clock = Clock()
-    trainer = pl.Trainer(
-        accelerator=device,
-        devices=1,
-        precision=precision,
-        max_steps=steps,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[*more, FillFeatureCache(), *([Again()] if alone else []), StepSeeds(0), clock],
-    )
+    callbacks = [*more, FillFeatureCache(), *([Again()] if alone else []), StepSeeds(0), clock]
+    options = {"accelerator": device, "precision": precision, **QUIET}
+    trainer = pl.Trainer(max_steps=steps, callbacks=callbacks, **options)
     trainer.fit(method, datamodule=datamodule)
     clock.began -= start
     clock.first = clock.ends[0] - start
@@ -172,15 +180,26 @@ def measure(method: str, root: Path, arguments: argparse.Namespace) -> list[dict
     """A row for each variant of a method."""
     steps: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     before: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    more = [f"backbone={arguments.backbone}"] if arguments.backbone else []
+    missing = ""
     for number in range(arguments.rounds + 1):  # the first fills the disk, and does not count
         for variant, cache in VARIANTS.items():
-            config = compose(method, root, cache, arguments.batch)
+            config = compose(method, root, cache, arguments.batch, more)
             clock = train(
                 config, arguments.steps, arguments.device, arguments.precision, variant == ALONE
             )
             if number:
                 steps[variant].append(clock.step())
                 before[variant].append(clock.began)
+        if method in TRAINED and not more and not missing:
+            start, clock = time.perf_counter(), Clock()
+            options = {"accelerator": arguments.device, "precision": arguments.precision, **QUIET}
+            missing = train_peer(
+                TRAINED[method], root, arguments.batch, arguments.steps, clock, **options
+            )
+            if number and not missing:
+                steps.setdefault(PEER, []).append(clock.step())
+                before.setdefault(PEER, []).append(clock.began - start)
         print(f"{method}: round {number} of {arguments.rounds}", file=sys.stderr, flush=True)
     rows = []
     for variant, seconds in steps.items():
@@ -195,12 +214,15 @@ def measure(method: str, root: Path, arguments: argparse.Namespace) -> list[dict
                 "seconds before": spread(before[variant]),
             }
         )
+    if missing:
+        rows.append({"what": f"{method}, {PEER}", "missing": missing})
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=DEFAULTS, help="options of conf/method")
+    parser.add_argument("--backbone", help="in the place of a method's own")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--table", type=Path, help="print the table of a result and stop")
     parser.add_argument("--images", type=int, default=64)
