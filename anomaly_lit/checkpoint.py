@@ -6,7 +6,7 @@ import math
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from anomaly_lit.callbacks.evaluation import limits_of, verdict
 from anomaly_lit.callbacks.run import FORMAT_VERSION
 from anomaly_lit.config import check_targets, instantiate
 from anomaly_lit.data.images import Resize, read_image
+from anomaly_lit.engine import OpenVINO, check_installed
 from anomaly_lit.methods.base import Method
 from anomaly_lit.types import Batch, UserError
 
@@ -39,12 +40,28 @@ class Detector:
         method: The trained method.
         resize: Geometry of its input.
         calibration: Thresholds by category; empty if there were no held-out images.
+        engine: What computes, ``torch`` or, on a CPU, ``openvino``; see ``load``.
+
+    Raises:
+        UserError: There is no such engine, or it is not installed.
     """
 
-    def __init__(self, method: Method, resize: Resize, calibration: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        method: Method,
+        resize: Resize,
+        calibration: dict[str, Any],
+        engine: Literal["torch", "openvino"] = "torch",
+    ) -> None:
+        if engine not in ("torch", "openvino"):
+            raise UserError(f"there is no engine={engine}; choose torch or openvino")
+        if engine == "openvino":
+            check_installed()
         self.method = method.eval().requires_grad_(False)
         self.resize = resize
         self.calibration = calibration
+        self.engine = engine
+        self._compiled: dict[str, OpenVINO] = {}  # by category
 
     @property
     def categories(self) -> list[str]:
@@ -52,7 +69,13 @@ class Detector:
         return list(self.calibration.get("categories", {}))
 
     def to(self, device: str | torch.device) -> Detector:
-        """Moves the network."""
+        """Moves the network.
+
+        Raises:
+            UserError: The engine computes on a CPU only.
+        """
+        if self.engine == "openvino" and torch.device(device).type != "cpu":
+            raise UserError(f"engine=openvino computes on a CPU, not on device={device}")
         self.method.to(device)
         return self
 
@@ -70,7 +93,8 @@ class Detector:
             batch_size: Images scored at once.
 
         Raises:
-            UserError: A picture cannot be read, or the category is unknown.
+            UserError: A picture cannot be read, the category is unknown, or the engine cannot do
+                what the method needs.
         """
         if category is not None and category not in self.categories:
             known = ", ".join(self.categories) or "none"
@@ -97,8 +121,14 @@ class Detector:
             "defect_type": [""] * count,
             "path": [""] * count,
         }
-        with torch.inference_mode():
-            prediction = self.method.score_batch(batch)
+        if self.engine == "openvino":
+            if batch["category"][0] not in self._compiled:
+                compiled = OpenVINO(self.method, batch["category"][0], batch["image"])
+                self._compiled[batch["category"][0]] = compiled
+            prediction = self._compiled[batch["category"][0]](batch["image"])
+        else:
+            with torch.inference_mode():
+                prediction = self.method.score_batch(batch)
         threshold = limits_of(self.calibration, category).get("threshold", math.nan)
         maps = prediction.anomaly_map[:, 0].float().cpu().numpy()
         return [
@@ -115,23 +145,33 @@ class Detector:
         ]
 
 
-def load(path: str | Path, device: str | None = None, trust: bool = False) -> Detector:
+def load(
+    path: str | Path,
+    device: str | None = None,
+    trust: bool = False,
+    engine: Literal["torch", "openvino"] = "torch",
+) -> Detector:
     """Loads a detector from a checkpoint that ``anomaly-train`` wrote.
 
     Args:
         path: The checkpoint.
         device: Such as ``cpu`` or ``cuda``; None takes a GPU if there is one.
         trust: Allow the checkpoint to name code outside anomaly_lit, torch.nn and torch.optim.
+        engine: ``torch``, or ``openvino``, which is faster on a CPU but takes seconds to start
+            and compares its first maps with torch's.
 
     Raises:
-        UserError: The file is absent, damaged, of another kind, or names foreign code.
+        UserError: The file is absent, damaged, of another kind, or names foreign code; the engine
+            is unknown, not installed, or not for this device.
     """
     checkpoint = read_checkpoint(path)
     entry = checkpoint["anomaly_lit"]
     method = build_method(entry["config"], trust)
     method.load_state_dict(checkpoint["state_dict"])
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    detector = Detector(method, geometry_of(entry["config"]), entry.get("calibration", {}))
+    gpu = torch.cuda.is_available() and engine == "torch"
+    device = device or ("cuda" if gpu else "cpu")
+    calibration = entry.get("calibration", {})
+    detector = Detector(method, geometry_of(entry["config"]), calibration, engine)
     return detector.to(device)
 
 

@@ -42,7 +42,7 @@ def predict(cfg: DictConfig) -> int:
     from anomaly_lit.callbacks.outputs import write_rows
     from anomaly_lit.checkpoint import load
 
-    detector = load(config["ckpt_path"], config["device"], config["trust"])
+    detector = load(config["ckpt_path"], config["device"], config["trust"], config["engine"])
     rows: list[dict[str, Any]] = []
     size = config["batch_size"]
     parts = [paths[start : start + size] for start in range(0, len(paths), size)]

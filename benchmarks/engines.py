@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 from collections.abc import Callable
@@ -11,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anomaly_lit import load
 from anomaly_lit.callbacks.step import lay_out
+from anomaly_lit.engine import Scoring, export, silent_openvino
+from anomaly_lit.types import UserError
 
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]  # (B, 3, H, W) to (B, 1, H, W) and (B,)
 EAGER = "eager"
@@ -22,22 +23,6 @@ EAGER = "eager"
 
 class MissingError(Exception):
     """Why a variant cannot be measured, in a line."""
-
-
-class Scoring(nn.Module):
-    """A method as a network of tensors alone: what a detector computes for one category."""
-
-    def __init__(self, checkpoint: Path, device: str) -> None:
-        super().__init__()
-        detector = load(checkpoint, device)
-        self.method = detector.method
-        self.category = (detector.categories or [""])[0]
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) to the map (B, 1, H, W) and the score (B,)."""
-        batch: Any = {"image": image, "category": [self.category] * len(image)}
-        anomaly_map, score = self.method.predict_batch(batch)
-        return anomaly_map.float(), score.float()
 
 
 class Engines:
@@ -73,8 +58,9 @@ class Engines:
         return run, before + time.perf_counter() - start
 
     def scoring(self) -> Scoring:
-        """The method, read anew."""
-        return Scoring(self.checkpoint, self.device).eval()
+        """The method, read anew, for its first category."""
+        detector = load(self.checkpoint, self.device)
+        return Scoring(detector.method, (detector.categories or [""])[0]).eval()
 
     def eager(self, image: Tensor) -> tuple[Run, float]:
         """As it is."""
@@ -121,14 +107,14 @@ class Engines:
     def openvino(self, image: Tensor) -> tuple[Run, float]:
         """OpenVINO on the CPU, in float32: its own choice may be bfloat16."""
         file, seconds = self._export(image, "openvino")
-        import openvino
-
+        openvino = silent_openvino()
         settings = {
             "INFERENCE_NUM_THREADS": self.threads,
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",  # one request at a time, as here
         }
-        model = openvino.Core().compile_model(openvino.convert_model(file), "CPU", settings)
+        core = openvino.Core()
+        model = core.compile_model(core.read_model(file), "CPU", settings)
 
         def run(given: Tensor) -> tuple[Tensor, Tensor]:
             found = model(given.numpy())
@@ -152,16 +138,12 @@ class Engines:
         return found
 
     def _written(self, image: Tensor) -> tuple[Path, float] | str:
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         start = time.perf_counter()
         file = self.folder / f"{self.checkpoint.stem}_{len(image)}.onnx"
         try:
-            with torch.no_grad():
-                program = torch.onnx.export(self.scoring(), (image,), dynamo=True, verbose=False)
-                assert program is not None
-                program.save(file)
-        except Exception as error:
-            return f"export: {reason(error)}"
+            export(self.scoring(), image, file)
+        except UserError as error:
+            return reason(error)
         return file, time.perf_counter() - start
 
 

@@ -214,9 +214,16 @@ def run_here() -> Callable[..., Outcome]:
 
 
 class _logging_kept:  # noqa: N801
-    """Takes back what Hydra does to the root logger, whose handlers hold on to pytest's streams."""
+    """Takes back what Hydra does to the root logger, whose handlers hold on to pytest's streams.
+
+    And what it makes others do: told to shut down, the handler of absl, which exporters import,
+    closes the stream that was stderr at its import, if that is not stderr now.
+    """
 
     def __enter__(self) -> None:
+        if "absl.logging" in sys.modules:
+            handler = sys.modules["absl.logging"].get_absl_handler()
+            handler.python_handler.stream = sys.__stderr__
         self.before = logging.root.handlers[:], logging.root.level
 
     def __exit__(self, *error: object) -> None:

@@ -16,7 +16,7 @@ LAYERS = [
     {"types", "config", "cluster", "sweep", "files", "tables"},
     {"nn", "losses", "masks", "schedules", "synthesis"},
     {"data", "metrics", "methods", "pictures", "page"},
-    {"callbacks", "loggers", "plan"},
+    {"callbacks", "loggers", "plan", "engine"},
     {"checkpoint"},
     {"runs"},
     {"train", "test", "predict", "check", "status", "report"},

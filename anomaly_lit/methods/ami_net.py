@@ -227,7 +227,8 @@ class ClusterBranch(nn.Module):
 def token_distance(tokens: Tensor, centres: Tensor) -> Tensor:
     """Euclidean distance times one minus the cosine: (B, N, D), (B, K, D) to (B, N, K)."""
     with torch.autocast(tokens.device.type, enabled=False):  # differences need full precision
-        euclidean = torch.cdist(tokens, centres)
+        # by products for any number of tokens; the other way has no form in ONNX
+        euclidean = torch.cdist(tokens, centres, compute_mode="use_mm_for_euclid_dist")
         cosine = F.normalize(tokens, dim=-1) @ F.normalize(centres, dim=-1).mT
     return euclidean * (1 - cosine)
 

@@ -37,6 +37,25 @@ def resize(anomaly_map: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(anomaly_map, (size[0], size[1]), mode="bilinear", align_corners=True)
 
 
+def shrink(feature: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear resizing of a (B, C, h, w) map that takes the mean over what it leaves out.
+
+    That of ``F.interpolate(..., antialias=True)``, as two products with matrices: OpenVINO 2026.4
+    reads the flag and ignores it. In the map's precision, under autocast too.
+    """
+    rows, columns = (
+        F.interpolate(
+            torch.eye(n, device=feature.device, dtype=feature.dtype).view(1, 1, n, n),
+            (wanted, n),
+            mode="bilinear",
+            antialias=True,
+        ).view(wanted, n)
+        for n, wanted in zip(feature.shape[-2:], size, strict=True)
+    )
+    with torch.autocast(feature.device.type, enabled=False):
+        return rows @ feature @ columns.T
+
+
 def smooth(anomaly_map: Tensor, sigma: float) -> Tensor:
     """Gaussian filter that equals ``scipy.ndimage.gaussian_filter`` (cut at 4 sigma, reflected).
 

@@ -576,6 +576,25 @@ def test_predictions_come_with_overlays_at_the_original_size(
     assert all(np.isfinite(map_).all() and map_.any() for map_ in maps)
 
 
+def test_openvino_gives_the_same_verdicts(
+    run_here: Run, weights: Path, pictures: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    command = [f"ckpt_path={weights}", f"input={pictures}", "category=bolt", "device=cpu"]
+    rows = []
+    for name in ("torch", "openvino"):
+        folder = tmp_path / name
+        outcome = run_here("predict", *command, f"output_dir={folder}", f"engine={name}")
+        assert outcome.code == 0, outcome.err
+        rows.append(read_rows(folder / "predictions.csv"))
+    for one, other in zip(*rows, strict=True):
+        assert one["verdict"] == other["verdict"]
+        assert float(one["score"]) == pytest.approx(float(other["score"]), rel=1e-3)
+    outcome = run_here("predict", *command, f"output_dir={tmp_path / 'x'}", "engine=tensorrt")
+    assert outcome.code == 2
+    assert "choose torch or openvino" in outcome.err
+
+
 def test_predicting_overwrites_nothing(
     run_here: Run, weights: Path, pictures: Path, tmp_path: Path
 ) -> None:

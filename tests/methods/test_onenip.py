@@ -175,8 +175,8 @@ def test_a_fixed_prompt_is_that_of_the_category_and_the_nearest_needs_none(
     stored.fill(maps, ["bolt", "cloth", "bolt", "cloth"], 2)
     assert stored.categories == ["bolt", "cloth"]
     assert torch.equal(stored.features, maps[[0, 2, 1, 3]])
-    assert stored.rows(["cloth", "bolt"], 1).tolist() == [3, 1]
-    assert stored.rows(["cloth", "bolt"], [0, 1]).tolist() == [2, 1]
+    assert stored.rows(["cloth", "bolt"], 1) == [3, 1]
+    assert stored.rows(["cloth", "bolt"], [0, 1]) == [2, 1]
     assert stored.nearest(stored.features).tolist() == [0, 1, 2, 3]
     with pytest.raises(UserError, match=r"no prompt for gear.*bolt, cloth.*prompt=nearest"):
         stored.rows(["gear"], 0)

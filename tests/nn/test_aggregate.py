@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from anomaly_lit.nn.aggregate import aggregate, resize, smooth
+from anomaly_lit.nn.aggregate import aggregate, resize, shrink, smooth
 
 
 def resized_by_hand(map_: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -33,6 +33,17 @@ def averaged_by_hand(map_: np.ndarray) -> np.ndarray:
     return np.array(
         [[padded[i : i + 3, j : j + 3].sum() / 9 for j in range(columns)] for i in range(rows)]
     )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("size", [(8, 6), (5, 9), (16, 12), (20, 30)])
+def test_shrinking_is_torchs_antialiased_resizing(size: tuple[int, int], autocast: bool) -> None:
+    torch.manual_seed(0)
+    feature = torch.randn(2, 3, 16, 12)
+    expected = torch.nn.functional.interpolate(feature, size, mode="bilinear", antialias=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = shrink(feature, size)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("average", [False, True])

@@ -32,13 +32,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from anomaly_lit.losses import loss_terms, ssim_map
 from anomaly_lit.masks import Mask
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.methods.mfrnet.network import RestorationNetwork, init_truncated
-from anomaly_lit.nn.aggregate import resize, smooth
+from anomaly_lit.nn.aggregate import resize, shrink, smooth
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.types import Batch, Prediction, UserError
 
@@ -132,9 +131,7 @@ class MFRNet(Method):
 
     def scaled(self, features: Sequence[Tensor]) -> Tensor:
         """Stages resized to one map, about [0, 1] in every channel: (B, C, *grid)."""
-        maps = [
-            F.interpolate(f.float(), self.grid, mode="bilinear", antialias=True) for f in features
-        ]
+        maps = [shrink(feature.float(), self.grid) for feature in features]
         return (torch.cat(maps, dim=1) - self.low) / (self.high - self.low)
 
     def restore(self, features: Tensor, hidden: Tensor) -> Tensor:

@@ -209,7 +209,12 @@ class OneNIP(Method):
     def forward(self, image: Tensor) -> Prediction:
         """Scores images with the nearest prompts; see the base class."""
         features = aggregate(self.backbone(image), self.grid).float()
-        return self._score(features, self.stored.nearest(features), image.shape[-2:])
+        rows = self.stored.nearest(features)
+        if len(rows) == 1:  # shapes that depend on no value
+            return self._score(features, self.encode(self.stored.features[rows]), image.shape[-2:])
+        used, place = rows.unique(return_inverse=True)
+        prompts = self.encode(self.stored.features[used])[place]
+        return self._score(features, prompts, image.shape[-2:])
 
     def predict_batch(self, batch: Batch) -> Prediction:
         """Scores a batch with the prompts that ``prompt`` names."""
@@ -221,13 +226,14 @@ class OneNIP(Method):
         index: list[int] | int = self.prompt_index
         if self.prompt == "random":
             index = torch.randint(self.prompt_count, (len(categories),)).tolist()
-        return self._score(features, self.stored.rows(categories, index), image.shape[-2:])
+        rows = self.stored.rows(categories, index)
+        used = sorted(set(rows))  # a prompt that serves several is encoded once
+        prompts = self.encode(self.stored.slices(used))
+        if len(used) > 1:
+            prompts = prompts[[used.index(row) for row in rows]]
+        return self._score(features, prompts.expand(len(rows), -1, -1), image.shape[-2:])
 
-    def _score(self, features: Tensor, rows: Tensor, size: Sequence[int]) -> Prediction:
-        used, place = rows.unique(
-            return_inverse=True
-        )  # a prompt that serves several is encoded once
-        prompts = self.encode(self.stored.features[used])[place]
+    def _score(self, features: Tensor, prompts: Tensor, size: Sequence[int]) -> Prediction:
         distance, refined = self.errors(features, prompts, size)
         anomaly_map = 0.5 * distance + 0.5 * self.fusion_constant * refined
         return Prediction(anomaly_map, pooled_maximum(anomaly_map, self.pool))

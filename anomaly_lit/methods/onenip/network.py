@@ -45,8 +45,8 @@ class StoredPrompts(nn.Module):
             rows += [own[number % len(own)] for number in range(count)]
         self.features = features[rows]
 
-    def rows(self, categories: Sequence[str], index: int | Sequence[int]) -> Tensor:
-        """(B,) rows of prompt number ``index`` of each named category.
+    def rows(self, categories: Sequence[str], index: int | Sequence[int]) -> list[int]:
+        """Rows of prompt number ``index`` of each named category.
 
         Raises:
             UserError: A category has no prompt.
@@ -59,8 +59,15 @@ class StoredPrompts(nn.Module):
             )
         numbers = [index] * len(categories) if isinstance(index, int) else index
         places = [self.categories.index(name) * self.count for name in categories]
-        rows = [place + number for place, number in zip(places, numbers, strict=True)]
-        return torch.tensor(rows, device=self.features.device)
+        return [place + number for place, number in zip(places, numbers, strict=True)]
+
+    def slices(self, rows: Sequence[int]) -> Tensor:
+        """(n, C, h, w), the features of some rows.
+
+        Cut out and not indexed: a linear layer upon constant rows of a constant comes out wrong
+        from OpenVINO 2026.4.
+        """
+        return torch.cat([self.features[row : row + 1] for row in rows])
 
     def nearest(self, features: Tensor) -> Tensor:
         """(B,) rows of the prompts whose mean feature points most in the direction of the image's.

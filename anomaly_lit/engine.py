@@ -1,0 +1,155 @@
+"""OpenVINO in the place of torch, for scoring on a CPU."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import tempfile
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anomaly_lit.methods.base import Method
+from anomaly_lit.types import Batch, Prediction, UserError
+
+NEEDED = ("openvino", "onnx", "onnxscript")
+FURTHEST = 1e-3  # of a map's range; a threshold is no more exact than that
+
+
+class OpenVINO:
+    """A trained method's scoring, compiled for the CPU in float32.
+
+    Compiling takes some 5 to 10 seconds and is for images of one size and category. Images are then
+    scored one at a time, which is as fast as a batch (``benchmarks/README.md``, inference).
+
+    Args:
+        method: On the CPU, in evaluation mode.
+        category: Of the images.
+        image: (B, 3, H, W) float32 in [0, 1]. What comes out for the first and for seven variants
+            of it is compared with torch.
+
+    Raises:
+        UserError: A package is missing, the method cannot be exported, or OpenVINO's maps differ
+            from torch's by more than 0.1 % of their range.
+    """
+
+    def __init__(self, method: Method, category: str, image: Tensor) -> None:
+        openvino = silent_openvino()
+        scoring = Scoring(method, category)
+        settings = {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": "f32",  # its own choice may be bfloat16
+            "PERFORMANCE_HINT": "LATENCY",  # one request at a time
+        }
+        core = openvino.Core()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "scoring.onnx"
+            export(scoring, image[:1], file)
+            self._model = core.compile_model(core.read_model(file), "CPU", settings)
+        shown = probes(image[:1])
+        with torch.no_grad():
+            self._compare(scoring(shown), self(shown))
+
+    def __call__(self, image: Tensor) -> Prediction:
+        """(B, 3, H, W) float32 in [0, 1] to maps and scores, as ``Method.score_batch``."""
+        found: list[Any] = [self._model(one[None]) for one in image.numpy()]
+        maps, scores = (
+            torch.from_numpy(np.concatenate([each[i] for each in found])) for i in (0, 1)
+        )
+        return Prediction(maps, scores)
+
+    def _compare(self, expected: tuple[Tensor, Tensor], found: Prediction) -> None:
+        span = expected[0].amax(dim=(1, 2, 3)) - expected[0].amin(dim=(1, 2, 3))
+        away = (found.anomaly_map - expected[0]).abs().amax(dim=(1, 2, 3))
+        worst = float((away / span.clamp(min=1e-12)).max())
+        if not worst <= FURTHEST:  # NaN counts
+            raise UserError(
+                f"engine=openvino gives maps that differ from torch's by {worst:.2%} of their "
+                f"range, where {FURTHEST:.2%} is allowed: thresholds taken in training would not "
+                "hold. This method scores with engine=torch only"
+            )
+
+
+def probes(image: Tensor) -> Tensor:
+    """Of (1, 3, H, W) all four flips, as they are and at two thirds of the brightness: (8, ...)."""
+    flips = [image, image.flip(2), image.flip(3), image.flip(2, 3)]
+    return torch.cat([*flips, *(flip / 1.5 for flip in flips)])
+
+
+class Scoring(nn.Module):
+    """A method as a network of tensors alone, for images of one category."""
+
+    def __init__(self, method: Method, category: str) -> None:
+        super().__init__()
+        self.method = method
+        self.category = category
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) to the maps (B, 1, H, W) and the scores (B,), float32."""
+        batch: Batch = {"image": image, "category": [self.category] * len(image)}  # type: ignore[typeddict-item]
+        anomaly_map, score = self.method.predict_batch(batch)
+        return anomaly_map.float(), score.float()
+
+
+def export(scoring: Scoring, image: Tensor, file: Path) -> None:
+    """Writes an ONNX file for images of one shape.
+
+    Raises:
+        UserError: The method does what ONNX cannot say.
+    """
+    heard = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # hundreds of lines on what exporters fold
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(scoring, (image.clone(),), dynamo=True, verbose=False)
+            assert program is not None
+            program.save(file)
+    except Exception as error:  # exporters raise all kinds
+        while error.__cause__ is not None:
+            error = error.__cause__  # type: ignore[assignment]
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        name = type(scoring.method).__name__
+        raise UserError(
+            f"{name} cannot be exported for engine=openvino: {reason}. Use engine=torch"
+        ) from error
+    finally:
+        logging.disable(heard)
+
+
+def silent_openvino() -> ModuleType:
+    """OpenVINO, whose import reports itself to a server where ``openvino_telemetry`` is found.
+
+    Raises:
+        UserError: A package is missing.
+    """
+    check_installed()
+    unseen = "openvino_telemetry"
+    hidden = unseen not in sys.modules
+    if hidden:
+        sys.modules[unseen] = None  # type: ignore[assignment]  # its import fails
+    try:
+        return importlib.import_module("openvino")
+    finally:
+        if hidden:
+            del sys.modules[unseen]
+
+
+def check_installed() -> None:
+    """Looks for what the engine needs.
+
+    Raises:
+        UserError: A package is missing.
+    """
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"engine=openvino needs {', '.join(missing)}: pip install 'anomaly-lit[openvino]'"
+        )
