@@ -36,8 +36,8 @@ class OpenVINO:
             of it is compared with torch.
 
     Raises:
-        UserError: A package is missing, the method cannot be exported, or OpenVINO's maps differ
-            from torch's by more than 0.1 % of their range.
+        UserError: A package is missing, the method cannot be exported, or OpenVINO's maps and
+            scores differ from torch's by more than 0.1 % of their range, or are not numbers.
     """
 
     def __init__(self, method: Method, category: str, image: Tensor) -> None:
@@ -68,12 +68,14 @@ class OpenVINO:
     def _compare(self, expected: tuple[Tensor, Tensor], found: Prediction) -> None:
         span = expected[0].amax(dim=(1, 2, 3)) - expected[0].amin(dim=(1, 2, 3))
         away = (found.anomaly_map - expected[0]).abs().amax(dim=(1, 2, 3))
-        worst = float((away / span.clamp(min=1e-12)).max())
+        span = span.clamp(min=1e-12)  # of a flat map
+        scores = (found.score - expected[1]).abs() / torch.maximum(span, expected[1].abs())
+        worst = float(torch.maximum(away / span, scores).max())
         if not worst <= FURTHEST:  # NaN counts
             raise UserError(
-                f"engine=openvino gives maps that differ from torch's by {worst:.2%} of their "
-                f"range, where {FURTHEST:.2%} is allowed: thresholds taken in training would not "
-                "hold. This method scores with engine=torch only"
+                f"engine=openvino gives maps or scores that differ from torch's by {worst:.2%} of "
+                f"their range, where {FURTHEST:.2%} is allowed: thresholds taken in training would "
+                "not hold. This method scores with engine=torch only"
             )
 
 

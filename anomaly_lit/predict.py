@@ -43,6 +43,8 @@ def predict(cfg: DictConfig) -> int:
     from anomaly_lit.checkpoint import load
 
     detector = load(config["ckpt_path"], config["device"], config["trust"], config["engine"])
+    if config["engine"] == "openvino":
+        print("Compiling for OpenVINO and comparing with torch, 5 to 10 s ...", flush=True)
     rows: list[dict[str, Any]] = []
     size = config["batch_size"]
     parts = [paths[start : start + size] for start in range(0, len(paths), size)]
