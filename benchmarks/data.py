@@ -198,8 +198,9 @@ def draw(result: dict[str, Any], file: Path, title: str) -> None:
     middle = [row[unit][0] for row in rows]
     errors = [[row[unit][0] - row[unit][1], row[unit][2] - row[unit][0]] for row in rows]
     axes.barh([row["what"] for row in rows], middle, xerr=np.transpose(errors), color="#4477aa")
-    if max(middle) > 10 * min(middle):
+    if max(middle) > 50 * min(middle):
         axes.set_xscale("log")
+    axes.margins(y=0.01)
     axes.set_xlabel(unit)
     axes.set_title(f"{title}\n{result['hardware']}, commit {result['commit']}", fontsize=9)
     figure.savefig(file, dpi=120)
