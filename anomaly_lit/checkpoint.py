@@ -18,7 +18,7 @@ from anomaly_lit.config import check_targets, instantiate
 from anomaly_lit.data.images import Resize, read_image
 from anomaly_lit.engine import OpenVINO, check_installed
 from anomaly_lit.methods.base import Method
-from anomaly_lit.types import Batch, UserError
+from anomaly_lit.types import Batch, Prediction, UserError
 
 Picture = str | Path | np.ndarray | Image.Image
 
@@ -121,14 +121,7 @@ class Detector:
             "defect_type": [""] * count,
             "path": [""] * count,
         }
-        if self.engine == "openvino":
-            if batch["category"][0] not in self._compiled:
-                compiled = OpenVINO(self.method, batch["category"][0], batch["image"])
-                self._compiled[batch["category"][0]] = compiled
-            prediction = self._compiled[batch["category"][0]](batch["image"])
-        else:
-            with torch.inference_mode():
-                prediction = self.method.score_batch(batch)
+        prediction = self._score(batch)
         threshold = limits_of(self.calibration, category).get("threshold", math.nan)
         maps = prediction.anomaly_map[:, 0].float().cpu().numpy()
         return [
@@ -143,6 +136,16 @@ class Detector:
                 prediction.score.tolist(), maps, pictures, strict=True
             )
         ]
+
+    def _score(self, batch: Batch) -> Prediction:
+        """Scores images of one category."""
+        if self.engine == "torch":
+            with torch.inference_mode():
+                return self.method.score_batch(batch)
+        image, category = batch["image"], batch["category"][0]
+        if category not in self._compiled:
+            self._compiled[category] = OpenVINO(self.method, category, image)
+        return self._compiled[category](image)
 
 
 def load(

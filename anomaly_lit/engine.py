@@ -36,23 +36,16 @@ class OpenVINO:
             of it is compared with torch.
 
     Raises:
-        UserError: A package is missing, the method cannot be exported, or OpenVINO's maps and
-            scores differ from torch's by more than 0.1 % of their range, or are not numbers.
+        UserError: The method cannot be exported, or OpenVINO's maps and scores differ from torch's
+            by more than 0.1 % of their range, or are not numbers.
     """
 
     def __init__(self, method: Method, category: str, image: Tensor) -> None:
-        openvino = silent_openvino()
         scoring = Scoring(method, category)
-        settings = {
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "INFERENCE_PRECISION_HINT": "f32",  # its own choice may be bfloat16
-            "PERFORMANCE_HINT": "LATENCY",  # one request at a time
-        }
-        core = openvino.Core()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "scoring.onnx"
             export(scoring, image[:1], file)
-            self._model = core.compile_model(core.read_model(file), "CPU", settings)
+            self._model = compiled(file, torch.get_num_threads())
         shown = probes(image[:1])
         with torch.no_grad():
             self._compare(scoring(shown), self(shown))
@@ -126,13 +119,19 @@ def export(scoring: Scoring, image: Tensor, file: Path) -> None:
         logging.disable(heard)
 
 
-def silent_openvino() -> ModuleType:
-    """OpenVINO, whose import reports itself to a server where ``openvino_telemetry`` is found.
+def compiled(file: Path, threads: int) -> Any:
+    """OpenVINO's model of an ONNX file: called with an array, it gives the arrays that come out."""
+    core = silent_openvino().Core()
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",  # its own choice may be bfloat16
+        "PERFORMANCE_HINT": "LATENCY",  # one request at a time
+    }
+    return core.compile_model(core.read_model(file), "CPU", settings)
 
-    Raises:
-        UserError: A package is missing.
-    """
-    check_installed()
+
+def silent_openvino() -> ModuleType:
+    """OpenVINO, whose import reports itself to a server where ``openvino_telemetry`` is found."""
     unseen = "openvino_telemetry"
     hidden = unseen not in sys.modules
     if hidden:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anomaly_lit import load
 from anomaly_lit.callbacks.step import lay_out
-from anomaly_lit.engine import Scoring, export, silent_openvino
+from anomaly_lit.engine import Scoring, compiled, export
 from anomaly_lit.types import UserError
 
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]  # (B, 3, H, W) to (B, 1, H, W) and (B,)
@@ -104,16 +104,9 @@ class Engines:
         return run, seconds
 
     def openvino(self, image: Tensor) -> tuple[Run, float]:
-        """OpenVINO on the CPU, in float32: its own choice may be bfloat16."""
+        """OpenVINO on the CPU, in float32."""
         file, seconds = self._export(image, "openvino")
-        openvino = silent_openvino()
-        settings = {
-            "INFERENCE_NUM_THREADS": self.threads,
-            "INFERENCE_PRECISION_HINT": "f32",
-            "PERFORMANCE_HINT": "LATENCY",  # one request at a time, as here
-        }
-        core = openvino.Core()
-        model = core.compile_model(core.read_model(file), "CPU", settings)
+        model = compiled(file, self.threads)
 
         def run(given: Tensor) -> tuple[Tensor, Tensor]:
             found = model(given.numpy())

@@ -11,7 +11,8 @@ without validation and logging:
 - no cache: pictures are decoded, and features computed, in each step;
 - image cache: `cache=host` without features;
 - image + feature cache: `cache=host` as it is; or both from disk, opened by a later run;
-- trainable part alone: one batch with its features, given again and again;
+- trainable part alone: one batch with its features and its synthetic anomalies, which the others
+  draw in each step, given again and again;
 - anomalib: its FastFlow beside ours, the same network, on its own data module, where installed.
 
 A figure is the median time between two steps of a round; rounds measure everything in turns, and
@@ -56,15 +57,6 @@ VARIANTS = {
     "image + feature cache": ["cache=host"],
     "image + feature cache, disk": ["cache=disk"],
     ALONE: ["cache=host"],
-}
-QUIET: dict[str, Any] = {
-    "devices": 1,
-    "limit_val_batches": 0,
-    "num_sanity_val_steps": 0,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
 }
 WARM_UP = 3  # steps of a round that do not count
 
@@ -154,6 +146,21 @@ def compose(
     return config
 
 
+def quiet_options(device: str, precision: str) -> dict[str, Any]:
+    """Of a trainer that trains and nothing else; the peer's gets the same."""
+    return {
+        "accelerator": device,
+        "devices": 1,
+        "precision": precision,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+
+
 def train(
     config: dict[str, Any],
     steps: int,
@@ -168,7 +175,7 @@ def train(
     datamodule, method = build(config)
     clock = Clock()
     callbacks = [*more, FillFeatureCache(), *([Again()] if alone else []), StepSeeds(0), clock]
-    options = {"accelerator": device, "precision": precision, **QUIET}
+    options = quiet_options(device, precision)
     trainer = pl.Trainer(max_steps=steps, callbacks=callbacks, **options)
     trainer.fit(method, datamodule=datamodule)
     clock.began -= start
@@ -193,7 +200,7 @@ def measure(method: str, root: Path, arguments: argparse.Namespace) -> list[dict
                 before[variant].append(clock.began)
         if method in TRAINED and not more and not missing:
             start, clock = time.perf_counter(), Clock()
-            options = {"accelerator": arguments.device, "precision": arguments.precision, **QUIET}
+            options = quiet_options(arguments.device, arguments.precision)
             missing = train_peer(
                 TRAINED[method], root, arguments.batch, arguments.steps, clock, **options
             )

@@ -210,8 +210,6 @@ class OneNIP(Method):
         """Scores images with the nearest prompts; see the base class."""
         features = aggregate(self.backbone(image), self.grid).float()
         rows = self.stored.nearest(features)
-        if len(rows) == 1:  # shapes that depend on no value
-            return self._score(features, self.encode(self.stored.features[rows]), image.shape[-2:])
         used, place = rows.unique(return_inverse=True)
         prompts = self.encode(self.stored.features[used])[place]
         return self._score(features, prompts, image.shape[-2:])
