@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
 import sys
 from pathlib import Path
@@ -12,24 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from anomaly_lit import config as configuration
 from anomaly_lit.cluster import is_first_process
 from anomaly_lit.types import UserError
+from anomaly_lit.used_code import code_digest
 
 if TYPE_CHECKING:
     from anomaly_lit.data.datamodule import AnomalyDataModule
 
-# parts of the package that a run's numbers depend on, beside its method
-CODE = (
-    "callbacks/evaluation.py",
-    "callbacks/run.py",
-    "data",
-    "losses.py",
-    "masks.py",
-    "methods/base.py",
-    "metrics",
-    "nn",
-    "schedules.py",
-    "synthesis",
-    "train.py",
-)
 LOGS = ("job.log", "job.json", "train.log")  # which the present command writes to
 
 
@@ -107,23 +92,8 @@ def images_changed(metrics: dict[str, Any], config: dict[str, Any]) -> bool:
 
 def code_changed(metrics: dict[str, Any], config: dict[str, Any]) -> bool:
     """Whether the code that makes such a run's numbers is other than that of these results."""
-    digest = code_digest(configuration.import_target(config["method"]["_target_"]))
+    digest = code_digest(config)
     return metrics.get("code_digest", digest) != digest
-
-
-def code_digest(method: type) -> str:
-    """SHA-256 over the code that a run's numbers depend on: the method's own, and what all share.
-
-    Pictures, reports, loggers and other methods are left out, and so is the configuration.
-    """
-    package = Path(__file__).parent
-    own = Path(inspect.getsourcefile(method) or "")
-    files = [own] if own.name != "__init__.py" else list(own.parent.rglob("*.py"))
-    for part in CODE:
-        path = package / part
-        files += path.rglob("*.py") if path.is_dir() else [path]
-    marks = sorted(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files)
-    return hashlib.sha256("\n".join(marks).encode()).hexdigest()
 
 
 def put_aside(folder: Path) -> None:

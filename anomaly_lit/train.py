@@ -18,7 +18,6 @@ from anomaly_lit import config as configuration
 from anomaly_lit.cluster import check_launcher, check_tasks, is_first_process, join_tasks
 from anomaly_lit.runs import (
     check_same_data,
-    code_digest,
     is_current,
     put_aside,
     read_metrics,
@@ -26,6 +25,7 @@ from anomaly_lit.runs import (
 )
 from anomaly_lit.sweep import ORACLE, PRUNED, check_objective, objective
 from anomaly_lit.types import Stopped, UserError
+from anomaly_lit.used_code import code_digest
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -393,7 +393,7 @@ def fit_and_test(
         "images/holdout": len(datamodule.holdout_samples),
         "images/test": len(datamodule.test_samples),
         "data_digest": datamodule.digest,
-        "code_digest": code_digest(type(method)),
+        "code_digest": code_digest(config),
         "threshold_fpr": evaluation.fpr,
         **environment(),
     }

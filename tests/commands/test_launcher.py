@@ -16,9 +16,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from anomaly_lit import runs
 from anomaly_lit.files import runs_below
-from anomaly_lit.methods import DSR, FastFlow
 from anomaly_lit.status import duration, read_sweep, report
 from anomaly_lit.types import UserError
 from hydra_plugins.anomaly_lit_launcher import (
@@ -246,22 +244,6 @@ def test_finished_jobs_of_other_images_or_code_are_run_again(
     assert (job / ".earlier" / "1" / "checkpoints" / "last.ckpt").is_file()
     assert runs_below(tmp_path / "s") == [job]
     assert list(state_of(tmp_path / "s").values()) == ["done"]
-
-
-def test_code_is_that_of_the_method_and_of_what_all_share(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = Path(runs.__file__).parent
-    shutil.copytree(package, tmp_path / "p", ignore=shutil.ignore_patterns("weights"))
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "p" / "runs.py"))
-    before = runs.code_digest(FastFlow)
-    with (tmp_path / "p" / "pictures.py").open("a") as file:
-        file.write("# of no number")
-    assert runs.code_digest(FastFlow) == before
-    assert runs.code_digest(DSR) != before
-    with (tmp_path / "p" / "losses.py").open("a") as file:
-        file.write("# of many")
-    assert runs.code_digest(FastFlow) != before
 
 
 def save_resnet(file: Path) -> None:

@@ -1,0 +1,191 @@
+"""The code that a run's numbers depend on, and a digest of what it does.
+
+Comments, docstrings and layout say nothing about numbers, and neither does code that a run never
+used: neither may train a finished run again. The digest is taken over the syntax trees of what the
+run's own `_target_`s import, directly or not.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anomaly_lit
+from anomaly_lit.config import import_target, nodes
+
+PACKAGE = "anomaly_lit"
+# what every run's numbers depend on although no configuration names it, without what these import
+ALWAYS = ("anomaly_lit.callbacks.run", "anomaly_lit.train")
+EVALUATION = "anomaly_lit.callbacks.evaluation"  # of the callbacks, the one that makes numbers
+# parts of the configuration whose code decides no number: where data is kept
+APART = ("cache", "feature_cache")
+
+
+def code_digest(config: Mapping[str, Any]) -> str:
+    """Return a SHA-256 over the code that a run's numbers depend on.
+
+    Args:
+        config: The run's composed configuration as plain data.
+
+    Raises:
+        UserError: A `_target_` cannot be imported.
+    """
+    marks = {f"{name} {tree_digest(file)}" for name, file in files_of(config)}
+    return hashlib.sha256("\n".join(sorted(marks)).encode()).hexdigest()
+
+
+def files_of(config: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+    """Yield the modules that a run's numbers depend on, with their files."""
+    for root in {*targets_of(config)}:
+        for name in imported_by(root):
+            file = _file_of(name, root)
+            assert file is not None
+            yield name, file
+    for name in ALWAYS:
+        file = _file_of(name, name)
+        assert file is not None
+        yield name, file
+
+
+def targets_of(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the modules that define what method, data set and evaluation are built of.
+
+    Those of installed libraries are left out: their versions are noted beside the results.
+    """
+    own = _module_of(config["method"])
+    dataset = {key: value for key, value in config["dataset"].items() if key not in APART}
+    parts = [node for section in (config["method"], dataset) for _, node in nodes(section)]
+    parts += (config.get("callbacks") or {}).values()
+    for module in map(_module_of, parts):
+        top = module.partition(".")[0]
+        if "callbacks" in module and module != EVALUATION:
+            continue
+        if top in (PACKAGE, own.partition(".")[0]) or not _is_installed(top):
+            yield module
+
+
+def _module_of(node: Mapping[str, Any]) -> str:
+    return str(import_target(node["_target_"]).__module__)
+
+
+def _is_installed(top: str) -> bool:
+    """Whether a module on the top level is a library's, or Python's own."""
+    if top in sys.stdlib_module_names:
+        return True
+    file = Path(sys.modules[top].__file__ or "") if top in sys.modules else Path()
+    return any(part.endswith("-packages") for part in file.parts)
+
+
+def imported_by(root: str) -> set[str]:
+    """Return a module and all that it imports, of this package or beside a method of one's own.
+
+    Imports within functions count; those for type checkers only do not.
+    """
+    found: set[str] = set()
+    waiting = [root]
+    while waiting:
+        name = waiting.pop()
+        if name not in found and _file_of(name, root) is not None:
+            found.add(name)
+            waiting += _imports(name, root)
+    return found
+
+
+def _file_of(name: str, root: str) -> Path | None:
+    """Return the source file of a module that lies in this package, or with the module `root`.
+
+    With `root` lie the modules of its package, and those beside it where it is a lone file. Nothing
+    is imported.
+    """
+    top, package = root.partition(".")[0], Path(anomaly_lit.__file__).parent
+    home = (
+        Path(sys.modules[top].__file__ or "") if top in sys.modules else Path(anomaly_lit.__file__)
+    )
+    alone = home.name != "__init__.py"
+    folder = home.parent if alone else home.parent.parent
+    if name.partition(".")[0] == PACKAGE:
+        folder = package.parent
+    elif name.partition(".")[0] != top and (not alone or folder.name.endswith("-packages")):
+        return None
+    place = folder.joinpath(*name.split("."))
+    files = (place.with_name(f"{place.name}.py"), place / "__init__.py")
+    return next((file for file in files if file.is_file()), None)
+
+
+def _imports(name: str, root: str) -> Iterator[str]:
+    """Yield the modules that a module names; of lazy packages, those that define what is asked."""
+    file = _file_of(name, root)
+    assert file is not None
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    for level, module, names in _read(file, file.stat().st_mtime_ns).imports:
+        base = package.rsplit(".", level - 1)[0] if level > 1 else package * level
+        source = ".".join(part for part in (base, module) if part)
+        yield source
+        yield from (_home_of(source, asked, root) for asked in names)
+
+
+def _run_time(node: ast.AST) -> Iterator[ast.AST]:
+    """Walk a tree without the branches that only a type checker reads."""
+    yield node
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        children: Iterable[ast.AST] = node.orelse
+    else:
+        children = ast.iter_child_nodes(node)
+    for child in children:
+        yield from _run_time(child)
+
+
+def _home_of(source: str, name: str, root: str) -> str:
+    """Return the module behind `from source import name`."""
+    file = _file_of(source, root)
+    if file is None or _file_of(f"{source}.{name}", root) is not None:
+        return f"{source}.{name}"
+    if file.name == "__init__.py" and source.partition(".")[0] == PACKAGE:  # a lazy package
+        return str(getattr(import_target(f"{source}.{name}"), "__module__", source))
+    return source
+
+
+class _Read(NamedTuple):
+    """What a source file says."""
+
+    digest: str  # of its syntax tree, without comments, docstrings and line numbers
+    imports: tuple[tuple[int, str, tuple[str, ...]], ...]  # level, module, names
+
+
+def tree_digest(file: Path) -> str:
+    """Return a SHA-256 of a file's syntax tree, without comments, docstrings and line numbers."""
+    return _read(file, file.stat().st_mtime_ns).digest
+
+
+@cache
+def _read(file: Path, changed: int) -> _Read:
+    """Read a file once for each time that it was `changed`."""
+    tree = ast.parse(file.read_bytes())
+    imports: list[tuple[int, str, tuple[str, ...]]] = []
+    for node in _run_time(tree):
+        if isinstance(node, ast.Import):
+            imports += [(0, alias.name, ()) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = tuple(alias.name for alias in node.names)
+            imports.append((node.level, node.module or "", names))
+    return _Read(hashlib.sha256(repr(_shape(tree)).encode()).hexdigest(), tuple(imports))
+
+
+def _shape(value: Any) -> Any:
+    """Return a tree as nested tuples that are the same in every version of Python."""
+    if isinstance(value, list):
+        return tuple(_shape(item) for item in value)
+    if not isinstance(value, ast.AST):
+        return repr(value)
+    fields = dict(ast.iter_fields(value))
+    with_docstring = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    if isinstance(value, with_docstring) and ast.get_docstring(value, clean=False) is not None:
+        fields["body"] = fields["body"][1:]
+    kept = {key: field for key, field in fields.items() if field is not None and field != []}
+    kept.pop("kind", None)  # of a literal: its prefix u
+    return type(value).__name__, tuple((key, _shape(field)) for key, field in sorted(kept.items()))
