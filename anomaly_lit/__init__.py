@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anomaly_lit.checkpoint import Detector, load
+    from anomaly_lit.inference.detector import Detector, load
 
 __version__ = "0.1.0"
 __all__ = ["Detector", "__version__", "load"]
@@ -20,6 +20,6 @@ __all__ = ["Detector", "__version__", "load"]
 def __getattr__(name: str) -> Any:
     if name not in ("Detector", "load"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from anomaly_lit import checkpoint
+    from anomaly_lit.inference import detector
 
-    return getattr(checkpoint, name)
+    return getattr(detector, name)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from anomaly_lit.callbacks import Evaluation
 from anomaly_lit.callbacks.run import StepSeeds
-from anomaly_lit.config import config_dir, instantiate, plain
+from anomaly_lit.config.build import instantiate
+from anomaly_lit.config.hydra import config_dir, plain
 from anomaly_lit.data import DiskCache, HostCache, MVTecAD
 from anomaly_lit.methods.base import Method
 from anomaly_lit.types import Batch, Prediction

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anomaly_lit import load
 from anomaly_lit.callbacks.step import lay_out
-from anomaly_lit.engine import Scoring, compiled, export
+from anomaly_lit.inference.openvino import Scoring, compiled, export
 from anomaly_lit.types import UserError
 
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]  # (B, 3, H, W) to (B, 1, H, W) and (B,)

@@ -25,12 +25,12 @@ from pathlib import Path
 import yaml
 from omegaconf import OmegaConf
 
-from anomaly_lit import report
+from anomaly_lit.commands import report
 from anomaly_lit.files import environment
 from hydra_plugins.anomaly_lit_launcher import Job, ProcessLauncher
 
 TRIVIAL = "print('done')"
-IMPORTS = "import anomaly_lit.train, pytorch_lightning, timm, torch, anomaly_lit.data"
+IMPORTS = "import anomaly_lit.commands.train, pytorch_lightning, timm, torch, anomaly_lit.data"
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro")
 
 

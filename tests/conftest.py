@@ -128,7 +128,7 @@ os.environ.clear()
 os.environ.update(environment)
 os.chdir(cwd)
 sys.argv = ["anomaly-" + command, *arguments]
-runpy.run_module("anomaly_lit." + command, run_name="__main__", alter_sys=True)
+runpy.run_module("anomaly_lit.commands." + command, run_name="__main__", alter_sys=True)
 """
 
 
@@ -153,7 +153,7 @@ class Started:
 def start_command(
     environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Started]:
-    """Starts ``python -m anomaly_lit.<command> ARGUMENTS`` in a process of its own.
+    """Starts ``python -m anomaly_lit.commands.<command> ARGUMENTS`` in a process of its own.
 
     The process is forked from one that has imported the heavy packages once for all.
     """
@@ -192,7 +192,7 @@ def run_here() -> Callable[..., Outcome]:
     """Runs a command in this process, where another process is not the point."""
 
     def run(command: str, *arguments: str) -> Outcome:
-        main = importlib.import_module(f"anomaly_lit.{command}").main
+        main = importlib.import_module(f"anomaly_lit.commands.{command}").main
         out, err, code = io.StringIO(), io.StringIO(), 0
         with (
             pytest.MonkeyPatch.context() as patch,

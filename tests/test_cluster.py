@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from anomaly_lit.cluster import check_tasks, is_first_process, join_tasks
+from anomaly_lit.runs.ranks import check_tasks, is_first_process, join_tasks
 from anomaly_lit.types import UserError
 from hydra_plugins.anomaly_lit_launcher import check_alone, environment
 

@@ -14,18 +14,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import nn
 
-from anomaly_lit.config import (
-    check_targets,
-    config_dir,
-    differences,
-    fits,
-    job_folder,
-    moved,
-    nodes,
-    plain,
-    quoted,
-    validate,
-)
+from anomaly_lit.commands.entry import quoted
+from anomaly_lit.config.build import differences, moved, nodes
+from anomaly_lit.config.hydra import config_dir, job_folder, plain
+from anomaly_lit.config.trust import check_targets
+from anomaly_lit.config.validate import fits, validate
 from anomaly_lit.types import UserError
 
 FOLDER = Path(config_dir())
@@ -93,7 +86,7 @@ def test_two_interpolations_wire_the_parts() -> None:
 def test_every_key_of_a_method_is_a_parameter_and_every_parameter_a_key(method: str) -> None:
     """So that ``--cfg job`` shows all that can be set."""
     node = composed(f"method={method}")["method"]
-    from anomaly_lit.config import import_target
+    from anomaly_lit.config.build import import_target
 
     parameters = inspect.signature(import_target(node["_target_"])).parameters
     assert set(node) - {"_target_"} == set(parameters)

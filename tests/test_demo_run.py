@@ -13,7 +13,13 @@ import pytest
 def test_the_demo_finds_the_defects_and_shows_them(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     environment.pop("ANOMALY_LIT_WEIGHTS", None)
-    command = [sys.executable, "-m", "anomaly_lit.train", "output_dir=run", "dataset.root=data"]
+    command = [
+        sys.executable,
+        "-m",
+        "anomaly_lit.commands.train",
+        "output_dir=run",
+        "dataset.root=data",
+    ]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())

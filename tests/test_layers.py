@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,31 +11,46 @@ from pathlib import Path
 import pytest
 
 import anomaly_lit
+import hydra_plugins.anomaly_lit_launcher
 
 PACKAGE = Path(anomaly_lit.__file__).parent
-LAYERS = [
-    {"types", "config", "cluster", "sweep", "files", "tables"},
+PLUGINS = Path(hydra_plugins.anomaly_lit_launcher.__file__).parents[1]
+LAYERS = [  # the house from the ground up; a part imports from those below it
+    {"types", "files"},
+    {"config", "calibration"},
     {"nn", "losses", "masks", "schedules", "synthesis"},
-    {"data", "metrics", "methods", "pictures", "page"},
-    {"callbacks", "loggers", "plan", "engine"},
-    {"checkpoint"},
-    {"used_code"},
+    {"data", "metrics", "methods", "drawing"},
+    {"inference", "reporting"},
+    {"callbacks", "loggers"},
     {"runs"},
-    {"train", "test", "predict", "check", "status", "report"},
+    {"hydra_plugins"},
+    {"commands"},
 ]
-COMMANDS = LAYERS[-1]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-APART = {"data", "metrics", "methods"}  # of one layer, and strangers to each other
-FILES = sorted(PACKAGE.rglob("*.py"))
+COMMANDS = {file.stem for file in (PACKAGE / "commands").glob("[!_]*.py")} - {"entry"}
+MOST_LINES, MOST_ENTRIES = 350, 24
 
 
-def part_of(file: Path) -> str:
-    """``nn`` of nn/backbone.py, ``train`` of train.py."""
-    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def name_of(file: Path) -> str:
+    """``anomaly_lit.nn.backbone`` of nn/backbone.py; of a package's ``__init__.py``, its own."""
+    root = PLUGINS.parent if file.is_relative_to(PLUGINS) else PACKAGE.parent
+    parts = file.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {
+    name_of(file): file for root in (PACKAGE, PLUGINS) for file in sorted(root.rglob("*.py"))
+}
+
+
+def part_of(module: str) -> str:
+    """``nn`` of anomaly_lit.nn.backbone; ``hydra_plugins`` of all plugins."""
+    parts = module.split(".")
+    return parts[0] if parts[0] == "hydra_plugins" else (*parts, "")[1]
 
 
 def imports(file: Path, also_for_types: bool = False) -> list[str]:
-    """Modules that a file names in imports, at the top or within functions."""
+    """Names that a file imports, at the top or within functions, as ``module.name``."""
     tree = ast.parse(file.read_text())
     typing_only = [
         node
@@ -54,24 +70,48 @@ def imports(file: Path, also_for_types: bool = False) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(PACKAGE).as_posix())
-def test_imports_go_one_way(file: Path) -> None:
-    part = part_of(file)
-    if part == "__init__":
+def module_of(name: str) -> str | None:
+    """The module of this house behind an imported name."""
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module: str) -> None:
+    part = part_of(module)
+    if not part:
         return
-    for module in imports(file, also_for_types=True):
-        parts = module.split(".")
-        other = parts[1] if parts[0] == "anomaly_lit" and len(parts) > 1 else part
-        if other not in RANK or other == part:
-            continue
-        assert RANK[other] <= RANK[part], f"{part} imports {module}"
-        if part in COMMANDS:
-            continue
-        assert not ({part, other} <= APART), f"{part} imports {module}"
+    for name in imports(MODULES[module], also_for_types=True):
+        other = part_of(module_of(name) or module)
+        if other and other != part:
+            assert RANK[other] < RANK[part], f"{module} imports {name}"
 
 
 def test_every_part_has_a_layer() -> None:
-    assert {part_of(file) for file in FILES} - {"__init__", "conf"} <= set(RANK)
+    assert {part_of(module) for module in MODULES} - {""} == set(RANK)
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Not within functions either."""
+    graph = {
+        module: {other for name in imports(file) if (other := module_of(name)) and other != module}
+        for module, file in MODULES.items()
+    }
+    packages = {module for module, file in MODULES.items() if file.name == "__init__.py"}
+    lazy = {module for module in packages if "__getattr__" in MODULES[module].read_text()}
+    for module in lazy:  # they import what they are asked for
+        graph[module] = set()
+    order = graphlib.TopologicalSorter(graph)
+    order.prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.xfail(reason="nine files are about to be split", strict=True)
+def test_files_and_rooms_stay_small() -> None:
+    lengths = {module: len(file.read_text().splitlines()) for module, file in MODULES.items()}
+    assert {module: n for module, n in lengths.items() if n > MOST_LINES} == {}
+    entries = [p.name for p in PACKAGE.iterdir() if p.name not in ("__pycache__", "conf")]
+    assert len(entries) <= MOST_ENTRIES, sorted(entries)
 
 
 def test_methods_do_not_import_each_other() -> None:
@@ -84,13 +124,14 @@ def test_methods_do_not_import_each_other() -> None:
                 assert module.split(".")[2] in (own, "base"), f"{file.name} imports {module}"
 
 
-def test_only_config_and_the_commands_know_hydra() -> None:
+def test_only_config_the_plugins_and_the_commands_know_hydra() -> None:
     knowing = {
-        part_of(file)
-        for file in FILES
+        module
+        for module, file in MODULES.items()
         if any(m.split(".")[0] in ("hydra", "omegaconf") for m in imports(file, True))
     }
-    assert knowing <= {"config"} | COMMANDS
+    parts = {part_of(module) for module in knowing - {"anomaly_lit.config.hydra"}}
+    assert parts <= {"hydra_plugins", "commands"}
 
 
 def loaded_by(code: str) -> set[str]:
@@ -104,7 +145,8 @@ HEAVY = {"torch", "numpy", "pytorch_lightning", "timm", "kornia", "scipy", "matp
 
 
 def test_modules_that_fail_early_import_nothing_heavy() -> None:
-    light = ["types", "config", "files", "nn.weights", *sorted(COMMANDS)]
+    light = ["types", "config.hydra", "config.validate", "config.trust", "files", "nn.weights"]
+    light += [f"commands.{name}" for name in sorted(COMMANDS)]
     light += ["methods", "data", "callbacks"]
     code = "\n".join(f"import anomaly_lit.{name}" for name in light)
     assert loaded_by(code) & HEAVY == set()
@@ -126,7 +168,7 @@ def test_what_packages_offer_can_be_imported() -> None:
 def test_no_module_runs_anything_that_a_spawned_process_would_repeat() -> None:
     """Spawned workers import the main module again: commands start under a guard only."""
     for name in COMMANDS:
-        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+        tree = ast.parse((PACKAGE / "commands" / f"{name}.py").read_text())
         calls = [n for n in tree.body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)]
         assert calls == []
 

@@ -12,7 +12,8 @@ from scipy import ndimage
 from skimage.metrics import structural_similarity
 from torch import nn
 
-from anomaly_lit.config import config_dir, instantiate, plain
+from anomaly_lit.config.build import instantiate
+from anomaly_lit.config.hydra import config_dir, plain
 from anomaly_lit.losses import (
     CosineLoss,
     HybridLoss,

@@ -85,9 +85,15 @@ def assert_works(scripts: Path, cwd: Path) -> None:
     for command in ("train", "test", "predict", "data"):
         assert f"anomaly-{command}" in run(scripts / f"anomaly-{command}", "--help", cwd=cwd)
     shown = run(
-        scripts / "python", "-m", "anomaly_lit.train", "--cfg", "job", "logger=none", cwd=cwd
+        scripts / "python",
+        "-m",
+        "anomaly_lit.commands.train",
+        "--cfg",
+        "job",
+        "logger=none",
+        cwd=cwd,
     )
-    line = ("-m", "anomaly_lit.train", "hydra/launcher=process", "--cfg", "hydra")
+    line = ("-m", "anomaly_lit.commands.train", "hydra/launcher=process", "--cfg", "hydra")
     assert "ProcessLauncher" in run(scripts / "python", *line, cwd=cwd)
     config = yaml.safe_load(shown)
     assert config["method"]["_target_"] == "anomaly_lit.methods.AMINet"

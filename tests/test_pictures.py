@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy import ndimage
 
-from anomaly_lit import pictures
+from anomaly_lit.drawing import pictures
 from anomaly_lit.types import UserError
 
 # fmt: off

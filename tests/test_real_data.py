@@ -23,7 +23,13 @@ def run(tmp_path_factory):
     """A short training on hazelnuts: 100 steps of the small preset."""
     output = tmp_path_factory.mktemp("real") / "run"
     command = [
-        *(sys.executable, "-m", "anomaly_lit.train", "method=ami_net_small", "backbone=resnet18"),
+        *(
+            sys.executable,
+            "-m",
+            "anomaly_lit.commands.train",
+            "method=ami_net_small",
+            "backbone=resnet18",
+        ),
         *("dataset=mvtec_ad", f"dataset.root={DATA}/industrial"),
         *("dataset.categories=[hazelnut_toy]", "seed=0", f"output_dir={output}"),
         *("trainer.max_steps=100", "trainer.val_check_interval=100"),

@@ -11,8 +11,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import anomaly_lit
-from anomaly_lit import used_code
-from anomaly_lit.config import config_dir, plain
+from anomaly_lit.config.hydra import config_dir, plain
+from anomaly_lit.runs import code as used_code
 
 
 def config_of(*overrides: str) -> dict[str, Any]:

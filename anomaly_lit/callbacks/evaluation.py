@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from scipy import stats
 from torch import Tensor
 
+from anomaly_lit.calibration import limits_of, threshold_at, verdict
 from anomaly_lit.metrics import ImageMetrics, PixelMetrics
 from anomaly_lit.types import Batch, Prediction, UserError
 
@@ -296,44 +296,6 @@ class Records:
             {**sample, "score": score, **verdict(score, threshold_of(sample["category"]))}
             for sample, score in zip(samples, scores.tolist(), strict=True)
         ]
-
-
-def threshold_at(scores: Tensor, fpr: float) -> tuple[float, str]:
-    """The score that about ``fpr`` of normal images exceed, and the rule that gave it.
-
-    ``quantile``: with at least 1 / fpr scores, the least of them that at most ``fpr`` of them
-    exceed. ``prediction limit``: fewer scores cannot resolve the rate, and half of their own
-    kind would exceed the greatest of a few; then the one-sided limit for one more draw from a
-    normal distribution of their mean and deviation, mean + t * s * sqrt(1 + 1 / n), Student's t
-    with n - 1 degrees of freedom, or their greatest where that is more. ``maximum``: one score.
-
-    Args:
-        scores: (n,) of held-out normal images, n > 0.
-        fpr: Share allowed above, in (0, 1).
-    """
-    ordered = scores.double().sort().values
-    count, greatest = len(ordered), float(ordered[-1])
-    if count * fpr >= 1 - 1e-9:
-        return float(ordered[max(0, math.ceil((1 - fpr) * count - 1e-9) - 1)]), "quantile"
-    if count == 1:
-        return greatest, "maximum"
-    spread = float(ordered.std()) * math.sqrt(1 + 1 / count)
-    limit = float(ordered.mean()) + float(stats.t.ppf(1 - fpr, count - 1)) * spread
-    return max(greatest, limit), "prediction limit"
-
-
-def verdict(score: float, threshold: float) -> dict[str, Any]:
-    """Threshold and verdict of one image; ``unknown`` without a threshold."""
-    if math.isnan(threshold):
-        return {"threshold": None, "verdict": "unknown"}
-    return {"threshold": threshold, "verdict": "defect" if score > threshold else "good"}
-
-
-def limits_of(calibration: dict[str, Any], category: str | None) -> dict[str, Any]:
-    """Calibration of a category, of all together if unknown, empty where there is none."""
-    if not calibration:
-        return {}
-    return calibration["categories"].get(category, calibration["all"])
 
 
 def mean_over_categories(per_category: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -10,9 +10,9 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from anomaly_lit.calibration import colour_range, outline_of
 from anomaly_lit.callbacks.evaluation import Evaluation
-from anomaly_lit.files import replace_file
-from anomaly_lit.pictures import (
+from anomaly_lit.drawing.pictures import (
     contact_sheet,
     panel,
     save_curves,
@@ -20,6 +20,7 @@ from anomaly_lit.pictures import (
     save_loss_curves,
     training_panel,
 )
+from anomaly_lit.files import replace_file
 from anomaly_lit.types import UserError
 
 OVERVIEW = 12  # panels on the overview
@@ -229,33 +230,6 @@ def choose_images(rows: list[dict[str, Any]], limit: int) -> list[int]:
     for depth in range(max((len(indices) for indices in lists), default=0)):
         rest += [indices[depth] for indices in lists if depth < len(indices)]
     return (mistakes[:limit] + rest)[:limit]
-
-
-def colour_range(limits: dict[str, Any], anomaly_map: np.ndarray) -> tuple[float, float]:
-    """The values at which colours begin and end.
-
-    They begin half-way between the median and the high end (99.9 %) of normal maps, and end at
-    three times that high end above the median, or at the map's own peak if that is higher: what is
-    normal stays dark in every picture, and a strong defect shows its shape instead of one blot.
-    Without held-out images the map's own range.
-    """
-    if not limits:
-        return float(anomaly_map.min()), float(anomaly_map.max())
-    low, high = limits["map_median"], limits["map_high"]
-    end = low + 3 * max(high - low, 1e-12)
-    return (low + high) / 2, max(end, float(anomaly_map.max()))
-
-
-def outline_of(verdict: str, anomaly_map: np.ndarray, limits: dict[str, Any]) -> np.ndarray | None:
-    """Where a defect lies: (H, W) bool, three times as far out as normal maps reach.
-
-    None where there is no defect, or no such place.
-    """
-    if verdict != "defect" or not limits:
-        return None
-    low, high = limits["map_median"], limits["map_high"]
-    outline = anomaly_map > low + 3 * (high - low)
-    return outline if outline.any() else None
 
 
 def caption_of(row: dict[str, Any]) -> str:

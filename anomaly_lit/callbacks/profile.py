@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from anomaly_lit.nn.backbone import Backbone
-from anomaly_lit.tables import print_table
+from anomaly_lit.reporting.terminal import print_table
 
 # The first part one of whose words is in Lightning's name of an action; "own layers" is what is
 # left of a step once the parts inside it are taken off.

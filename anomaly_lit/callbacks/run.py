@@ -16,10 +16,10 @@ from torch import Tensor
 
 from anomaly_lit.callbacks.stopping import StopSignals, signal_name, stop_asked
 from anomaly_lit.data.sampler import mixed_seed
+from anomaly_lit.inference.checkpoint import FORMAT_VERSION
 from anomaly_lit.methods.base import Method
 from anomaly_lit.types import Batch, Sample, Stopped, UserError
 
-FORMAT_VERSION = 1
 TOGETHER = 10  # steps after which several ranks ask each other, since that waits for their devices
 
 

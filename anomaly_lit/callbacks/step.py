@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from anomaly_lit.data.cache import DeviceCache
+from anomaly_lit.data.caches.memory import DeviceCache
 from anomaly_lit.methods.base import Method
 from anomaly_lit.types import UserError
 

@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anomaly_lit.data.cache import DeviceCache, HostCache
+    from anomaly_lit.data.caches.disk import DiskCache
+    from anomaly_lit.data.caches.features import FeatureCache
+    from anomaly_lit.data.caches.features_on_disk import DiskFeatureCache
+    from anomaly_lit.data.caches.memory import DeviceCache, HostCache
     from anomaly_lit.data.datamodule import AnomalyDataModule
-    from anomaly_lit.data.demo import Demo
-    from anomaly_lit.data.disk import DiskCache
-    from anomaly_lit.data.features import FeatureCache
-    from anomaly_lit.data.features_on_disk import DiskFeatureCache
-    from anomaly_lit.data.sets import BTAD, Folder, KolektorSDD2, MVTecAD, VisA
+    from anomaly_lit.data.demo.datamodule import Demo
+    from anomaly_lit.data.layouts.sets import BTAD, Folder, KolektorSDD2, MVTecAD, VisA
 
 __all__ = [
     "BTAD",
@@ -33,16 +33,16 @@ __all__ = [
 ]
 FILES = {
     "AnomalyDataModule": "datamodule",
-    "Demo": "demo",
-    "DeviceCache": "cache",
-    "DiskCache": "disk",
-    "DiskFeatureCache": "features_on_disk",
-    "FeatureCache": "features",
-    "HostCache": "cache",
+    "Demo": "demo.datamodule",
+    "DeviceCache": "caches.memory",
+    "DiskCache": "caches.disk",
+    "DiskFeatureCache": "caches.features_on_disk",
+    "FeatureCache": "caches.features",
+    "HostCache": "caches.memory",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{FILES.get(name, 'sets')}"), name)
+    return getattr(import_module(f"{__name__}.{FILES.get(name, 'layouts.sets')}"), name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from anomaly_lit.data.cache import ImageCache, gather
+from anomaly_lit.data.caches.memory import ImageCache, gather
 from anomaly_lit.data.images import Resize, read_sample
 from anomaly_lit.types import Batch, Sample
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from anomaly_lit.data.batches import Images, as_it_is
-from anomaly_lit.data.cache import DeviceCache, ImageCache, in_threads, tell
-from anomaly_lit.data.features import FeatureCache
-from anomaly_lit.data.folders import Listing
+from anomaly_lit.data.caches.features import FeatureCache
+from anomaly_lit.data.caches.memory import DeviceCache, ImageCache, in_threads, tell
 from anomaly_lit.data.images import Resize, check_sizes, read_header
+from anomaly_lit.data.layouts.folders import Listing
 from anomaly_lit.data.sampler import ShardSampler, TrainBatches, WithPartners, mixed_seed
 from anomaly_lit.types import Batch, Sample, UserError
 

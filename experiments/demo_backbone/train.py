@@ -27,7 +27,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anomaly_lit.data.demo import CATEGORIES, generate_demo
+from anomaly_lit.data.demo.datamodule import CATEGORIES, generate_demo
 
 NETWORK = "test_resnet"
 STAGES = (1, 2, 3)

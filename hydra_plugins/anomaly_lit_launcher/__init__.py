@@ -166,7 +166,7 @@ class ProcessLauncher(Launcher):
         ]
         sources = config.hydra.runtime.config_sources
         own = [source.path for source in sources if source.provider == "command-line"]
-        command = [sys.executable, "-m", f"anomaly_lit.{config.hydra.job.config_name}"]
+        command = [sys.executable, "-m", f"anomaly_lit.commands.{config.hydra.job.config_name}"]
         command += [f"--config-dir={path}" for path in own]
         command += [*given, *config.hydra.overrides.task, f"hydra.run.dir='{escaped(folder)}'"]
         told = [o for o in filter_overrides(overrides) if not o.startswith("pruning=")]
@@ -206,8 +206,8 @@ class ProcessLauncher(Launcher):
             or job.config.hydra.job.config_name != "train"
         ):
             return False
-        from anomaly_lit.config import plain
-        from anomaly_lit.runs import is_current, state_of
+        from anomaly_lit.config.hydra import plain
+        from anomaly_lit.runs.folder import is_current, state_of
 
         keys = [str(key) for key in job.config if key not in NOT_OF_A_RUN]
         own = OmegaConf.masked_copy(job.config, keys)
@@ -293,7 +293,7 @@ class ProcessLauncher(Launcher):
 
 def value_of(job: Job) -> float | None:
     """The metric that ``optimized_metric`` names, from the job's results."""
-    from anomaly_lit.sweep import PRUNED, objective
+    from anomaly_lit.runs.objective import PRUNED, objective
 
     if OmegaConf.select(job.config, "optimized_metric") is None:
         return None

@@ -103,7 +103,7 @@ class StudySweeper(Sweeper):
 
     def checked_metric(self, fixed: list[str], space: Space) -> str:
         """The objective, once a first configuration has been composed and found sound."""
-        from anomaly_lit.sweep import check_objective
+        from anomaly_lit.runs.objective import check_objective
 
         if not space:
             raise UserError(
@@ -149,8 +149,8 @@ class StudySweeper(Sweeper):
         """Makes the study or opens the one that is there, if it is of the same search."""
         import optuna
 
-        from anomaly_lit.config import differences
-        from anomaly_lit.sweep import direction_of
+        from anomaly_lit.config.build import differences
+        from anomaly_lit.runs.objective import direction_of
 
         direction: Any = self.direction or direction_of(metric)  # Optuna checks the word
         facts = {
@@ -207,7 +207,8 @@ class StudySweeper(Sweeper):
         """A new trial; the same whether or not the study was interrupted before it."""
         from optuna.trial import TrialState
 
-        from anomaly_lit.config import instantiate, plain
+        from anomaly_lit.config.build import instantiate
+        from anomaly_lit.config.hydra import plain
 
         node = plain(self.sampler)
         if node.get("seed") is not None:
@@ -219,7 +220,7 @@ class StudySweeper(Sweeper):
 
     def told(self, trial: optuna.Trial, metric: str) -> list[str]:
         """What a job must know to report to the pruner."""
-        from anomaly_lit.config import plain
+        from anomaly_lit.config.hydra import plain
 
         if not self.pruner:
             return []

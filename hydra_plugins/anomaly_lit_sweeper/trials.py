@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
-from anomaly_lit.sweep import PRUNED
+from anomaly_lit.runs.objective import PRUNED
 from anomaly_lit.types import UserError
 
 if TYPE_CHECKING:

@@ -13,13 +13,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from anomaly_lit.calibration import limits_of, threshold_at, verdict
 from anomaly_lit.callbacks import Evaluation
-from anomaly_lit.callbacks.evaluation import (
-    limits_of,
-    mean_over_categories,
-    threshold_at,
-    verdict,
-)
+from anomaly_lit.callbacks.evaluation import mean_over_categories
 from anomaly_lit.types import Prediction, UserError
 
 

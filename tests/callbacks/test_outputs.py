@@ -9,14 +9,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from anomaly_lit.calibration import colour_range
 from anomaly_lit.callbacks import Outputs
-from anomaly_lit.callbacks.outputs import (
-    LossCurves,
-    caption_of,
-    choose_images,
-    colour_range,
-    write_rows,
-)
+from anomaly_lit.callbacks.outputs import LossCurves, caption_of, choose_images, write_rows
 from anomaly_lit.types import UserError
 
 

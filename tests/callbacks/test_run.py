@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from anomaly_lit.callbacks import LossCurves, ResumeCheckpoint, StepSeeds, StopAtNaN
 from anomaly_lit.callbacks.progress import LiveProgress, PlainProgress, duration
-from anomaly_lit.callbacks.run import FORMAT_VERSION, RanksAgree, WholeCheckpoint
+from anomaly_lit.callbacks.run import RanksAgree, WholeCheckpoint
+from anomaly_lit.inference.checkpoint import FORMAT_VERSION
 from anomaly_lit.types import UserError
 
 

@@ -16,8 +16,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from anomaly_lit.commands.status import duration, read_sweep, report
 from anomaly_lit.files import runs_below
-from anomaly_lit.status import duration, read_sweep, report
 from anomaly_lit.types import UserError
 from hydra_plugins.anomaly_lit_launcher import (
     Job,
@@ -259,7 +259,7 @@ def test_a_killed_sweep_leaves_no_job_behind_and_is_taken_up(
 ) -> None:
     steps = ("trainer.max_steps=4000", "checkpoint.every_steps=5")
     line = [*sweep, *steps, "seed=0,1,2,3", f"output_dir={tmp_path}"]
-    program = [sys.executable, "-m", "anomaly_lit.train"]
+    program = [sys.executable, "-m", "anomaly_lit.commands.train"]
     started = subprocess.Popen([*program, *line], env=environment, stdout=subprocess.DEVNULL)
     until = time.monotonic() + 120
     while len(list(tmp_path.glob("*/checkpoints/last.ckpt"))) < 2 and time.monotonic() < until:

@@ -21,7 +21,8 @@ Run = Callable[..., Any]
 PACKAGES = {"joblib": "joblib", "submitit_local": "submitit", "ray": "ray"}
 TOY = """
 import os
-from anomaly_lit.config import output_folder, run_command
+from anomaly_lit.commands.entry import run_command
+from anomaly_lit.config.hydra import output_folder
 
 def toy(cfg):
     (output_folder() / "done").write_text(os.environ.get("SUBMITIT_LOCAL_JOB_ID", ""))
@@ -148,8 +149,8 @@ def test_joblib_trains_two_at_a_time(
     need("joblib")
     done = subprocess.run(  # a forked process would leave joblib's workers idle for minutes
         [
-            sys.executable, "-m", "anomaly_lit.train", "-m", "hydra/launcher=joblib", *settings,
-            f"dataset.root={mvtec_folder}", "seed=3,4", f"output_dir={tmp_path}",
+            sys.executable, "-m", "anomaly_lit.commands.train", "-m", "hydra/launcher=joblib",
+            *settings, f"dataset.root={mvtec_folder}", "seed=3,4", f"output_dir={tmp_path}",
         ],
         env=environment, capture_output=True, text=True, timeout=800,
     )  # fmt: skip

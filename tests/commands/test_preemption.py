@@ -117,7 +117,7 @@ def ddp(line: list[str]) -> list[str]:
 
 
 def start(line: list[str], folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "anomaly_lit.train", *line, f"output_dir={folder}"]
+    command = [sys.executable, "-m", "anomaly_lit.commands.train", *line, f"output_dir={folder}"]
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -173,7 +173,7 @@ def fail(self, batch, number):
         raise RuntimeError("too few pears")
     return step(self, batch, number)
 AMINet.training_step = fail
-from anomaly_lit.train import main
+from anomaly_lit.commands.train import main
 main()
 """
 

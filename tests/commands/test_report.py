@@ -14,8 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from anomaly_lit import page
-from anomaly_lit.report import (
+from anomaly_lit.commands.report import (
     as_latex,
     as_markdown,
     cell,
@@ -26,6 +25,7 @@ from anomaly_lit.report import (
     rows_of,
     table,
 )
+from anomaly_lit.reporting import page
 
 CATEGORIES = ("bolt", "cloth")
 

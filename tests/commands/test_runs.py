@@ -493,7 +493,7 @@ def test_two_processes_give_the_metrics_of_one(
     overrides: list[str], environment: dict[str, str], run_command: Run, tmp_path: Path
 ) -> None:
     changes = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
-    line = [sys.executable, "-m", "anomaly_lit.train", *overrides, *changes]
+    line = [sys.executable, "-m", "anomaly_lit.commands.train", *overrides, *changes]
     line += ["dataset.batch_size=1", f"output_dir={tmp_path / 'two'}"]
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -951,7 +951,7 @@ def test_without_held_out_images_there_is_no_verdict(
 # -------------------------------------------------------------------------------- help
 
 
-COMMANDS = ["train", "test", "predict", "check"]
+COMMANDS = ["train", "test", "predict", "data"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

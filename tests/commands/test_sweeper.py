@@ -14,7 +14,7 @@ import yaml
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
-from anomaly_lit.sweep import check_objective, direction_of, objective
+from anomaly_lit.runs.objective import check_objective, direction_of, objective
 from anomaly_lit.types import UserError
 
 Run = Callable[..., Any]

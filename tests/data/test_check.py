@@ -14,8 +14,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from anomaly_lit.check import Report, check_data
-from anomaly_lit.config import config_dir, import_target, plain, validate
+from anomaly_lit.commands.data import Report, check_data
+from anomaly_lit.config.build import import_target
+from anomaly_lit.config.hydra import config_dir, plain
+from anomaly_lit.config.validate import validate
 from anomaly_lit.data import BTAD, Folder, KolektorSDD2, MVTecAD, VisA
 
 Write = Callable[..., Path]
@@ -159,7 +161,7 @@ def test_other_layouts_are_checked(
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "anomaly_lit.check", *arguments],
+        [sys.executable, "-m", "anomaly_lit.commands.data", *arguments],
         capture_output=True,
         text=True,
         check=False,

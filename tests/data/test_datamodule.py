@@ -161,7 +161,7 @@ def test_every_training_image_comes_once_in_a_pass(mvtec: Path) -> None:
 def test_setup_twice_reads_nothing_again(mvtec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datamodule = ready(mvtec, cache=HostCache())
     monkeypatch.setattr(datamodule, "list_category", None)
-    monkeypatch.setattr("anomaly_lit.data.cache.read_sample", None)
+    monkeypatch.setattr("anomaly_lit.data.caches.memory.read_sample", None)
     for stage in ("fit", "validate", "test", None):
         datamodule.setup(stage)
 

@@ -11,9 +11,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 from scipy import ndimage
 
-from anomaly_lit.config import config_dir, instantiate, plain
-from anomaly_lit.data.demo import CATEGORIES, MANIFEST, Demo, generate_demo
-from anomaly_lit.data.demo_products import GOOD, PRODUCTS, capture, picture
+from anomaly_lit.config.build import instantiate
+from anomaly_lit.config.hydra import config_dir, plain
+from anomaly_lit.data.demo.datamodule import CATEGORIES, MANIFEST, Demo, generate_demo
+from anomaly_lit.data.demo.products import GOOD, PRODUCTS, capture, picture
 from anomaly_lit.nn.weights import find_weights
 from anomaly_lit.types import UserError
 
@@ -106,7 +107,7 @@ def test_failed_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("anomaly_lit.data.demo.save", fail)
+    monkeypatch.setattr("anomaly_lit.data.demo.datamodule.save", fail)
     with pytest.raises(KeyboardInterrupt):
         generate_demo(tmp_path / "data", **SMALL)
     assert list(tmp_path.iterdir()) == []
@@ -159,7 +160,7 @@ def test_data_module_makes_what_it_reads(tmp_path: Path, monkeypatch: pytest.Mon
     def generate(root: Path, seed: int) -> Path:
         return generate_demo(root, seed, **SMALL)
 
-    monkeypatch.setattr("anomaly_lit.data.demo.generate_demo", generate)
+    monkeypatch.setattr("anomaly_lit.data.demo.datamodule.generate_demo", generate)
     data = Demo(str(tmp_path / "data"), image_size=32, batch_size=4, holdout=0.5)
     data.prepare_data()
     data.setup()

@@ -17,9 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from anomaly_lit.data import DeviceCache, DiskCache, HostCache, MVTecAD, disk, locks, store
-from anomaly_lit.data.cache import ImageCache
-from anomaly_lit.data.store import cache_folder, clear
+from anomaly_lit.data import DeviceCache, DiskCache, HostCache, MVTecAD
+from anomaly_lit.data.caches import disk, locks, store
+from anomaly_lit.data.caches.memory import ImageCache
+from anomaly_lit.data.caches.store import cache_folder, clear
 from anomaly_lit.types import UserError
 
 Run = Callable[..., Any]
@@ -272,7 +273,7 @@ def test_a_full_disk_is_told_before_decoding(
     mvtec: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("anomaly_lit.data.store.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("anomaly_lit.data.caches.store.shutil.disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"GB free; set dataset\.cache\.folder"):
         ready(mvtec, DiskCache(str(folder)))
 
@@ -317,7 +318,7 @@ def test_a_command_clears_the_default_folder_and_nothing_else(
     monkeypatch.setenv("ANOMALY_LIT_CACHE", str(folder))
     ready(mvtec, DiskCache())
     (folder / "other.txt").write_text("not of the cache")
-    outcome = run_here("check", "clear_cache=true", f"output_dir={tmp_path / 'out'}")
+    outcome = run_here("data", "clear_cache=true", f"output_dir={tmp_path / 'out'}")
     assert outcome.code == 0, outcome.err
     assert f"GB freed in {folder}" in outcome.out
     assert not rows(folder)

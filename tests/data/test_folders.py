@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from anomaly_lit.data.folders import (
+from anomaly_lit.data.layouts.folders import (
     list_btad,
     list_images,
     list_ksdd2,

@@ -12,7 +12,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.utils.data import DataLoader
 
-from anomaly_lit.config import config_dir, instantiate, nodes, plain
+from anomaly_lit.config.build import instantiate, nodes
+from anomaly_lit.config.hydra import config_dir, plain
 from anomaly_lit.types import Batch
 
 NUMBERS = {

@@ -15,7 +15,8 @@ from scipy import ndimage, stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anomaly_lit.config import config_dir, instantiate, plain
+from anomaly_lit.config.build import instantiate
+from anomaly_lit.config.hydra import config_dir, plain
 from anomaly_lit.masks import NoMask, RandomMask
 from anomaly_lit.methods.ami_net import (
     AMINet,

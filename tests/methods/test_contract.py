@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from anomaly_lit.config import config_dir
+from anomaly_lit.config.hydra import config_dir
 from anomaly_lit.nn.backbone import Backbone
 
 FOLDER = Path(config_dir()) / "method"

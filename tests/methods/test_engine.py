@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from anomaly_lit import engine
-from anomaly_lit.checkpoint import Detector
 from anomaly_lit.data.images import Resize
+from anomaly_lit.inference import openvino as engine
+from anomaly_lit.inference.detector import Detector
 from anomaly_lit.types import UserError
 
 NAMES = ["ami_net", "cma_ae", "fastflow", "mfrnet", "onenip", "rstpm", "uniad"]

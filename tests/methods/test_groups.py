@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from anomaly_lit.config import config_dir, instantiate
+from anomaly_lit.config.build import instantiate
+from anomaly_lit.config.hydra import config_dir
 
 CONF = Path(config_dir())
 pytestmark = [

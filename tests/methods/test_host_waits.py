@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anomaly_lit.config import config_dir, instantiate, plain
+from anomaly_lit.config.build import instantiate
+from anomaly_lit.config.hydra import config_dir, plain
 
 CONF = Path(config_dir())
 METHODS, SYNTHESES = (

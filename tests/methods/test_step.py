@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from anomaly_lit.callbacks import FastStep, StepSeeds
 from anomaly_lit.callbacks import step as module
 from anomaly_lit.callbacks.step import ON, compile_error, networks
+from anomaly_lit.commands.train import state_of
 from anomaly_lit.methods.base import Method
-from anomaly_lit.train import state_of
 from anomaly_lit.types import Batch, UserError
 
 SMALL = [

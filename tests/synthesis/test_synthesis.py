@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from anomaly_lit.config import config_dir, instantiate, plain
+from anomaly_lit.config.build import instantiate
+from anomaly_lit.config.hydra import config_dir, plain
 from anomaly_lit.synthesis import NSA, CutPaste, Mixed, Perlin, Smudge, Synthesis
 from anomaly_lit.synthesis.augment import augment, colour_jitter
 from anomaly_lit.synthesis.base import foreground_of, otsu, random_disc

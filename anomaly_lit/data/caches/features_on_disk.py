@@ -9,13 +9,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from anomaly_lit.data.cache import gather, watched
-from anomaly_lit.data.disk import reading
-from anomaly_lit.data.features import BatchesOf, FeatureCache, Kept, Stored
+from anomaly_lit.data.caches.disk import reading
+from anomaly_lit.data.caches.features import BatchesOf, FeatureCache, Kept, Stored
+from anomaly_lit.data.caches.locks import need_locks
+from anomaly_lit.data.caches.memory import gather, watched
+from anomaly_lit.data.caches.segments import Column, Draft
+from anomaly_lit.data.caches.store import Store, cache_folder, file_key
 from anomaly_lit.data.images import Resize
-from anomaly_lit.data.locks import need_locks
-from anomaly_lit.data.segments import Column, Draft
-from anomaly_lit.data.store import Store, cache_folder, file_key
 from anomaly_lit.types import Sample, UserError
 
 

@@ -14,18 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from anomaly_lit import config as configuration
-from anomaly_lit.cluster import check_launcher, check_tasks, is_first_process, join_tasks
-from anomaly_lit.runs import (
+from anomaly_lit.commands.entry import run_command
+from anomaly_lit.config.build import instantiate, nodes
+from anomaly_lit.config.hydra import message_of, output_folder, plain
+from anomaly_lit.config.validate import validate
+from anomaly_lit.runs.code import code_digest
+from anomaly_lit.runs.folder import (
     check_same_data,
     is_current,
     put_aside,
     read_metrics,
     state_of,
 )
-from anomaly_lit.sweep import ORACLE, PRUNED, check_objective, objective
+from anomaly_lit.runs.objective import ORACLE, PRUNED, check_objective, objective
+from anomaly_lit.runs.ranks import check_launcher, check_tasks, is_first_process, join_tasks
 from anomaly_lit.types import Stopped, UserError
-from anomaly_lit.used_code import code_digest
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -46,7 +49,7 @@ SELECTIONS = {
 
 def main() -> None:
     """Entry point of the command."""
-    configuration.run_command(train, "train")
+    run_command(train, "train")
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -55,9 +58,9 @@ def train(cfg: DictConfig) -> float | None:
     Returns:
         The metric that ``optimized_metric`` names, for a sweeper; None without one.
     """
-    directory = configuration.output_folder()
+    directory = output_folder()
     cfg.output_dir = str(directory)  # and with it what refers to it, also in a job of a sweep
-    config = configuration.plain(cfg)
+    config = plain(cfg)
     pruning, when_changed = config.pop("pruning"), config.pop("when_changed")
     check_objective(config)
     join_tasks()
@@ -81,7 +84,7 @@ def find_all_weights(config: dict[str, Any]) -> None:
     """Looks for the weights of every backbone before anything heavy is imported."""
     from anomaly_lit.nn.weights import find_weights
 
-    for path, node in configuration.nodes(config["method"], "method"):
+    for path, node in nodes(config["method"], "method"):
         if node["_target_"] == "anomaly_lit.nn.backbone.Backbone" and "name" in node:
             weights = node.get("weights", "pretrained")
             if isinstance(weights, str):
@@ -99,7 +102,7 @@ def run(
     from anomaly_lit.callbacks.stopping import StopSignals
 
     quiet()
-    configuration.validate(config)
+    validate(config)
     with StopSignals() as signals, failures_told():
         return run_until_stopped(config, directory, state, signals, pruning)
 
@@ -128,7 +131,7 @@ def run_until_stopped(
         with replace_file(directory / "config.yaml", encoding="utf-8") as file:
             yaml.safe_dump(config, file, sort_keys=False)
         (directory / PRUNED).unlink(missing_ok=True)
-    pruner = configuration.instantiate(pruning) if pruning else None
+    pruner = instantiate(pruning) if pruning else None
     trainer, evaluation = build_trainer(config, directory, datamodule.digest, signals, pruner)
     check_launcher(trainer)
     if trainer.is_global_zero:
@@ -178,7 +181,7 @@ def failures_told() -> Iterator[None]:
         if "LOCAL_RANK" not in os.environ:  # which Lightning sets for the first rank, too
             raise
         who = f"rank {rank}: " if rank else ""
-        print(f"error: {who}{configuration.message_of(error)}", file=sys.stderr)
+        print(f"error: {who}{message_of(error)}", file=sys.stderr)
         if not isinstance(error, UserError):
             traceback.print_exc()
         sys.stdout.flush()
@@ -188,14 +191,14 @@ def failures_told() -> Iterator[None]:
 
 def build(config: dict[str, Any]) -> tuple[AnomalyDataModule, Method]:
     """The data module, checked, and the method, with its backbones' weights."""
-    datamodule = configuration.instantiate(config["dataset"])
+    datamodule = instantiate(config["dataset"])
     if is_first_process():
         datamodule.prepare_data()
     datamodule.setup("fit")
     datamodule.validate_on_test = config["selection"] == "oracle"
     if not datamodule.holdout_samples and config["selection"] == "best":
         raise UserError("selection=best needs held-out images: set dataset.holdout above 0")
-    method = configuration.instantiate(config["method"])
+    method = instantiate(config["method"])
     check_synthesis(datamodule, method)
     datamodule.with_prompts = "prompt" in method.needs
     method.setup("fit")
@@ -249,7 +252,7 @@ def build_trainer(
 
     folder = str(directory / "checkpoints")
     named = config["callbacks"] or {}
-    callbacks = [configuration.instantiate(node) for node in named.values()]
+    callbacks = [instantiate(node) for node in named.values()]
     evaluation = next((c for c in callbacks if isinstance(c, Evaluation)), None)
     if evaluation is None:
         raise UserError(
@@ -258,7 +261,7 @@ def build_trainer(
     callbacks += [
         signals,
         RanksAgree(config, data_digest),
-        configuration.instantiate(config["step"]),
+        instantiate(config["step"]),
         FillFeatureCache(),
         StepSeeds(config["seed"]),
         StopAtNaN(),
@@ -288,7 +291,7 @@ def build_trainer(
     settings = {"default_root_dir": str(directory), **config["trainer"]}
     if settings.get("precision") is None:
         settings["precision"] = default_precision(settings.get("accelerator", "auto"))
-    make = configuration.instantiate({**settings, "_partial_": True})
+    make = instantiate({**settings, "_partial_": True})
     try:
         return make(callbacks=callbacks, logger=loggers or False), evaluation
     except (MisconfigurationException, ImportError, ValueError) as error:  # no such device, ...
@@ -324,11 +327,11 @@ def build_loggers(config: dict[str, Any], data_digest: str) -> list[Any]:
     loggers = []
     for name, node in (config["logger"] or {}).items():
         try:
-            logger = configuration.instantiate(node)
+            logger = instantiate(node)
             describe(logger, config, facts)
         except Exception as error:
             raise UserError(
-                f"logger={name} does not start: {configuration.message_of(error)}. Use "
+                f"logger={name} does not start: {message_of(error)}. Use "
                 "logger=csv or logger=wandb_offline, run `wandb login`, or install "
                 "anomaly-lit[loggers] for tensorboard and mlflow"
             ) from error
@@ -444,7 +447,7 @@ def latency(method: Method, datamodule: AnomalyDataModule) -> float:
 
 def take_weights(method: Method, checkpoint: Path) -> None:
     """Loads the weights of another step into the method."""
-    from anomaly_lit.checkpoint import read_checkpoint
+    from anomaly_lit.inference.checkpoint import read_checkpoint
 
     method.load_state_dict(read_checkpoint(checkpoint)["state_dict"])
 
@@ -467,7 +470,7 @@ def print_plan(
     state: str,
 ) -> None:
     """What is about to happen: data, parameters, memory, time."""
-    from anomaly_lit.plan import plan_of
+    from anomaly_lit.runs.plan import plan_of
 
     print(datamodule.summary())
     for line in plan_of(trainer, method, datamodule):
@@ -483,7 +486,7 @@ def tested(trainer: pl.Trainer, evaluation: Evaluation) -> dict[str, float]:
 
 def print_results(metrics: dict[str, Any], directory: Path) -> None:
     """The table of results and where the files are."""
-    from anomaly_lit.tables import print_table, results_table
+    from anomaly_lit.reporting.terminal import print_table, results_table
 
     results = {
         key.removeprefix("test/"): math.nan if value is None else value

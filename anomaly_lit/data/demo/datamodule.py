@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from anomaly_lit.data.cache import ImageCache
-from anomaly_lit.data.demo_products import GOOD, PRODUCTS, picture
-from anomaly_lit.data.features import FeatureCache
-from anomaly_lit.data.sets import MVTecAD
+from anomaly_lit.data.caches.features import FeatureCache
+from anomaly_lit.data.caches.memory import ImageCache
+from anomaly_lit.data.demo.products import GOOD, PRODUCTS, picture
+from anomaly_lit.data.layouts.sets import MVTecAD
 from anomaly_lit.types import UserError
 
 VERSION = 1  # of the drawings; a change of any picture raises it

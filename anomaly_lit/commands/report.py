@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from anomaly_lit.files import replace_file, runs_below
-from anomaly_lit.tables import COLUMNS
+from anomaly_lit.reporting.terminal import COLUMNS
 
 METRICS = {key: title for key, title in COLUMNS.items() if "rate" not in key}
 COSTS = {
@@ -322,7 +322,7 @@ def notes(rows: Sequence[Row]) -> str:
 
 def as_page(rows: Sequence[Row], folder: Path, pictures: int) -> str:
     """One page with everything, pictures included."""
-    from anomaly_lit import page
+    from anomaly_lit.reporting import page
 
     categories = categories_of(rows)
     sections = [

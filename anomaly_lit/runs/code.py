@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import anomaly_lit
-from anomaly_lit.config import import_target, nodes
+from anomaly_lit.config.build import import_target, nodes
 
 PACKAGE = "anomaly_lit"
 # what every run's numbers depend on although no configuration names it, without what these import
-ALWAYS = ("anomaly_lit.callbacks.run", "anomaly_lit.train")
+ALWAYS = ("anomaly_lit.callbacks.run", "anomaly_lit.commands.train")
 EVALUATION = "anomaly_lit.callbacks.evaluation"  # of the callbacks, the one that makes numbers
 # parts of the configuration whose code decides no number: where data is kept
 APART = ("cache", "feature_cache")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from anomaly_lit.config import in_sweep
+from anomaly_lit.config.hydra import in_sweep
 from anomaly_lit.types import UserError
 
 if TYPE_CHECKING:

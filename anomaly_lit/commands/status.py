@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from anomaly_lit.files import runs_below
-from anomaly_lit.sweep import PRUNED
+from anomaly_lit.runs.objective import PRUNED
 
 STATES = ("done", "pruned", "running", "failed", "waiting")
 

@@ -24,9 +24,9 @@ from typing import Any
 
 from torch import Tensor
 
-from anomaly_lit.data import locks
-from anomaly_lit.data.cache import Place, in_threads, tell
-from anomaly_lit.data.segments import (
+from anomaly_lit.data.caches import locks
+from anomaly_lit.data.caches.memory import Place, in_threads, tell
+from anomaly_lit.data.caches.segments import (
     Column,
     DamagedError,
     Draft,

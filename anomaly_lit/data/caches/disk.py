@@ -11,11 +11,11 @@ import torch
 from PIL import features
 from torch import Tensor
 
-from anomaly_lit.data.cache import ImageCache, Place, checked_gb, in_threads
+from anomaly_lit.data.caches.locks import need_locks
+from anomaly_lit.data.caches.memory import ImageCache, Place, checked_gb, in_threads
+from anomaly_lit.data.caches.segments import Column, Draft
+from anomaly_lit.data.caches.store import Store, cache_folder, file_key
 from anomaly_lit.data.images import READING, Resize, check_sizes, read_header, read_image, read_mask
-from anomaly_lit.data.locks import need_locks
-from anomaly_lit.data.segments import Column, Draft
-from anomaly_lit.data.store import Store, cache_folder, file_key
 from anomaly_lit.types import Sample, UserError
 
 DECODERS = ("jpg", "jpg_2000", "zlib", "libtiff")

@@ -9,7 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from anomaly_lit import config as configuration
+from anomaly_lit.commands.entry import run_command
+from anomaly_lit.config.hydra import output_folder, plain
 from anomaly_lit.types import UserError
 
 GOOD, DEFECT, UNREADABLE = 0, 1, 2  # exit codes with exit_code=true
@@ -18,7 +19,7 @@ GOOD, DEFECT, UNREADABLE = 0, 1, 2  # exit codes with exit_code=true
 def main() -> None:
     """Entry point of the command; exits 0, 1 or 2 with ``exit_code=true``, see the help."""
     outcome: list[int] = []
-    configuration.run_command(lambda cfg: outcome.append(predict(cfg)), "predict", UNREADABLE)
+    run_command(lambda cfg: outcome.append(predict(cfg)), "predict", UNREADABLE)
     sys.exit(max(outcome, default=GOOD))  # of all jobs with -m
 
 
@@ -28,8 +29,8 @@ def predict(cfg: DictConfig) -> int:
     Returns:
         The exit code.
     """
-    config = configuration.plain(cfg)
-    directory = configuration.output_folder()
+    config = plain(cfg)
+    directory = output_folder()
     for key in ("ckpt_path", "input"):
         if config[key] is None:
             raise UserError(f"{key} is not set: anomaly-predict ckpt_path=FILE input=FILE|DIR")
@@ -40,7 +41,7 @@ def predict(cfg: DictConfig) -> int:
     from rich.progress import track
 
     from anomaly_lit.callbacks.outputs import write_rows
-    from anomaly_lit.checkpoint import load
+    from anomaly_lit.inference.detector import load
 
     detector = load(config["ckpt_path"], config["device"], config["trust"], config["engine"])
     if config["engine"] == "openvino":
@@ -87,10 +88,9 @@ def judge(
     """Rows of one batch; writes its overlays and, if asked for, its maps."""
     import numpy as np
 
-    from anomaly_lit.callbacks.evaluation import limits_of
-    from anomaly_lit.callbacks.outputs import colour_range, outline_of
+    from anomaly_lit.calibration import colour_range, limits_of, outline_of
     from anomaly_lit.data.images import read_image
-    from anomaly_lit.pictures import overlay, save_image
+    from anomaly_lit.drawing.pictures import overlay, save_image
 
     rows, readable, read = [], [], []
     for path in paths:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from anomaly_lit.data.cache import Place, checked_gb, gather, tell, watched
+from anomaly_lit.data.caches.memory import Place, checked_gb, gather, tell, watched
 from anomaly_lit.data.images import Resize
 from anomaly_lit.types import Batch, Sample, UserError
 

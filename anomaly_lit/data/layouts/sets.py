@@ -8,10 +8,10 @@ from typing import Literal
 
 from torch import nn
 
-from anomaly_lit.data.cache import ImageCache
+from anomaly_lit.data.caches.features import FeatureCache
+from anomaly_lit.data.caches.memory import ImageCache
 from anomaly_lit.data.datamodule import AnomalyDataModule, raise_all
-from anomaly_lit.data.features import FeatureCache
-from anomaly_lit.data.folders import (
+from anomaly_lit.data.layouts.folders import (
     Listing,
     list_btad,
     list_folders,

@@ -68,14 +68,16 @@ class Report:
 
 def main() -> None:
     """Run `anomaly-data dataset=NAME dataset.root=DIR`."""
-    from anomaly_lit.config import run_command
+    from anomaly_lit.commands.entry import run_command
 
     run_command(run, "data")
 
 
 def run(config: DictConfig) -> None:
     """Check the configured data set, show and write the report; exit with 1 where it is wrong."""
-    from anomaly_lit.config import instantiate, plain, validate
+    from anomaly_lit.config.build import instantiate
+    from anomaly_lit.config.hydra import plain
+    from anomaly_lit.config.validate import validate
 
     validate(plain(config))
     if config.clear_cache:
@@ -92,7 +94,7 @@ def run(config: DictConfig) -> None:
 
 def clear_cache() -> None:
     """Delete the files of `cache=disk` in ANOMALY_LIT_CACHE or the user's cache folder."""
-    from anomaly_lit.data.store import cache_folder, clear
+    from anomaly_lit.data.caches.store import cache_folder, clear
 
     folder = cache_folder(None)
     print(f"{clear(folder):.2f} GB freed in {folder}")
@@ -168,7 +170,7 @@ def _most(counts: dict[str, int], limit: int = 3) -> str:
 
 
 def _decode(datamodule: AnomalyDataModule) -> list[Picture]:
-    from anomaly_lit.data.cache import in_threads
+    from anomaly_lit.data.caches.memory import in_threads
 
     splits = {
         "train": datamodule.train_samples,
@@ -315,7 +317,7 @@ def _find_duplicates(report: Report, pictures: list[Picture]) -> None:
 
 def _find_unused(report: Report, datamodule: AnomalyDataModule) -> None:
     """List pictures that lie in the data set's folders and belong to no split."""
-    from anomaly_lit.data.folders import walk_images
+    from anomaly_lit.data.layouts.folders import walk_images
 
     used: set[Path] = set()
     for category in datamodule.categories:
@@ -334,7 +336,7 @@ def _draw_grid(
     datamodule: AnomalyDataModule, pictures: list[Picture], folder: Path, columns: int
 ) -> None:
     """Write some images of each category and kind, resized, with their truth outlined."""
-    from anomaly_lit.pictures import contact_sheet, save_image
+    from anomaly_lit.drawing.pictures import contact_sheet, save_image
 
     rows: dict[tuple[str, str], list[Sample]] = defaultdict(list)
     for category in datamodule.categories:
@@ -356,7 +358,7 @@ def _tile(datamodule: AnomalyDataModule, sample: Sample, caption: str, side: int
     from PIL import Image, ImageDraw
 
     from anomaly_lit.data.images import read_image, read_sample
-    from anomaly_lit.pictures import draw_outline
+    from anomaly_lit.drawing.pictures import draw_outline
 
     try:
         pixels, mask = read_sample(sample, datamodule.resize)

@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from anomaly_lit import config as configuration
+from anomaly_lit.commands.entry import run_command
+from anomaly_lit.config.build import instantiate
+from anomaly_lit.config.hydra import output_folder, plain
+from anomaly_lit.config.trust import check_targets
+from anomaly_lit.config.validate import validate
 from anomaly_lit.types import UserError
 
 if TYPE_CHECKING:
@@ -15,13 +19,13 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Entry point of the command."""
-    configuration.run_command(test, "test")
+    run_command(test, "test")
 
 
 def test(cfg: DictConfig) -> None:
     """Loads the checkpoint, tests it, and writes what ``anomaly-train`` writes of a test."""
-    config = configuration.plain(cfg)
-    directory = configuration.output_folder()
+    config = plain(cfg)
+    directory = output_folder()
     if config["ckpt_path"] is None:
         raise UserError("ckpt_path is not set: anomaly-test ckpt_path=FILE")
     if (directory / "metrics.json").exists():
@@ -33,24 +37,24 @@ def test(cfg: DictConfig) -> None:
     from anomaly_lit.callbacks.outputs import Outputs
     from anomaly_lit.callbacks.progress import progress_bar
     from anomaly_lit.callbacks.run import StepSeeds
-    from anomaly_lit.checkpoint import build_method, read_checkpoint
+    from anomaly_lit.commands.train import print_results, quiet, selection_of, tested
     from anomaly_lit.files import environment, write_json
-    from anomaly_lit.train import print_results, quiet, selection_of, tested
+    from anomaly_lit.inference.checkpoint import build_method, read_checkpoint
 
     quiet()
     checkpoint = read_checkpoint(config["ckpt_path"])
     trained = checkpoint["anomaly_lit"]["config"]
     node = trained["method"] | config["method"]
     dataset = trained["dataset"] | {k: v for k, v in config["dataset"].items() if v is not None}
-    configuration.check_targets({"method": node, "dataset": dataset}, config["trust"])
-    configuration.validate({"method": node, "dataset": dataset})
+    check_targets({"method": node, "dataset": dataset}, config["trust"])
+    validate({"method": node, "dataset": dataset})
     method = build_method({**trained, "method": node}, config["trust"])
     load_weights(method, checkpoint["state_dict"], config["method"])
-    datamodule = configuration.instantiate(dataset)
+    datamodule = instantiate(dataset)
     datamodule.prepare_data()
     datamodule.setup("test")
-    configuration.check_targets(trained["callbacks"]["evaluation"], config["trust"])
-    evaluation = configuration.instantiate(trained["callbacks"]["evaluation"])
+    check_targets(trained["callbacks"]["evaluation"], config["trust"])
+    evaluation = instantiate(trained["callbacks"]["evaluation"])
     assert isinstance(evaluation, Evaluation)
     evaluation.calibration = checkpoint["anomaly_lit"].get("calibration", {})
     outputs = Outputs(str(directory), config["max_images"])

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from anomaly_lit import config as configuration
-from anomaly_lit.cluster import is_first_process
+from anomaly_lit.config.build import differences, instantiate, moved
+from anomaly_lit.runs.code import code_digest
+from anomaly_lit.runs.ranks import is_first_process
 from anomaly_lit.types import UserError
-from anomaly_lit.used_code import code_digest
 
 if TYPE_CHECKING:
     from anomaly_lit.data.datamodule import AnomalyDataModule
@@ -34,9 +34,9 @@ def state_of(directory: Path, config: dict[str, Any]) -> str:
                 "choose another output_dir"
             )
         return "new"
-    before = configuration.moved(yaml.safe_load(noted.read_text("utf-8")), str(directory))
+    before = moved(yaml.safe_load(noted.read_text("utf-8")), str(directory))
     step = before.pop("step", None)  # how fast a step is: a run may go on with another
-    changes = configuration.differences(before, {k: v for k, v in config.items() if k != "step"})
+    changes = differences(before, {k: v for k, v in config.items() if k != "step"})
     finished = (directory / "metrics.json").is_file()
     if changes and (finished or checkpoint.is_file()):
         lines = "\n".join(f"  {line}" for line in changes)
@@ -48,7 +48,7 @@ def state_of(directory: Path, config: dict[str, Any]) -> str:
         return "finished"
     if not checkpoint.is_file():
         return "new"
-    for line in configuration.differences(step or config["step"], config["step"], "step"):
+    for line in differences(step or config["step"], config["step"], "step"):
         print(f"{line}: the weights will agree with those of the old command up to rounding")
     return "unfinished"
 
@@ -82,7 +82,7 @@ def is_current(
 def images_changed(metrics: dict[str, Any], config: dict[str, Any]) -> bool:
     """Whether the images are others than those of these results; images that are gone are not."""
     data = {**config["dataset"], "cache": None, "feature_cache": None}
-    datamodule = configuration.instantiate(data)
+    datamodule = instantiate(data)
     try:
         digest = datamodule.present_digest()
     except UserError:
@@ -114,7 +114,7 @@ def check_same_data(datamodule: AnomalyDataModule, checkpoint: Path) -> None:
     Raises:
         UserError: Files were added, removed or changed since.
     """
-    from anomaly_lit.checkpoint import read_checkpoint
+    from anomaly_lit.inference.checkpoint import read_checkpoint
 
     if read_checkpoint(checkpoint)["anomaly_lit"].get("data_digest") != datamodule.digest:
         raise UserError(

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anomaly_lit.data import locks
+from anomaly_lit.data.caches import locks
 
 MAGIC = b"anomaly_lit rows, format 1\n"
 PAGE = 4096  # bytes; columns begin at multiples

@@ -1,0 +1,116 @@
+"""How every command starts under Hydra, and how its errors look.
+
+Nothing heavy is imported at the top.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from anomaly_lit.config.hydra import config_dir, in_sweep, message_of
+from anomaly_lit.types import Stopped, UserError
+
+RUN_AGAIN, INTERRUPTED = 75, 130  # exit codes: EX_TEMPFAIL of sysexits.h, and Ctrl-C in a shell
+GOES_ON = "the same command with the same output_dir goes on from here"
+STRANGE = re.compile(r"[^\w\s/\\+.$%*@?|:,=()\[\]{}'\"-]", re.ASCII)  # no word of Hydra's
+
+
+def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code: int = 1) -> None:
+    """Runs a task under Hydra; what the user can mend is shown in a line, without a traceback.
+
+    ``HYDRA_FULL_ERROR=1`` shows the traceback of every error. The exit code is ``RUN_AGAIN`` where
+    a scheduler's signal ended the task, and ``INTERRUPTED`` after Ctrl-C.
+    """
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    started = False
+
+    def fail(error: BaseException) -> None:
+        print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
+        sys.exit(error_code)
+
+    def guarded(cfg: DictConfig) -> Any:
+        nonlocal started
+        started = True
+        try:
+            return task(cfg)
+        except (UserError, OSError) as error:
+            if full or in_sweep():  # the other jobs of a sweep go on
+                raise
+            fail(error)
+        except Exception:
+            if in_sweep():  # the launcher tells the error alone, and from another process
+                logging.getLogger(__name__).exception("this job of the sweep failed")
+            raise
+
+    guarded.__module__ = task.__module__  # Hydra names the job after it
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of exiting
+    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+    register_plugins()
+    main = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)
+    try:
+        main(guarded)()
+    except (CompactHydraException, OmegaConfBaseException, UserError, OSError) as error:
+        if full:
+            raise
+        fail(error)
+    except ValueError as error:
+        if full or started:
+            raise
+        fail(error)  # Hydra's, such as for a group set to null
+    except KeyboardInterrupt:
+        print(f"interrupted; {GOES_ON}", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
+    except Stopped as stop:
+        print(f"{stop}; {GOES_ON}", file=sys.stderr, flush=True)
+        sys.exit(RUN_AGAIN)
+    finally:
+        if not full:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+def register_plugins() -> None:
+    """Our launchers and our sweeper, and our presets in place of others of the same name."""
+    from hydra_plugins.anomaly_lit_launcher import ProcessLauncher
+    from hydra_plugins.anomaly_lit_launcher.others import OtherLauncher
+    from hydra_plugins.anomaly_lit_sweeper import StudySweeper
+
+    for plugin in (ProcessLauncher, OtherLauncher, StudySweeper):
+        Plugins.instance().register(plugin)  # Hydra's search misses them in a checkout
+    stored = ConfigStore.instance().repo.get("hydra", {})
+    for group in ("launcher", "sweeper", "sweeper/sampler", "sweeper/pruner"):
+        names = {path.name for path in Path(config_dir(), "hydra", group).glob("*.yaml")}
+        options = stored
+        for part in group.split("/"):
+            options = options.get(part, {})
+        for name in names & options.keys():
+            del options[name]  # Hydra would merge it into ours, with a warning
+
+
+def quoted(argument: str) -> str:
+    """Quotes the value of ``key=value`` where Hydra's grammar would stumble over a path.
+
+    >>> quoted("input=/a/b (1).png")
+    "input='/a/b (1).png'"
+    """
+    key, equals, value = argument.partition("=")
+    strange = STRANGE.search(value) or (
+        re.search(r"[/\\]", value) and re.search(r"[=(){}:'\"\s]", value)
+    )
+    if not equals or not strange or value[0] in "'\"[{$" or "," in value or "${" in value:
+        return argument
+    # Hydra reads backslashes as themselves, save before a quote
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
+    return f"{key}='{escaped}'"

@@ -1,0 +1,1 @@
+"""Configurations as plain data: build, validate, trust."""

@@ -1,0 +1,1 @@
+"""Where decoded images and features of frozen backbones are kept."""

@@ -1,0 +1,1 @@
+"""The demonstration data set, drawn by the program itself."""

@@ -1,0 +1,1 @@
+"""Data sets: which categories a folder holds, and which images a category holds."""

@@ -1,0 +1,1 @@
+"""Figures: heat maps, panels, curves."""

@@ -1,0 +1,1 @@
+"""Results of many runs: read, tables, one page."""
