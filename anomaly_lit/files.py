@@ -15,7 +15,39 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    HAS_LOCKS = False
+else:
+    HAS_LOCKS = True
+
 PACKAGES = ("anomaly-lit", "torch", "timm", "pytorch-lightning", "hydra-core", "numpy")
+
+
+def lock(file: IO[Any], shared: bool = False) -> bool:
+    """Lock an open file until it is closed, in every process that holds it.
+
+    Args:
+        file: Any open file.
+        shared: Beside others that share it, instead of alone.
+
+    Returns:
+        Whether it was free; where the system has no such locks (`HAS_LOCKS`), true.
+    """
+    if not HAS_LOCKS:
+        return True
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def cores() -> int:
+    """Return how many cores of the CPU this process may use."""
+    known = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
 
 
 @contextmanager
@@ -69,13 +101,12 @@ def environment() -> dict[str, Any]:
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         **{f"versions/{name}": _version(name) for name in PACKAGES},
         "versions/python": platform.python_version(),
         "commit": code_commit(),
         "hardware": gpu
-        or f"CPU, {cores} cores ({platform.machine()}), {torch.get_num_threads()} threads",
+        or f"CPU, {cores()} cores ({platform.machine()}), {torch.get_num_threads()} threads",
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 

@@ -27,7 +27,8 @@ from omegaconf import OmegaConf
 
 from anomaly_lit.commands import report
 from anomaly_lit.files import environment
-from hydra_plugins.anomaly_lit_launcher import Job, ProcessLauncher
+from hydra_plugins.anomaly_lit_launcher import ProcessLauncher
+from hydra_plugins.anomaly_lit_launcher.jobs import Job
 
 TRIVIAL = "print('done')"
 IMPORTS = "import anomaly_lit.commands.train, pytorch_lightning, timm, torch, anomaly_lit.data"

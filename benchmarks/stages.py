@@ -18,11 +18,11 @@ from anomaly_lit import Detector
 from anomaly_lit.calibration import colour_range, outline_of
 from anomaly_lit.callbacks import Evaluation
 from anomaly_lit.callbacks.run import StepSeeds, WholeCheckpoint
-from anomaly_lit.commands.train import build
 from anomaly_lit.config.hydra import config_dir, plain
 from anomaly_lit.data.images import read_image
 from anomaly_lit.drawing.pictures import overlay, save_image
 from anomaly_lit.nn.backbone import Backbone
+from anomaly_lit.runs.build import build
 
 STAGES = ("decode", "resize", "forward", "backbone", "head", "map", "verdict", "whole", "overlay")
 

@@ -43,9 +43,9 @@ from peers import TRAINED
 from peers import train as train_peer
 
 from anomaly_lit.callbacks.run import FillFeatureCache, StepSeeds
-from anomaly_lit.commands.train import build
 from anomaly_lit.config.hydra import config_dir, plain
 from anomaly_lit.files import environment
+from anomaly_lit.runs.build import build
 
 DEFAULTS = ["uniad_small", "fastflow_small", "ami_net_small"]
 BASE = "no cache"

@@ -9,7 +9,7 @@ import pytest
 
 from anomaly_lit.runs.ranks import check_tasks, is_first_process, join_tasks
 from anomaly_lit.types import UserError
-from hydra_plugins.anomaly_lit_launcher import check_alone, environment
+from hydra_plugins.anomaly_lit_launcher.surroundings import check_alone, environment
 
 SRUN = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_STEP_ID": "0"}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -72,17 +71,7 @@ class FastStep(pl.Callback):
             check_compiler(device)
         if chosen["channels_last"]:
             lay_out(pl_module, torch.channels_last)
-        if chosen["fused"] or self.options["fused"] is False:
-            self._fuse(trainer, pl_module, chosen["fused"])
         self._feed(trainer, device)
-
-    def _fuse(self, trainer: pl.Trainer, method: Method, fused: bool) -> None:
-        asked = self.options["fused"] is not None
-        problem = why_not_fused(trainer, method)
-        if problem is None:
-            method.optimizer = partial(build_optimizer, method.optimizer, fused)
-        elif fused and asked:
-            raise UserError(f"step.fused=true: {problem}")
 
     def _feed(self, trainer: pl.Trainer, device: torch.device) -> None:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -109,9 +98,11 @@ class FastStep(pl.Callback):
         datamodule.persistent_workers = chosen["persistent_workers"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lets Lightning clip in front of a fused optimiser where no scaler is at work."""
-        if getattr(trainer.precision_plugin, "scaler", None) is None:
-            for optimizer in trainer.optimizers:
+        """Fuse the optimisers, and let Lightning clip in front of them without a scaler."""
+        for optimizer in trainer.optimizers:
+            if self.options["fused"] is not None:
+                fuse(optimizer, self.options["fused"], trainer)
+            if getattr(trainer.precision_plugin, "scaler", None) is None:
                 # Lightning 2.6 takes it for a sign that gradients are still scaled
                 optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
@@ -188,29 +179,38 @@ def compile_error(error: BaseException) -> str | None:
     return f"step.compile=true: torch cannot compile this method: {text[0]}. Set step.compile=false"
 
 
-def why_not_fused(trainer: pl.Trainer, method: Method) -> str | None:
-    """What stands against a fused optimiser; None is nothing."""
-    if "fused" not in inspect.signature(method.optimizer).parameters:
-        name = getattr(getattr(method.optimizer, "func", method.optimizer), "__name__", "it")
-        return f"{name} has no such form; Adam, AdamW, SGD and Adagrad have"
+def fuse(optimizer: Optimizer, fused: bool, trainer: pl.Trainer) -> None:
+    """Have an optimiser move all parameters in one loop over memory, or not.
+
+    Raises:
+        UserError: It has no fused form, or none for its device, its other arguments or a scaler.
+    """
+    problem = why_not_fused(optimizer, trainer)
+    if problem is not None:
+        if fused:
+            raise UserError(f"step.fused=true: {problem}")
+        return
+    known = inspect.signature(type(optimizer)).parameters
+    settings = {key: value for key, value in optimizer.defaults.items() if key in known}
+    groups = [{"params": group["params"]} for group in optimizer.param_groups]
+    try:
+        type(optimizer)(groups, **{**settings, "fused": fused})  # refuses what cannot be
+    except RuntimeError as error:
+        raise UserError(f"step.fused={str(fused).lower()}: {error}") from error
+    for holder in (optimizer.defaults, *optimizer.param_groups):
+        holder["fused"] = fused
+
+
+def why_not_fused(optimizer: Optimizer, trainer: pl.Trainer) -> str | None:
+    """Return what stands against a fused optimiser; None is nothing."""
+    if "fused" not in inspect.signature(type(optimizer)).parameters:
+        return f"{type(optimizer).__name__} has no such form; Adam, AdamW, SGD and Adagrad have"
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         return (
             f"trainer.precision={trainer.precision} scales gradients, and a fused optimiser takes "
             "that back too late for clipping; choose trainer.precision=bf16-mixed"
         )
     return None
-
-
-def build_optimizer(build: Callable[..., Optimizer], fused: bool, parameters: Any) -> Optimizer:
-    """The optimiser of these parameters.
-
-    Raises:
-        UserError: It has no fused form for their device or with its other arguments.
-    """
-    try:
-        return build(parameters, fused=fused)
-    except RuntimeError as error:
-        raise UserError(f"step.fused={str(fused).lower()}: {error}") from error
 
 
 def adapt_state(optimizer: Optimizer) -> None:

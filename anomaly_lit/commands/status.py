@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from anomaly_lit.files import runs_below
+from anomaly_lit.files import lock, runs_below
 from anomaly_lit.runs.objective import PRUNED
 
 STATES = ("done", "pruned", "running", "failed", "waiting")
@@ -99,14 +99,8 @@ def job_status(name: str, folder: Path) -> JobStatus:
 
 def is_held(file: Path) -> bool:
     """Whether a living job writes into this log."""
-    import fcntl
-
     with file.open("rb") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        return not lock(log, shared=True)
 
 
 def last_line(log: Path | None) -> str:

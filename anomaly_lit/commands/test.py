@@ -37,9 +37,11 @@ def test(cfg: DictConfig) -> None:
     from anomaly_lit.callbacks.outputs import Outputs
     from anomaly_lit.callbacks.progress import progress_bar
     from anomaly_lit.callbacks.run import StepSeeds
-    from anomaly_lit.commands.train import print_results, quiet, selection_of, tested
     from anomaly_lit.files import environment, write_json
     from anomaly_lit.inference.checkpoint import build_method, read_checkpoint
+    from anomaly_lit.reporting.terminal import print_results
+    from anomaly_lit.runs.failures import quiet
+    from anomaly_lit.runs.record import selection_of, tested
 
     quiet()
     checkpoint = read_checkpoint(config["ckpt_path"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -47,6 +49,18 @@ def print_table(table: Table) -> None:
     if not console.is_terminal:
         console = Console(width=160)
     console.print(table)
+
+
+def print_results(metrics: Mapping[str, Any], directory: Path) -> None:
+    """Print the table of a run's results, and where its files are."""
+    results = {
+        key.removeprefix("test/"): math.nan if value is None else value
+        for key, value in metrics.items()
+        if key.startswith("test/")
+    }
+    print_table(results_table(results, metrics["selection"]))
+    print(f"Pictures: {directory / 'images'}")
+    print(f"Numbers:  {directory / 'metrics.json'}, {directory / 'predictions.csv'}")
 
 
 def _cell(results: Mapping[str, float], key: str, with_interval: str = "") -> str:

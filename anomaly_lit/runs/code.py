@@ -20,7 +20,7 @@ from anomaly_lit.config.build import import_target, nodes
 
 PACKAGE = "anomaly_lit"
 # what every run's numbers depend on although no configuration names it, without what these import
-ALWAYS = ("anomaly_lit.callbacks.run", "anomaly_lit.commands.train")
+ALWAYS = ("anomaly_lit.callbacks.run", "anomaly_lit.runs.fit")
 EVALUATION = "anomaly_lit.callbacks.evaluation"  # of the callbacks, the one that makes numbers
 # parts of the configuration whose code decides no number: where data is kept
 APART = ("cache", "feature_cache")

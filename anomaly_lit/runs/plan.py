@@ -40,6 +40,13 @@ def plan_of(trainer: pl.Trainer, method: Method, datamodule: AnomalyDataModule) 
     yield text
 
 
+def print_plan(trainer: pl.Trainer, method: Method, datamodule: AnomalyDataModule) -> None:
+    """Print what is about to happen: data, parameters, memory, time."""
+    print(datamodule.summary())
+    for line in plan_of(trainer, method, datamodule):
+        print(line)
+
+
 def steps_of(trainer: pl.Trainer, steps_per_epoch: int) -> int | None:
     """Steps until the end; None where nothing bounds them."""
     limits = []

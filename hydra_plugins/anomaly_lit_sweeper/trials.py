@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
+from anomaly_lit.files import lock
 from anomaly_lit.runs.objective import PRUNED
 from anomaly_lit.types import UserError
 
@@ -93,8 +93,6 @@ def alone(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "study.lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another command is at the study in {folder}: wait for it") from None
+        if not lock(file):
+            raise UserError(f"another command is at the study in {folder}: wait for it")
         yield

@@ -19,16 +19,15 @@ from omegaconf import OmegaConf
 from anomaly_lit.commands.status import duration, read_sweep, report
 from anomaly_lit.files import runs_below
 from anomaly_lit.types import UserError
-from hydra_plugins.anomaly_lit_launcher import (
+from hydra_plugins.anomaly_lit_launcher import ProcessLauncher
+from hydra_plugins.anomaly_lit_launcher.jobs import (
     Job,
-    ProcessLauncher,
     check_folders,
-    environment,
     last_words,
     name_by_difference,
-    visible_gpus,
     write_plan,
 )
+from hydra_plugins.anomaly_lit_launcher.surroundings import environment, visible_gpus
 
 Run = Callable[..., Any]
 OTHER = OmegaConf.create({"hydra": {"job": {"config_name": "other"}}})

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from anomaly_lit.callbacks import FastStep, StepSeeds
 from anomaly_lit.callbacks import step as module
 from anomaly_lit.callbacks.step import ON, compile_error, networks
-from anomaly_lit.commands.train import state_of
 from anomaly_lit.methods.base import Method
+from anomaly_lit.runs.folder import state_of
 from anomaly_lit.types import Batch, UserError
 
 SMALL = [
@@ -196,7 +196,8 @@ def test_a_scaler_bars_a_fused_optimiser() -> None:
         precision, precision_plugin = "16-mixed", nn.Module()
 
     Trainer.precision_plugin.scaler = object()
-    problem = module.why_not_fused(Trainer(), Paint())  # type: ignore[arg-type]
+    optimizer = ADAMW(Paint().parameters())
+    problem = module.why_not_fused(optimizer, Trainer())  # type: ignore[arg-type]
     assert problem is not None
     assert "16-mixed scales gradients" in problem
 

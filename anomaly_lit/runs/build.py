@@ -1,0 +1,192 @@
+"""From a configuration to the parts of a run: data, method, trainer, loggers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anomaly_lit.config.build import instantiate, nodes
+from anomaly_lit.config.hydra import message_of
+from anomaly_lit.runs.ranks import is_first_process
+from anomaly_lit.types import UserError
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from anomaly_lit.callbacks.evaluation import Evaluation
+    from anomaly_lit.callbacks.pruning import Pruning
+    from anomaly_lit.callbacks.stopping import StopSignals
+    from anomaly_lit.data.datamodule import AnomalyDataModule
+    from anomaly_lit.methods.base import Method
+
+
+def find_all_weights(config: dict[str, Any]) -> None:
+    """Looks for the weights of every backbone before anything heavy is imported."""
+    from anomaly_lit.nn.weights import find_weights
+
+    for path, node in nodes(config["method"], "method"):
+        if node["_target_"] == "anomaly_lit.nn.backbone.Backbone" and "name" in node:
+            weights = node.get("weights", "pretrained")
+            if isinstance(weights, str):
+                find_weights(node["name"], weights, node.get("file_stem"), f"{path}.weights")
+
+
+def build(config: dict[str, Any]) -> tuple[AnomalyDataModule, Method]:
+    """The data module, checked, and the method, with its backbones' weights."""
+    datamodule = instantiate(config["dataset"])
+    if is_first_process():
+        datamodule.prepare_data()
+    datamodule.setup("fit")
+    datamodule.validate_on_test = config["selection"] == "oracle"
+    if not datamodule.holdout_samples and config["selection"] == "best":
+        raise UserError("selection=best needs held-out images: set dataset.holdout above 0")
+    method = instantiate(config["method"])
+    check_synthesis(datamodule, method)
+    datamodule.with_prompts = "prompt" in method.needs
+    method.setup("fit")
+    return datamodule, method
+
+
+def check_synthesis(datamodule: AnomalyDataModule, method: Method) -> None:
+    """Refuses corrupted images that nobody reads, and a method that lacks them.
+
+    Raises:
+        UserError: What the method reads and what the data module makes do not fit.
+    """
+    name, needed = type(method).__name__, "corrupted" in method.needs
+    if needed and datamodule.synthesis is None:
+        raise UserError(
+            f"{name} learns from corrupted images: set synthesis to draem, or to any option other "
+            "than none"
+        )
+    if datamodule.synthesis is None and datamodule.validate_on_synthesis:
+        raise UserError("dataset.validate_on_synthesis=true needs a synthesis: synthesis=draem")
+    if datamodule.synthesis is not None and not needed and not datamodule.validate_on_synthesis:
+        raise UserError(
+            f"{name} does not learn from corrupted images: synthesis=none, or "
+            "dataset.validate_on_synthesis=true to validate on them"
+        )
+
+
+def build_trainer(
+    config: dict[str, Any],
+    directory: Path,
+    data_digest: str,
+    signals: StopSignals,
+    pruner: Pruning | None = None,
+) -> tuple[pl.Trainer, Evaluation]:
+    """The trainer with the callbacks that every run has and those of the configuration."""
+    from pytorch_lightning.callbacks import ModelCheckpoint
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    from anomaly_lit.callbacks.dashboard import Dashboard
+    from anomaly_lit.callbacks.evaluation import Evaluation
+    from anomaly_lit.callbacks.outputs import LossCurves
+    from anomaly_lit.callbacks.progress import progress_bar
+    from anomaly_lit.callbacks.run import (
+        FillFeatureCache,
+        RanksAgree,
+        ResumeCheckpoint,
+        StepSeeds,
+        StopAtNaN,
+        WholeCheckpoint,
+    )
+    from anomaly_lit.callbacks.stopping import replace_observer
+
+    folder = str(directory / "checkpoints")
+    named = config["callbacks"] or {}
+    callbacks = [instantiate(node) for node in named.values()]
+    evaluation = next((c for c in callbacks if isinstance(c, Evaluation)), None)
+    if evaluation is None:
+        raise UserError(
+            "callbacks: none is an anomaly_lit.callbacks.Evaluation, which every run needs"
+        )
+    callbacks += [
+        signals,
+        RanksAgree(config, data_digest),
+        instantiate(config["step"]),
+        FillFeatureCache(),
+        StepSeeds(config["seed"]),
+        StopAtNaN(),
+        WholeCheckpoint(config, data_digest),
+        LossCurves(str(directory)),
+        progress_bar(),
+    ]
+    criterion = {"best": ("val/loss", "min"), "oracle": ("oracle/criterion", "max")}
+    if config["selection"] in criterion:
+        monitor, mode = criterion[config["selection"]]
+        check_validates(config)
+        callbacks.append(
+            ModelCheckpoint(
+                folder,
+                filename=config["selection"],
+                monitor=monitor,
+                mode=mode,
+                enable_version_counter=False,
+            )
+        )
+    callbacks.append(ResumeCheckpoint(folder, **config["checkpoint"], signals=signals))
+    if pruner is not None:
+        callbacks.append(pruner)
+    replace_observer()
+    loggers = build_loggers(config, data_digest)
+    callbacks.append(Dashboard(str(directory), f"{folder}/{config['selection']}.ckpt"))
+    settings = {"default_root_dir": str(directory), **config["trainer"]}
+    if settings.get("precision") is None:
+        settings["precision"] = default_precision(settings.get("accelerator", "auto"))
+    make = instantiate({**settings, "_partial_": True})
+    try:
+        return make(callbacks=callbacks, logger=loggers or False), evaluation
+    except (MisconfigurationException, ImportError, ValueError) as error:  # no such device, ...
+        raise UserError(f"trainer: {error}") from error
+
+
+def check_validates(config: dict[str, Any]) -> None:
+    """Refuses a choice among validations where none would take place.
+
+    Raises:
+        UserError: Training ends before the first validation.
+    """
+    settings = config["trainer"]
+    steps, interval = settings.get("max_steps", -1), settings.get("val_check_interval")
+    counts_steps = settings.get("check_val_every_n_epoch", 1) is None and isinstance(interval, int)
+    if counts_steps and 0 <= steps < interval:
+        raise UserError(
+            f"selection={config['selection']} needs a validation, and trainer.val_check_interval="
+            f"{interval} is more than trainer.max_steps={steps}: lower the former"
+        )
+
+
+def build_loggers(config: dict[str, Any], data_digest: str) -> list[Any]:
+    """The loggers, opened before hours are spent, with the configuration written to each.
+
+    Raises:
+        UserError: A logger's package is missing, or its service refuses or does not answer.
+    """
+    from anomaly_lit.files import environment
+    from anomaly_lit.loggers import describe
+
+    facts = {"data_digest": data_digest, **environment()}
+    loggers = []
+    for name, node in (config["logger"] or {}).items():
+        try:
+            logger = instantiate(node)
+            describe(logger, config, facts)
+        except Exception as error:
+            raise UserError(
+                f"logger={name} does not start: {message_of(error)}. Use "
+                "logger=csv or logger=wandb_offline, run `wandb login`, or install "
+                "anomaly-lit[loggers] for tensorboard and mlflow"
+            ) from error
+        loggers.append(logger)
+    return loggers
+
+
+def default_precision(accelerator: str) -> str:
+    """bf16 where the device multiplies it natively, else float32."""
+    import torch
+
+    if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda"):
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    native = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return "bf16-mixed" if native and accelerator in ("auto", "cpu") else "32-true"

@@ -1,0 +1,80 @@
+"""How a run that fails says so, and what is kept quiet."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from anomaly_lit.config.hydra import message_of
+from anomaly_lit.types import Stopped, UserError
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+
+@contextmanager
+def report_failures() -> Iterator[None]:
+    """Have one of several ranks say what failed and end at once.
+
+    Python's own way out waits for connections to ranks that are gone, at times for ever.
+    """
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if rank:
+        from anomaly_lit.callbacks.stopping import die_with_parent
+
+        die_with_parent()
+    try:
+        yield
+    except Stopped:
+        if rank:
+            sys.exit(0)  # the first rank tells, and any other code would count as this one's death
+        raise
+    except Exception as error:
+        if "LOCAL_RANK" not in os.environ:  # which Lightning sets for the first rank, too
+            raise
+        who = f"rank {rank}: " if rank else ""
+        print(f"error: {who}{message_of(error)}", file=sys.stderr)
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device or the machine had no memory left."""
+    import torch
+
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(t in str(error) for t in texts)
+
+
+def finish_loggers(trainer: pl.Trainer, error: BaseException | None) -> None:
+    """Closes the runs in services, with what became of them."""
+    from anomaly_lit.loggers import finish
+
+    for logger in trainer.loggers:
+        finish(logger, int(error is not None), isinstance(error, Stopped))
+
+
+def quiet() -> None:
+    """Keeps Lightning's hints and known harmless warnings out of the way."""
+    import logging
+    import warnings
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for text in (
+        ".*treespec.*",
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*dataloader is not resumable.*",
+        ".*smaller than the logging interval.*",
+        ".*in eval mode at the start of training.*",
+        ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+        ".*sync_dist=True.*",  # all ranks compute the metrics of all images
+    ):
+        warnings.filterwarnings("ignore", text)

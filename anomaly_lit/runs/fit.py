@@ -1,0 +1,185 @@
+"""One run: train, calibrate the chosen weights, test them, write the results."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+import yaml
+
+from anomaly_lit.callbacks.step import compile_error
+from anomaly_lit.callbacks.stopping import StopSignals, end_ranks
+from anomaly_lit.config.build import instantiate
+from anomaly_lit.files import replace_file
+from anomaly_lit.inference.checkpoint import read_checkpoint
+from anomaly_lit.runs.build import build, build_trainer
+from anomaly_lit.runs.failures import finish_loggers, out_of_memory, quiet, report_failures
+from anomaly_lit.runs.folder import check_same_data
+from anomaly_lit.runs.objective import PRUNED
+from anomaly_lit.runs.plan import print_plan
+from anomaly_lit.runs.ranks import check_launcher, is_first_process
+from anomaly_lit.runs.record import Timings, record, record_pruned
+from anomaly_lit.types import UserError
+
+if TYPE_CHECKING:
+    from anomaly_lit.callbacks.evaluation import Evaluation
+    from anomaly_lit.callbacks.pruning import Pruning
+    from anomaly_lit.data.datamodule import AnomalyDataModule
+    from anomaly_lit.methods.base import Method
+
+
+def run(
+    config: dict[str, Any],
+    directory: Path,
+    goes_on: bool = False,
+    pruning: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train, calibrate, test and write the results.
+
+    Args:
+        config: The composed and validated configuration as plain data.
+        directory: The run's folder.
+        goes_on: Whether the folder holds a checkpoint to go on from.
+        pruning: Describes a `Pruning`; None trains to the end.
+
+    Returns:
+        The metrics, or where a study gave the run up, the step and the value.
+
+    Raises:
+        UserError: The data cannot be used, a package is missing, or a device has too little memory.
+    """
+    quiet()
+    with StopSignals() as signals, report_failures():
+        pl.seed_everything(config["seed"], workers=True, verbose=False)
+        datamodule, method = build(config)
+        if goes_on:
+            check_same_data(datamodule, directory / "checkpoints" / "last.ckpt")
+        if is_first_process():
+            note_configuration(config, directory)
+        pruner = instantiate(pruning, "pruning") if pruning else None
+        trainer, evaluation = build_trainer(config, directory, datamodule.digest, signals, pruner)
+        check_launcher(trainer)
+        if trainer.is_global_zero:
+            print_plan(trainer, method, datamodule)
+            print(f"{'Resuming in' if goes_on else 'Writing to'} {directory}", flush=True)
+        whole = Run(config, directory, datamodule, method, trainer, evaluation, signals, pruner)
+        try:
+            return whole.fit_and_test()
+        except SystemExit as end:  # how Lightning answers Ctrl-C
+            raise KeyboardInterrupt from end
+        except BaseException as error:
+            words = in_words(error, trainer, config)
+            if words is None:
+                raise
+            raise UserError(words) from error
+        finally:
+            finish_loggers(trainer, sys.exception())
+
+
+def note_configuration(config: dict[str, Any], directory: Path) -> None:
+    """Write `config.yaml`; a run that begins anew is no longer a pruned one."""
+    with replace_file(directory / "config.yaml", encoding="utf-8") as file:
+        yaml.safe_dump(config, file, sort_keys=False)
+    (directory / PRUNED).unlink(missing_ok=True)
+
+
+def in_words(error: BaseException, trainer: pl.Trainer, config: dict[str, Any]) -> str | None:
+    """Return what went wrong where the user can mend it; None where the error speaks for itself."""
+    lost = end_ranks(trainer, error)
+    if lost:
+        return lost
+    if isinstance(error, RuntimeError) and out_of_memory(error):
+        batch = config["dataset"].get("batch_size")
+        return (
+            f"out of memory: lower dataset.batch_size (now {batch}) or image_size (now "
+            f"{config['image_size']}); the same command with another output_dir starts anew"
+        )
+    return compile_error(error)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run, and its steps in order.
+
+    Args:
+        config: The composed configuration as plain data.
+        directory: The run's folder.
+        datamodule: Images, checked.
+        method: With its backbones' weights.
+        trainer: With all callbacks.
+        evaluation: The one of the callbacks that scores.
+        signals: Which of a scheduler's signals came.
+        pruner: Gives a run up within a study; None where there is none.
+    """
+
+    config: dict[str, Any]
+    directory: Path
+    datamodule: AnomalyDataModule
+    method: Method
+    trainer: pl.Trainer
+    evaluation: Evaluation
+    signals: StopSignals
+    pruner: Pruning | None = None
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint from which a run goes on."""
+        return self.directory / "checkpoints" / "last.ckpt"
+
+    @property
+    def chosen(self) -> Path:
+        """The checkpoint that is tested: the last one, or that of `selection`."""
+        return self.directory / "checkpoints" / f"{self.config['selection']}.ckpt"
+
+    def fit_and_test(self) -> dict[str, Any]:
+        """Go through all steps.
+
+        Returns:
+            The metrics, or where a study gave the run up, the step and the value.
+        """
+        timings = self.fit()
+        if self.pruner is not None and self.pruner.step:
+            self.signals.leave()
+            return record_pruned(self.directory, self.trainer, self.pruner)
+        validation = self.calibrate()
+        self.signals.leave()
+        timings = timings._replace(test_seconds=self.test())
+        return record(self, timings, validation)
+
+    def fit(self) -> Timings:
+        """Train, from the last checkpoint where there is one."""
+        resumed = self.last.is_file()
+        start, cpu_start = time.perf_counter(), time.process_time()
+        self.trainer.fit(
+            self.method,
+            datamodule=self.datamodule,
+            ckpt_path=str(self.last) if resumed else None,
+        )
+        return Timings(resumed, time.perf_counter() - start, time.process_time() - cpu_start)
+
+    def calibrate(self) -> dict[str, float]:
+        """Take thresholds from held-out images with the chosen weights, and save both.
+
+        Returns:
+            What the validation logged, `val/...`; empty where nothing is held out.
+        """
+        if self.chosen != self.last:
+            self.trainer.save_checkpoint(self.last)
+            self.method.load_state_dict(read_checkpoint(self.chosen)["state_dict"])
+        validation: dict[str, float] = {}
+        if self.datamodule.holdout_samples:
+            self.trainer.validate(self.method, datamodule=self.datamodule, verbose=False)
+            logged = self.trainer.callback_metrics
+            validation = {k: float(v) for k, v in logged.items() if k.startswith("val/")}
+        self.trainer.save_checkpoint(self.chosen)
+        return validation
+
+    def test(self) -> float:
+        """Score the test images; return how many seconds that took."""
+        start = time.perf_counter()
+        self.trainer.test(self.method, datamodule=self.datamodule, verbose=False)
+        return time.perf_counter() - start

@@ -1,0 +1,123 @@
+"""What a finished run writes down."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from anomaly_lit.files import environment, peak_memory_mb, write_json
+from anomaly_lit.reporting.terminal import print_results
+from anomaly_lit.runs.code import code_digest
+from anomaly_lit.runs.objective import ORACLE, PRUNED
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from anomaly_lit.callbacks.evaluation import Evaluation
+    from anomaly_lit.callbacks.pruning import Pruning
+    from anomaly_lit.data.datamodule import AnomalyDataModule
+    from anomaly_lit.methods.base import Method
+    from anomaly_lit.runs.fit import Run
+
+COSTS = ("training_seconds", "test_seconds_per_image", "latency_seconds", "trainable_parameters")
+
+
+SELECTIONS = {
+    "last": "last step",
+    "best": "lowest loss on held-out normal images",
+    "oracle": "ORACLE: best image + pixel AUROC on the test set",
+}
+
+
+class Timings(NamedTuple):
+    """How long the parts of a run took."""
+
+    resumed: bool
+    training_seconds: float
+    training_cpu_seconds: float  # tells more on a busy machine
+    test_seconds: float = 0.0
+
+
+def record(run: Run, timings: Timings, validation: dict[str, float]) -> dict[str, Any]:
+    """Write a run's metrics to `metrics.json`, its costs to the loggers, and print the table."""
+    metrics = metrics_of(run, timings, validation)
+    for logger in run.trainer.loggers:
+        costs = {f"run/{key}": metrics[key] for key in COSTS}
+        logger.log_metrics(costs, run.trainer.global_step)
+        logger.save()
+    if run.trainer.is_global_zero:
+        write_json(run.directory / "metrics.json", metrics)
+        print_results(metrics, run.directory)
+    return metrics
+
+
+def metrics_of(run: Run, timings: Timings, validation: dict[str, float]) -> dict[str, Any]:
+    """Return all that `metrics.json` says: results, how they came about, costs, versions."""
+    method, datamodule = run.method, run.datamodule
+    trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    return {
+        **tested(run.trainer, run.evaluation),
+        **validation,
+        "setting": "one-class" if len(datamodule.categories) == 1 else "multi-class",
+        "selection": selection_of(run.config, method),
+        "seed": run.config["seed"],
+        "method": run.config["method"]["_target_"],
+        "steps": run.trainer.global_step,
+        "precision": str(run.trainer.precision),
+        "resumed": timings.resumed,
+        "training_seconds": timings.training_seconds,
+        "training_cpu_seconds": timings.training_cpu_seconds,
+        "test_seconds_per_image": timings.test_seconds / max(1, len(datamodule.test_samples)),
+        "latency_seconds": latency(method, datamodule),
+        **peak_memory_mb(),
+        "trainable_parameters": trainable,
+        "frozen_parameters": sum(p.numel() for p in method.parameters()) - trainable,
+        "images/train": len(datamodule.train_samples),
+        "images/holdout": len(datamodule.holdout_samples),
+        "images/test": len(datamodule.test_samples),
+        "data_digest": datamodule.digest,
+        "code_digest": code_digest(run.config),
+        "threshold_fpr": run.evaluation.fpr,
+        **environment(),
+    }
+
+
+def record_pruned(directory: Path, trainer: pl.Trainer, pruner: Pruning) -> dict[str, Any]:
+    """Note that a study gave the run up; it is neither calibrated nor tested."""
+    facts = {"step": pruner.step, pruner.metric: pruner.value}
+    if trainer.is_global_zero:
+        write_json(directory / PRUNED, facts)
+        print(f"pruned at step {pruner.step}: {pruner.metric}={pruner.value:.6g}", flush=True)
+    return facts
+
+
+def selection_of(config: dict[str, Any], method: Method) -> str:
+    """How the weights were chosen, and what else was taken from the test set, for tables."""
+    metric = config.get("optimized_metric") or ""
+    sweep = f"ORACLE: swept for {metric}" if metric.startswith(ORACLE) else ""
+    texts = (SELECTIONS[config["selection"]], method.oracle, sweep)
+    return "; ".join(text for text in texts if text)
+
+
+def latency(method: Method, datamodule: AnomalyDataModule) -> float:
+    """Median time from one prepared image on the device to its map and score, in seconds."""
+    image = torch.rand(1, 3, *datamodule.resize.size, device=method.device)
+    batch: Any = {"image": image, "index": torch.zeros(1, dtype=torch.long), "label": [False],
+                  "category": [datamodule.categories[0]], "path": [""]}  # fmt: skip
+    times = []
+    method.eval()
+    with torch.inference_mode():
+        for _ in range(7):
+            start = time.perf_counter()
+            float(method.score_batch(batch).score)  # waits for the device
+            times.append(time.perf_counter() - start)
+    return sorted(times[2:])[2]
+
+
+def tested(trainer: pl.Trainer, evaluation: Evaluation) -> dict[str, float]:
+    """Everything of the last test, ``test/...``: what a method logged itself, and the metrics."""
+    logged = {k: float(v) for k, v in trainer.callback_metrics.items() if k[:5] == "test/"}
+    return logged | {f"test/{key}": value for key, value in evaluation.results.items()}

@@ -1,0 +1,284 @@
+"""``hydra/launcher=process``: every job of a sweep in a process of its own.
+
+A job is the same command as by hand, in its folder, so several devices, a crash or a crash of the
+CUDA driver concern that job alone. What a job prints goes to ``job.log`` in its folder, and
+``job.json`` beside it says how it went. A folder with the results of the same configuration is not
+run again; an interrupted job goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from anomaly_lit.files import HAS_LOCKS, lock
+from anomaly_lit.types import UserError
+from hydra_plugins.anomaly_lit_launcher.jobs import (
+    PAUSE,
+    Job,
+    check_folders,
+    end,
+    last_words,
+    name_by_difference,
+    note,
+    tell,
+    value_of,
+    write_plan,
+)
+from hydra_plugins.anomaly_lit_launcher.surroundings import (
+    check_alone,
+    die_with_parent,
+    environment,
+    escaped,
+    visible_gpus,
+)
+
+# what the jobs of a sweep must not be told again
+OF_THE_SWEEP = (
+    "hydra.mode",
+    "hydra.sweep",
+    "hydra.run",
+    "hydra/launcher",
+    "hydra.launcher",
+    "hydra/sweeper",
+    "hydra.sweeper",
+)
+NOT_OF_A_RUN = ("hydra", "pruning", "when_changed")  # of this sweep
+
+
+class ProcessLauncher(Launcher):
+    """Runs jobs as processes, several at a time, each with GPUs of its own.
+
+    Args:
+        jobs: Jobs at a time.
+        gpus: GPUs to share out, by number or by UUID; null takes those in CUDA_VISIBLE_DEVICES, or
+            all; an empty list gives jobs none.
+        gpus_per_job: GPUs of each job, where there are any.
+        timeout_minutes: A job that takes longer is ended and failed; null waits for ever.
+        retries: How often a failed job is tried again; it goes on from its last checkpoint.
+    """
+
+    def __init__(
+        self,
+        jobs: int = 1,
+        gpus: Sequence[int | str] | None = None,
+        gpus_per_job: int = 1,
+        timeout_minutes: float | None = None,
+        retries: int = 0,
+    ) -> None:
+        super().__init__()
+        self.jobs = jobs
+        self.gpus = gpus
+        self.gpus_per_job = gpus_per_job
+        self.timeout_minutes = timeout_minutes
+        self.retries = retries
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Keeps what ``launch`` needs."""
+        self.hydra_context = hydra_context
+        self.config = config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Runs the jobs and gives what they returned; a failed one does not stop the others."""
+        check_alone()
+        if not HAS_LOCKS:
+            raise UserError(
+                "hydra/launcher=process needs the file locks of Linux or macOS; here take "
+                "hydra/launcher=joblib"
+            )
+        slots = self.slots()
+        jobs = [
+            self.prepare(initial_job_idx + place, list(overrides))
+            for place, overrides in enumerate(job_overrides)
+        ]
+        check_folders(jobs)
+        name_by_difference(jobs)
+        write_plan(Path(self.config.hydra.sweep.dir), jobs, len(slots))
+        print(f"{len(jobs)} jobs, {len(slots)} at a time", flush=True)
+        before = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            self.run(jobs, slots)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            end([job for job in jobs if job.state == "running"])
+        return self.results(jobs)
+
+    # ------------------------------------------------------------------------------ planning
+
+    def slots(self) -> list[list[str]]:
+        """The GPUs of each place for a job; empty lists where there are none to share out.
+
+        Raises:
+            UserError: More jobs at a time than GPUs for them.
+        """
+        gpus = [str(gpu) for gpu in (visible_gpus() if self.gpus is None else self.gpus)]
+        if self.jobs < 1 or self.gpus_per_job < 1 or self.retries < 0:
+            raise UserError(
+                f"hydra.launcher: jobs={self.jobs} and gpus_per_job={self.gpus_per_job} must be at "
+                f"least 1, retries={self.retries} at least 0"
+            )
+        if not gpus:
+            return [[] for _ in range(self.jobs)]
+        if self.jobs * self.gpus_per_job > len(gpus):
+            raise UserError(
+                f"hydra.launcher: {self.jobs} jobs at a time with {self.gpus_per_job} GPUs each, "
+                f"and {len(gpus)} GPUs ({', '.join(gpus)}): lower hydra.launcher.jobs, or share "
+                "none out with hydra.launcher.gpus=[]"
+            )
+        each = self.gpus_per_job
+        return [gpus[start * each : (start + 1) * each] for start in range(self.jobs)]
+
+    def prepare(self, number: int, overrides: list[str]) -> Job:
+        """Composes a job, which finds mistakes before anything runs, and its command."""
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(config):
+            config.hydra.job.id = str(number)
+            config.hydra.job.num = number
+        HydraConfig.instance().set_config(config)
+        folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir).absolute()
+        with read_write(config.hydra.runtime):
+            config.hydra.runtime.output_dir = str(folder)
+        given = [
+            o for o in config.hydra.overrides.hydra if not o.lstrip("+~").startswith(OF_THE_SWEEP)
+        ]
+        sources = config.hydra.runtime.config_sources
+        own = [source.path for source in sources if source.provider == "command-line"]
+        command = [sys.executable, "-m", f"anomaly_lit.commands.{config.hydra.job.config_name}"]
+        command += [f"--config-dir={path}" for path in own]
+        command += [*given, *config.hydra.overrides.task, f"hydra.run.dir='{escaped(folder)}'"]
+        told = [o for o in filter_overrides(overrides) if not o.startswith("pruning=")]
+        return Job(number, told, " ".join(told) or "job", folder, command, config)
+
+    # ------------------------------------------------------------------------------- running
+
+    def run(self, jobs: list[Job], slots: list[list[str]]) -> None:
+        """Fills the places with jobs until none is left."""
+        waiting, running = list(jobs), list[Job]()
+        free = list(range(len(slots)))
+        while waiting or running:
+            for job in [job for job in running if self.has_ended(job)]:
+                running.remove(job)
+                free.append(job.slot)
+                if job.state == "failed" and job.attempt <= self.retries:
+                    waiting.insert(0, job)
+                else:
+                    tell(job, jobs)
+            while waiting and free:
+                job = waiting.pop(0)
+                if self.is_done(job):
+                    tell(job, jobs)
+                    continue
+                job.slot = free.pop(0)
+                if not self.start(job, slots[job.slot], len(slots)):
+                    free.append(job.slot)  # an older process is still at it
+                    waiting.append(job)
+                    break
+                running.append(job)
+            time.sleep(PAUSE)
+
+    def is_done(self, job: Job) -> bool:
+        """Whether the folder holds the results of this very configuration, or of another one."""
+        if (
+            not (job.folder / "metrics.json").is_file()
+            or job.config.hydra.job.config_name != "train"
+        ):
+            return False
+        from anomaly_lit.config.hydra import plain
+        from anomaly_lit.runs.folder import is_current, state_of
+
+        keys = [str(key) for key in job.config if key not in NOT_OF_A_RUN]
+        own = OmegaConf.masked_copy(job.config, keys)
+        own.output_dir = str(job.folder)
+        HydraConfig.instance().set_config(job.config)
+        try:
+            config, changed = plain(own), job.config.when_changed
+            finished = state_of(job.folder, config) == "finished"
+            if finished and is_current(job.folder, config, changed):
+                job.state = "skipped"
+        except Exception as error:
+            job.state, job.error = "failed", str(error)
+        return job.state != "waiting"
+
+    def start(self, job: Job, gpus: list[str], places: int) -> bool:
+        """Starts a job's process; false while one from before still writes into the folder."""
+        job.folder.mkdir(parents=True, exist_ok=True)
+        log = (job.folder / "job.log").open("ab")
+        if not lock(log):  # kept by the job, for as long as it lives
+            log.close()
+            return False
+        job.attempt += 1
+        job.started, job.state, job.error, job.log = time.time(), "running", "", log
+        log.write(
+            f"--- {datetime.now().isoformat(' ', 'seconds')}: {' '.join(job.command)}\n".encode()
+        )
+        log.flush()
+        job.process = subprocess.Popen(
+            job.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment(gpus, places),
+            preexec_fn=die_with_parent,
+        )
+        note(job)
+        return True
+
+    def has_ended(self, job: Job) -> bool:
+        """Notes how a job ended; ends one that takes too long."""
+        assert job.process is not None
+        code = job.process.poll()
+        late = self.timeout_minutes is not None and (
+            time.time() - job.started > 60 * self.timeout_minutes
+        )
+        if code is None and late:
+            end([job])
+            code = job.process.poll()
+            job.error = f"took longer than hydra.launcher.timeout_minutes={self.timeout_minutes:g}"
+        if code is None:
+            return False
+        if job.log is not None:
+            job.log.close()
+        job.state = "done" if code == 0 and not job.error else "failed"
+        if job.state == "failed":
+            job.error = job.error or last_words(job.folder / "job.log") or f"exit code {code}"
+        note(job, code)
+        return True
+
+    def results(self, jobs: list[Job]) -> list[JobReturn]:
+        """What Hydra hands to the sweeper; a failed job's value is an error that tells of all."""
+        failed = [job for job in jobs if job.state == "failed"]
+        lines = [f"  {job.name}: {job.error} ({job.folder / 'job.log'})" for job in failed]
+        text = f"{len(failed)} of {len(jobs)} jobs failed:\n" + "\n".join(lines)
+        found = []
+        for job in jobs:
+            result = JobReturn(
+                overrides=job.overrides,
+                cfg=job.config,
+                hydra_cfg=job.config,
+                working_dir=str(job.folder),
+                task_name="train",
+                status=JobStatus.FAILED if job in failed else JobStatus.COMPLETED,
+            )
+            result.return_value = UserError(text) if job in failed else value_of(job)
+            found.append(result)
+        return found
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
