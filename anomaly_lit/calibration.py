@@ -35,9 +35,11 @@ def threshold_at(scores: Tensor, fpr: float) -> tuple[float, str]:
 
 
 def verdict(score: float, threshold: float) -> dict[str, Any]:
-    """Threshold and verdict of one image; ``unknown`` without a threshold."""
+    """Threshold and verdict of one image; `unknown` without a threshold or a finite score."""
     if math.isnan(threshold):
         return {"threshold": None, "verdict": "unknown"}
+    if not math.isfinite(score):
+        return {"threshold": threshold, "verdict": "unknown"}
     return {"threshold": threshold, "verdict": "defect" if score > threshold else "good"}
 
 

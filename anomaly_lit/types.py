@@ -53,5 +53,5 @@ class Batch(TypedDict):
 class Prediction(NamedTuple):
     """What a method says of a batch, unbounded; larger is more anomalous."""
 
-    anomaly_map: Tensor  # (B, 1, H, W) float
+    anomaly_map: Tensor | None  # (B, 1, H, W) float; None of a method that scores images alone
     score: Tensor  # (B,) float

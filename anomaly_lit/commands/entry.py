@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,29 +30,22 @@ STRANGE = re.compile(r"[^\w\s/\\+.$%*@?|:,=()\[\]{}'\"-]", re.ASCII)  # no word 
 
 
 def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code: int = 1) -> None:
-    """Runs a task under Hydra; what the user can mend is shown in a line, without a traceback.
+    """Run a task under Hydra; what the user can mend is shown in a line, without a traceback.
 
-    ``HYDRA_FULL_ERROR=1`` shows the traceback of every error. The exit code is ``RUN_AGAIN`` where
-    a scheduler's signal ended the task, and ``INTERRUPTED`` after Ctrl-C.
+    `HYDRA_FULL_ERROR=1` shows the traceback of every error. The exit code is `RUN_AGAIN` where a
+    scheduler's signal ended the task, `INTERRUPTED` after Ctrl-C, and `error_code` after any error.
     """
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     started = False
-
-    def fail(error: BaseException) -> None:
-        print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
-        sys.exit(error_code)
 
     def guarded(cfg: DictConfig) -> Any:
         nonlocal started
         started = True
         try:
             return task(cfg)
-        except (UserError, OSError) as error:
-            if full or in_sweep():  # the other jobs of a sweep go on
-                raise
-            fail(error)
-        except Exception:
-            if in_sweep():  # the launcher tells the error alone, and from another process
+        except Exception as error:
+            if in_sweep() and not isinstance(error, UserError | OSError):
+                # the launcher tells the error alone, and from another process
                 logging.getLogger(__name__).exception("this job of the sweep failed")
             raise
 
@@ -62,20 +56,26 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
     main = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)
     try:
         main(guarded)()
-    except (CompactHydraException, OmegaConfBaseException, UserError, OSError) as error:
-        if full:
-            raise
-        fail(error)
-    except ValueError as error:
-        if full or started:
-            raise
-        fail(error)  # Hydra's, such as for a group set to null
     except KeyboardInterrupt:
         print(f"interrupted; {GOES_ON}", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
     except Stopped as stop:
         print(f"{stop}; {GOES_ON}", file=sys.stderr, flush=True)
         sys.exit(RUN_AGAIN)
+    except SystemExit as end:
+        if started or not end.code:
+            raise
+        sys.exit(error_code)  # the command line's own parser, which has told what is wrong
+    except Exception as error:
+        of_hydra = (CompactHydraException, OmegaConfBaseException)  # before: such as a null group
+        in_words = isinstance(error, (*of_hydra, UserError, OSError)) or (
+            isinstance(error, ValueError) and not started
+        )
+        if full or not in_words:
+            traceback.print_exc()
+        else:
+            print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
+        sys.exit(error_code)
     finally:
         if not full:
             os.environ.pop("HYDRA_FULL_ERROR", None)

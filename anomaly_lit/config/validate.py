@@ -24,7 +24,7 @@ HINTS: dict[str, Any] = {  # of keys that belong to no node with a signature
 }
 
 
-def validate(config: Mapping[str, Any]) -> None:
+def validate(config: Mapping[str, Any], command: str = "train") -> None:
     """Compares every ``_target_`` node with the signature it is meant for.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ Region = npt.NDArray[np.bool_]  # (H, W)
 Map = npt.NDArray[np.float32]  # (H, W)
 
 
-def read_image(path: str | Path) -> Pixels:
+def read_image(path: str | Path | IO[bytes]) -> Pixels:
     """Read a picture as 8-bit RGB of shape (H, W, 3), as a viewer would show it.
 
     The EXIF orientation is applied; of several frames the first is read. Bilevel, grey, palette,
@@ -46,7 +46,7 @@ def read_image(path: str | Path) -> Pixels:
     try:
         with Image.open(path) as file:
             file.load()
-            return _to_rgb(_upright(file))
+            return as_rgb(file)
     except Exception as error:  # a decoder may raise anything on malformed bytes
         raise UserError(f"{path}: {_cause(error)}") from error
 
@@ -213,7 +213,13 @@ def _upright(file: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(file)
 
 
-def _to_rgb(picture: Image.Image) -> Pixels:
+def as_rgb(picture: Image.Image) -> Pixels:
+    """Give a Pillow image as `read_image` gives the file that it came from.
+
+    Raises:
+        UserError: Its values are of an unknown range.
+    """
+    picture = _upright(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         grey = _to_8_bits(np.asarray(picture), is_float=picture.mode == "F")
         return np.repeat(grey[..., None], 3, axis=2)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
 from anomaly_lit.calibration import limits_of, verdict
-from anomaly_lit.data.images import Resize, read_image
+from anomaly_lit.data.images import Resize, as_rgb, read_image
 from anomaly_lit.inference.checkpoint import build_method, geometry_of, read_checkpoint
 from anomaly_lit.inference.openvino import OpenVINO, check_installed
 from anomaly_lit.methods.base import Method
 from anomaly_lit.types import Batch, Prediction, UserError
 
-Picture = str | Path | np.ndarray | Image.Image
+ALONE = (str, Path, bytes, io.IOBase, np.ndarray, Image.Image)  # one picture, not several
+Picture = str | Path | bytes | IO[bytes] | np.ndarray | Image.Image
 
 
 class Finding(NamedTuple):
@@ -26,8 +28,8 @@ class Finding(NamedTuple):
 
     score: float
     threshold: float  # NaN without held-out images in training
-    verdict: str  # good, defect, or unknown without a threshold
-    anomaly_map: np.ndarray  # (H, W) float32 at the picture's own size
+    verdict: str  # good, defect, or unknown without a threshold or a finite score
+    anomaly_map: np.ndarray | None  # (H, W) float32 at the picture's own size; None without maps
     image: np.ndarray  # (H, W, 3) uint8, the picture as it was read
 
 
@@ -86,7 +88,8 @@ class Detector:
         """Scores pictures of any size.
 
         Args:
-            images: Paths, (H, W, 3) uint8 arrays, Pillow images, or one of them.
+            images: Paths, bytes or open files of pictures, Pillow images, (H, W, 3) uint8 arrays
+                whose channels are red, green, blue, or one of these.
             category: Whose threshold to use; None takes the only one, else that of all together.
             batch_size: Images scored at once.
 
@@ -99,7 +102,9 @@ class Detector:
             raise UserError(f"no threshold for category={category}; known: {known}")
         if category is None and len(self.categories) == 1:
             category = self.categories[0]
-        pictures = [images] if isinstance(images, Picture) else list(images)
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} must be at least 1")
+        pictures = [images] if isinstance(images, ALONE) else list(images)
         findings: list[Finding] = []
         for start in range(0, len(pictures), batch_size):
             read = [_pixels(picture) for picture in pictures[start : start + batch_size]]
@@ -121,18 +126,17 @@ class Detector:
         }
         prediction = self._score(batch)
         threshold = limits_of(self.calibration, category).get("threshold", math.nan)
-        maps = prediction.anomaly_map[:, 0].float().cpu().numpy()
+        given = prediction.anomaly_map
+        maps = [None] * count if given is None else [*given[:, 0].float().cpu().numpy()]
         return [
             Finding(
                 score,
                 threshold,
                 verdict(score, threshold)["verdict"],
-                self.resize.restore(anomaly_map, picture.shape[:2]),
+                None if map_ is None else self.resize.restore(map_, picture.shape[:2]),
                 picture,
             )
-            for score, anomaly_map, picture in zip(
-                prediction.score.tolist(), maps, pictures, strict=True
-            )
+            for score, map_, picture in zip(prediction.score.tolist(), maps, pictures, strict=True)
         ]
 
     def _score(self, batch: Batch) -> Prediction:
@@ -177,10 +181,17 @@ def load(
 
 
 def _pixels(picture: Picture) -> np.ndarray:
-    if isinstance(picture, str | Path):
+    if isinstance(picture, bytes):
+        picture = io.BytesIO(picture)
+    if isinstance(picture, str | Path | io.IOBase):
         return read_image(picture)
     if isinstance(picture, Image.Image):
-        return np.asarray(picture.convert("RGB"))
+        return as_rgb(picture)
+    if not isinstance(picture, np.ndarray):
+        raise UserError(
+            f"a {type(picture).__name__} is no picture; needed: a path, bytes, an open file, a "
+            "Pillow image or an array (H, W, 3) of uint8"
+        )
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
         raise UserError(
             f"an array of shape {picture.shape} and type {picture.dtype} is no picture; "

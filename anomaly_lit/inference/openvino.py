@@ -41,6 +41,11 @@ class OpenVINO:
     """
 
     def __init__(self, method: Method, category: str, image: Tensor) -> None:
+        if not method.localises:
+            raise UserError(
+                f"engine=openvino needs anomaly maps to compare with torch's, and "
+                f"{type(method).__name__} scores images alone: use engine=torch"
+            )
         scoring = Scoring(method, category)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "scoring.onnx"
@@ -60,6 +65,7 @@ class OpenVINO:
 
     def _compare(self, expected: tuple[Tensor, Tensor], found: Prediction) -> None:
         span = expected[0].amax(dim=(1, 2, 3)) - expected[0].amin(dim=(1, 2, 3))
+        assert found.anomaly_map is not None
         away = (found.anomaly_map - expected[0]).abs().amax(dim=(1, 2, 3))
         span = span.clamp(min=1e-12)  # of a flat map
         scores = (found.score - expected[1]).abs() / torch.maximum(span, expected[1].abs())
@@ -90,6 +96,7 @@ class Scoring(nn.Module):
         """(B, 3, H, W) to the maps (B, 1, H, W) and the scores (B,), float32."""
         batch: Batch = {"image": image, "category": [self.category] * len(image)}  # type: ignore[typeddict-item]
         anomaly_map, score = self.method.predict_batch(batch)
+        assert anomaly_map is not None
         return anomaly_map.float(), score.float()
 
 

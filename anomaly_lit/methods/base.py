@@ -35,6 +35,7 @@ class Method(pl.LightningModule):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     oracle: str = ""
+    localises: bool = True
 
     def __init__(
         self,

@@ -1,0 +1,207 @@
+"""A folder of pictures: find them, judge them, write verdicts, overlays and maps."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+
+from anomaly_lit.calibration import colour_range, limits_of, outline_of
+from anomaly_lit.data.images import SUFFIXES, Pixels, read_header, read_image
+from anomaly_lit.drawing.pictures import overlay, save_image
+from anomaly_lit.inference.detector import Detector, Finding
+from anomaly_lit.types import UserError
+
+VERDICTS = "predictions.csv"
+OVERLAYS, MAPS = "overlays", "maps"
+COLUMNS = ("path", "category", "score", "threshold", "verdict", "error")
+MOST_PIXELS = 64_000_000  # of the pictures that are held in memory at once
+LONGEST_NAME = 255  # bytes of a file's name, on most file systems
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of a formula
+
+
+class Found(NamedTuple):
+    """The pictures of a source, and the folder that their names are relative to."""
+
+    paths: list[Path]
+    root: Path
+    results: list[Path]  # folders of earlier results, which were passed over
+
+
+def find_pictures(source: Path, output: Path) -> Found:
+    """Find the picture, or all pictures below a folder; results of this program are passed over.
+
+    Args:
+        source: A picture or a folder.
+        output: Where results will go; it may lie in the folder.
+
+    Raises:
+        UserError: There is no such file, or no picture in the folder.
+    """
+    if source.is_file():
+        return Found([source], source.parent, [])
+    if not source.is_dir():
+        raise UserError(
+            f"input={printable(source)} does not exist; give a picture or a folder of pictures"
+        )
+    every = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
+    results = [file.parent for file in source.rglob(VERDICTS) if (file.parent / OVERLAYS).is_dir()]
+    own = [place / part for place in (*results, output) for part in (OVERLAYS, MAPS)]
+    found = [path for path in every if not any(path.is_relative_to(place) for place in own)]
+    if not found:
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise UserError(f"input={printable(source)} holds no picture ({kinds})")
+    return Found(found, source, results)
+
+
+def batches_of(paths: list[Path], most: int) -> Iterator[list[Path]]:
+    """Give at most so many paths at once, fewer where pictures are large; one at least."""
+    batch: list[Path] = []
+    pixels = 0
+    for path in paths:
+        try:
+            size, _ = read_header(path)
+            own = math.prod(size)
+        except UserError:  # told when it is judged
+            own = 0
+        if batch and (len(batch) >= most or pixels + own > MOST_PIXELS):
+            yield batch
+            batch, pixels = [], 0
+        batch.append(path)
+        pixels += own
+    if batch:
+        yield batch
+
+
+class Judge:
+    """Judges pictures and writes what it finds as it goes, so that no later fault loses it.
+
+    Args:
+        detector: Scores the pictures.
+        root: Folder that the names of overlays and maps are relative to.
+        directory: Where `predictions.csv`, `overlays` and `maps` are written.
+        category: Whose threshold to use; None takes the only one, else that of all together.
+        save_maps: Also write the maps, (H, W) float16, as `maps/<name>.npy`.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        root: Path,
+        directory: Path,
+        category: str | None = None,
+        save_maps: bool = False,
+    ) -> None:
+        self.detector = detector
+        self.root = root
+        self.directory = directory
+        only = detector.categories[0] if len(detector.categories) == 1 else None
+        self.category = category or only
+        self.limits = limits_of(detector.calibration, self.category)
+        self.save_maps = save_maps
+        self.counts: dict[str, int] = {}
+        self.errors: list[str] = []
+
+    def __enter__(self) -> Judge:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._file = (self.directory / VERDICTS).open("x", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer.writeheader()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def judge(self, paths: list[Path]) -> None:
+        """Judge a batch; a picture that cannot be read is noted and does not stop the others."""
+        read: dict[Path, Pixels] = {}
+        errors: dict[Path, str] = {}
+        for path in paths:
+            try:
+                read[path] = read_image(path)
+            except UserError as error:
+                errors[path] = printable(str(error))
+        findings = self.detector.predict([*read.values()], self.category, len(read) or 1)
+        found = dict(zip(read, findings, strict=True))
+        with ThreadPoolExecutor() as pool:  # pictures take longer to write than to judge
+            list(pool.map(self._save, found, found.values()))
+        for path in paths:
+            self._note(path, found.get(path), errors.get(path, ""))
+        self._file.flush()
+
+    @property
+    def all_judged(self) -> bool:
+        """Whether every picture got a verdict that something stands behind."""
+        return not (self.counts.get("unknown") or self.counts.get("unreadable"))
+
+    def _save(self, path: Path, finding: Finding) -> None:
+        name = name_of(path.relative_to(self.root))
+        target = self.directory / OVERLAYS / f"{name}.png"
+        if finding.anomaly_map is None:
+            save_image(finding.image, target)
+            return
+        low, high = colour_range(self.limits, finding.anomaly_map)
+        outline = outline_of(finding.verdict, finding.anomaly_map, self.limits)
+        save_image(overlay(finding.image, finding.anomaly_map, low, high, outline), target)
+        if self.save_maps:
+            target = self.directory / MAPS / f"{name}.npy"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            np.save(target, finding.anomaly_map.astype(np.float16))
+
+    def _note(self, path: Path, finding: Finding | None, error: str) -> None:
+        verdict = "unreadable" if finding is None else finding.verdict
+        self.counts[verdict] = self.counts.get(verdict, 0) + 1
+        if finding is not None and not math.isfinite(finding.score):
+            error = f"the score is {finding.score}"
+        if error:
+            self.errors.append(f"{verdict}: {printable(path)}: {error}" if finding else error)
+        threshold = None if finding is None or math.isnan(finding.threshold) else finding.threshold
+        self._writer.writerow(
+            {
+                "path": cell(printable(path)),
+                "category": cell(self.category or ""),
+                "score": None if finding is None else finding.score,
+                "threshold": threshold,
+                "verdict": verdict,
+                "error": cell(error),
+            }
+        )
+
+
+def name_of(path: Path) -> Path:
+    """Return the name of what is written about a picture: its own, mirrored in another folder.
+
+    A name that would be too long with its new ending is cut, and gets a hash of the whole.
+
+    Args:
+        path: Of the picture, relative to the folder that was judged.
+    """
+    name = os.fsencode(path.name)
+    room = LONGEST_NAME - len(".12345678.png") - 8  # also for the name of a draft
+    if len(name) <= room:
+        return path
+    mark = hashlib.sha256(name).hexdigest()[:12]
+    return path.with_name(name[: room - 13].decode("utf-8", "ignore") + f"-{mark}")
+
+
+def printable(text: str | Path) -> str:
+    """Return a text that any terminal and UTF-8 file takes; bytes that are no UTF-8 are spelt out."""
+    return os.fsencode(str(text)).decode("utf-8", "backslashreplace")
+
+
+def cell(text: str) -> str:
+    """Return a text that no spreadsheet takes for a formula: behind an apostrophe if it would."""
+    return f"'{text}" if text.startswith(FORMULA) else text

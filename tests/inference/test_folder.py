@@ -1,0 +1,170 @@
+"""Pictures of any name in any folder are judged once, and what was found is never lost."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from anomaly_lit.inference import folder as module
+from anomaly_lit.inference.detector import Finding
+from anomaly_lit.inference.folder import Judge, batches_of, cell, find_pictures, name_of
+from anomaly_lit.types import UserError
+
+PIXELS = np.full((8, 12, 3), 90, np.uint8)
+
+
+class Fake:
+    """A detector whose scores are the pictures' number."""
+
+    categories = ("bolt",)
+    calibration: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, scores: list[float] | None = None, localises: bool = True) -> None:
+        self.scores = scores
+        self.localises = localises
+        self.seen = 0
+
+    def predict(self, images: list[Any], category: str, batch_size: int) -> list[Finding]:
+        findings = []
+        for image in images:
+            score = float(self.seen) if self.scores is None else self.scores[self.seen]
+            map_ = np.zeros(image.shape[:2], np.float32) if self.localises else None
+            good = "good" if np.isfinite(score) else "unknown"
+            findings.append(Finding(score, 10.0, good, map_, image))
+            self.seen += 1
+        return findings
+
+
+def write(path: Path, size: tuple[int, int] = (8, 12)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((*size, 3), 90, np.uint8)).save(path, "PNG")
+    return path
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def judge(source: Path, output: Path, detector: Any = None, **options: Any) -> Judge:
+    found = find_pictures(source, output)
+    with Judge(detector or Fake(), found.root, output, **options) as judging:
+        for batch in batches_of(found.paths, 2):
+            judging.judge(batch)
+    return judging
+
+
+def test_pictures_whose_paths_look_alike_have_overlays_of_their_own(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a" / "b.png")
+    write(tmp_path / "in" / "a__b.png")
+    judge(tmp_path / "in", tmp_path / "out")
+    overlays = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")}
+    assert overlays == {"overlays/a/b.png.png", "overlays/a__b.png.png"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows names files in Unicode")
+def test_names_that_are_no_utf_8_are_judged(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    name = os.fsdecode(b"caf\xe9.png")
+    write(source / name)
+    judging = judge(source, tmp_path / "out")
+    assert judging.counts == {"good": 1}
+    assert rows_of(tmp_path / "out")[0]["path"].endswith("caf\\xe9.png")
+    assert (tmp_path / "out" / "overlays" / f"{name}.png").is_file()
+
+
+def test_names_as_long_as_a_file_system_takes_them_are_judged(tmp_path: Path) -> None:
+    for letter in "ab":
+        write(tmp_path / "in" / f"{'ä' * 120}{letter}.png")
+    judge(tmp_path / "in", tmp_path / "out")
+    assert len(list((tmp_path / "out" / "overlays").iterdir())) == 2
+
+
+def test_a_name_is_kept_where_it_is_short_enough() -> None:
+    assert name_of(Path("a/b.png")) == Path("a/b.png")
+    long = name_of(Path("a") / ("x" * 250 + ".png"))
+    assert long.parent == Path("a")
+    assert len(long.name) < 240
+
+
+def test_results_are_not_judged_again(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    write(source / "part.png")
+    judge(source, source / "first")
+    found = find_pictures(source, source / "second")
+    assert found.paths == [source / "part.png"]
+    assert found.results == [source / "first"]
+
+
+def test_what_was_judged_survives_a_later_fault(tmp_path: Path) -> None:
+    for number in range(6):
+        write(tmp_path / "in" / f"{number}.png")
+
+    class Fails(Fake):
+        def predict(self, images: list[Any], category: str, batch_size: int) -> list[Finding]:
+            if self.seen >= 4:
+                raise MemoryError
+            return super().predict(images, category, batch_size)
+
+    with pytest.raises(MemoryError):
+        judge(tmp_path / "in", tmp_path / "out", Fails())
+    assert [Path(row["path"]).name for row in rows_of(tmp_path / "out")] == [
+        "0.png", "1.png", "2.png", "3.png",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
+def test_a_score_that_is_no_number_is_no_verdict(tmp_path: Path, score: float) -> None:
+    write(tmp_path / "in" / "part.png")
+    judging = judge(tmp_path / "in", tmp_path / "out", Fake([score]))
+    assert judging.counts == {"unknown": 1}
+    assert not judging.all_judged
+    assert "the score is" in rows_of(tmp_path / "out")[0]["error"]
+
+
+def test_an_unreadable_picture_is_told_in_its_place(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "b.png").write_text("no picture")
+    write(tmp_path / "in" / "c.png")
+    judging = judge(tmp_path / "in", tmp_path / "out")
+    assert [row["verdict"] for row in rows_of(tmp_path / "out")] == ["good", "unreadable", "good"]
+    assert not judging.all_judged
+    assert "b.png" in judging.errors[0]
+
+
+def test_a_method_without_maps_gives_pictures_without_heat(tmp_path: Path) -> None:
+    path = write(tmp_path / "in" / "a.png")
+    judge(tmp_path / "in", tmp_path / "out", Fake(localises=False), save_maps=True)
+    shown = np.asarray(Image.open(tmp_path / "out" / "overlays" / "a.png.png"))
+    assert np.array_equal(shown, np.asarray(Image.open(path)))
+    assert not (tmp_path / "out" / "maps").exists()
+
+
+def test_batches_hold_fewer_pictures_where_these_are_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [write(tmp_path / f"{number}.png", (8, 12)) for number in range(5)]
+    paths.append(write(tmp_path / "large.png", (80, 120)))
+    monkeypatch.setattr(module, "MOST_PIXELS", 200)
+    assert [len(batch) for batch in batches_of(paths, 16)] == [2, 2, 1, 1]
+    assert [len(batch) for batch in batches_of(paths[:5], 1)] == [1] * 5
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\tx"])
+def test_no_cell_is_a_formula(text: str) -> None:
+    assert cell(text) == f"'{text}"
+    assert cell("a=b.png") == "a=b.png"
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no picture"):
+        find_pictures(tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match="does not exist"):
+        find_pictures(tmp_path / "gone", tmp_path / "out")
