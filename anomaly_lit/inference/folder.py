@@ -198,7 +198,7 @@ def name_of(path: Path) -> Path:
 
 
 def printable(text: str | Path) -> str:
-    """Return a text that any terminal and UTF-8 file takes; bytes that are no UTF-8 are spelt out."""
+    """Return a text for terminals and UTF-8 files; bytes that are no UTF-8 are spelt out."""
     return os.fsencode(str(text)).decode("utf-8", "backslashreplace")
 
 

@@ -92,6 +92,7 @@ def build_trainer(
         WholeCheckpoint,
     )
     from anomaly_lit.callbacks.stopping import replace_observer
+    from anomaly_lit.runs.storage import WholeFiles
 
     folder = str(directory / "checkpoints")
     named = config["callbacks"] or {}
@@ -132,11 +133,13 @@ def build_trainer(
     loggers = build_loggers(config, data_digest)
     callbacks.append(Dashboard(str(directory), f"{folder}/{config['selection']}.ckpt"))
     settings = {"default_root_dir": str(directory), **config["trainer"]}
+    plugins = instantiate(settings.pop("plugins", None), "trainer.plugins") or []
+    plugins = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles()]
     if settings.get("precision") is None:
         settings["precision"] = default_precision(settings.get("accelerator", "auto"))
     make = instantiate({**settings, "_partial_": True})
     try:
-        return make(callbacks=callbacks, logger=loggers or False), evaluation
+        return make(callbacks=callbacks, logger=loggers or False, plugins=plugins), evaluation
     except (MisconfigurationException, ImportError, ValueError) as error:  # no such device, ...
         raise UserError(f"trainer: {error}") from error
 

@@ -23,6 +23,7 @@ from anomaly_lit.runs.objective import PRUNED
 from anomaly_lit.runs.plan import print_plan
 from anomaly_lit.runs.ranks import check_launcher, is_first_process
 from anomaly_lit.runs.record import Timings, record, record_pruned
+from anomaly_lit.runs.storage import LAST, checkpoint_to_go_on_from
 from anomaly_lit.types import UserError
 
 if TYPE_CHECKING:
@@ -56,8 +57,11 @@ def run(
     with StopSignals() as signals, report_failures():
         pl.seed_everything(config["seed"], workers=True, verbose=False)
         datamodule, method = build(config)
-        if goes_on:
-            check_same_data(datamodule, directory / "checkpoints" / "last.ckpt")
+        start, remark = checkpoint_to_go_on_from(directory) if goes_on else (None, "")
+        if remark:
+            print(f"warning: {remark}", file=sys.stderr)
+        if start is not None:
+            check_same_data(datamodule, start)
         if is_first_process():
             note_configuration(config, directory)
         pruner = instantiate(pruning, "pruning") if pruning else None
@@ -66,7 +70,9 @@ def run(
         if trainer.is_global_zero:
             print_plan(trainer, method, datamodule)
             print(f"{'Resuming in' if goes_on else 'Writing to'} {directory}", flush=True)
-        whole = Run(config, directory, datamodule, method, trainer, evaluation, signals, pruner)
+        whole = Run(
+            config, directory, datamodule, method, trainer, evaluation, signals, pruner, start
+        )
         try:
             return whole.fit_and_test()
         except SystemExit as end:  # how Lightning answers Ctrl-C
@@ -114,6 +120,7 @@ class Run:
         evaluation: The one of the callbacks that scores.
         signals: Which of a scheduler's signals came.
         pruner: Gives a run up within a study; None where there is none.
+        start: The checkpoint to go on from; None begins anew.
     """
 
     config: dict[str, Any]
@@ -124,11 +131,12 @@ class Run:
     evaluation: Evaluation
     signals: StopSignals
     pruner: Pruning | None = None
+    start: Path | None = None
 
     @property
     def last(self) -> Path:
-        """The checkpoint from which a run goes on."""
-        return self.directory / "checkpoints" / "last.ckpt"
+        """The checkpoint from which the run goes on if it is interrupted."""
+        return self.directory / "checkpoints" / LAST
 
     @property
     def chosen(self) -> Path:
@@ -152,13 +160,13 @@ class Run:
 
     def fit(self) -> Timings:
         """Train, from the last checkpoint where there is one."""
-        resumed = self.last.is_file()
         start, cpu_start = time.perf_counter(), time.process_time()
         self.trainer.fit(
             self.method,
             datamodule=self.datamodule,
-            ckpt_path=str(self.last) if resumed else None,
+            ckpt_path=None if self.start is None else str(self.start),
         )
+        resumed = self.start is not None
         return Timings(resumed, time.perf_counter() - start, time.process_time() - cpu_start)
 
     def calibrate(self) -> dict[str, float]:

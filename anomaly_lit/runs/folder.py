@@ -15,7 +15,14 @@ from anomaly_lit.types import UserError
 if TYPE_CHECKING:
     from anomaly_lit.data.datamodule import AnomalyDataModule
 
-LOGS = ("job.log", "job.json", "train.log")  # which the present command writes to
+# what a run writes into its folder, but for the logs that the present command writes to
+WRITTEN = frozenset(
+    {
+        "checkpoints", "config.yaml", "curves.png", "images", "logs", "loss.png", "metrics.json",
+        "mlflow.db", "mlruns", "overview.png", "predictions.csv", "profile.png", "profile.txt",
+        "pruned.json", "run_ids.json", "training.png", "wandb",
+    }
+)  # fmt: skip
 
 
 def state_of(directory: Path, config: dict[str, Any]) -> str:
@@ -26,9 +33,11 @@ def state_of(directory: Path, config: dict[str, Any]) -> str:
     """
     import yaml
 
-    noted, checkpoint = directory / "config.yaml", directory / "checkpoints" / "last.ckpt"
+    check_holds_no_data(directory, config)
+    noted, folder = directory / "config.yaml", directory / "checkpoints"
+    begun = any((folder / name).is_file() for name in ("last.ckpt", "last.earlier.ckpt"))
     if not noted.is_file():
-        if checkpoint.exists() or (directory / "metrics.json").exists():
+        if begun or (directory / "metrics.json").exists():
             raise UserError(
                 f"output_dir={directory} holds results but no config.yaml that says of what; "
                 "choose another output_dir"
@@ -38,7 +47,7 @@ def state_of(directory: Path, config: dict[str, Any]) -> str:
     step = before.pop("step", None)  # how fast a step is: a run may go on with another
     changes = differences(before, {k: v for k, v in config.items() if k != "step"})
     finished = (directory / "metrics.json").is_file()
-    if changes and (finished or checkpoint.is_file()):
+    if changes and (finished or begun):
         lines = "\n".join(f"  {line}" for line in changes)
         raise UserError(
             f"output_dir={directory} holds a run with another configuration:\n{lines}\n"
@@ -46,7 +55,7 @@ def state_of(directory: Path, config: dict[str, Any]) -> str:
         )
     if finished:
         return "finished"
-    if not checkpoint.is_file():
+    if not begun:
         return "new"
     for line in differences(step or config["step"], config["step"], "step"):
         print(f"{line}: the weights will agree with those of the old command up to rounding")
@@ -97,15 +106,37 @@ def code_changed(metrics: dict[str, Any], config: dict[str, Any]) -> bool:
 
 
 def put_aside(folder: Path) -> None:
-    """Moves what a run has left to ``.earlier/N`` in its folder, where reports do not look."""
+    """Move what a run has written to `.earlier/N` in its folder, where reports do not look.
+
+    What else lies there stays.
+    """
     if not is_first_process():
         return
     kept = folder / ".earlier"
     place = kept / str(sum(1 for _ in kept.iterdir()) + 1 if kept.is_dir() else 1)
     place.mkdir(parents=True)
     for path in sorted(folder.iterdir()):
-        if path != kept and path.name not in LOGS:
+        if path.name in WRITTEN:
             path.rename(place / path.name)
+
+
+def check_holds_no_data(directory: Path, config: dict[str, Any]) -> None:
+    """Refuse a run's folder that is empty of a name, or that the data set lies in.
+
+    Raises:
+        UserError: Results would be written among the images.
+    """
+    if not str(config["output_dir"]).strip():
+        raise UserError("output_dir is empty: name the folder of the run with output_dir=DIR")
+    root = (config.get("dataset") or {}).get("root")
+    if root is None or not Path(root).expanduser().is_dir():
+        return
+    data, own = Path(root).expanduser().resolve(), directory.resolve()
+    if data == own or own in data.parents:
+        raise UserError(
+            f"output_dir={directory} holds the images of dataset.root={root}: choose another "
+            "output_dir, beside them or elsewhere"
+        )
 
 
 def check_same_data(datamodule: AnomalyDataModule, checkpoint: Path) -> None:

@@ -1,0 +1,109 @@
+"""Checkpoints that no kill, full disk or failing machine leaves half written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from anomaly_lit.inference.checkpoint import read_checkpoint
+from anomaly_lit.types import UserError
+
+LAST, EARLIER = "last.ckpt", "last.earlier.ckpt"
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside its target, syncs it, and only then replaces the old one.
+
+    Lightning's own writer goes through the folder for temporary files: where that is another file
+    system, a kill in the middle leaves half a file. Of `last.ckpt` the one before is kept, as
+    `last.earlier.ckpt`, so a run needs room for three of them while it writes.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            UserError: The disk is full; what was there before is as it was.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with draft.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.name == LAST and path.is_file():
+                os.replace(path, path.with_name(EARLIER))
+            os.replace(draft, path)
+            _sync_folder(path.parent)
+        except BaseException as error:
+            draft.unlink(missing_ok=True)
+            if _is_full(error):
+                raise UserError(
+                    f"no room on the disk for the checkpoint {path}; what was written before is "
+                    "whole. Make room, and the same command goes on from there"
+                ) from error
+            raise
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint as plain data, whatever it might hold besides."""
+        return read_checkpoint(path)
+
+
+def checkpoint_to_go_on_from(directory: Path) -> tuple[Path | None, str]:
+    """Return the newest whole checkpoint of a run, and a word on one that is not.
+
+    Drafts that a kill left are removed.
+
+    Args:
+        directory: The run's folder.
+
+    Raises:
+        UserError: There are checkpoints, and none of them can be read.
+    """
+    folder = directory / "checkpoints"
+    for draft in folder.glob(".*.ckpt.*"):
+        draft.unlink(missing_ok=True)
+    problem = ""
+    for path in (folder / LAST, folder / EARLIER):
+        if not path.is_file():
+            continue
+        try:
+            read_checkpoint(path)
+        except UserError as error:
+            problem = problem or str(error)
+        else:
+            return path, f"{problem}: going on from {path}" if problem else ""
+    if problem:
+        raise UserError(f"{problem}. Choose another output_dir to start anew")
+    return None, ""
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, tells of a full disk or quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the disk keep the names in a folder."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows
+        return
+    handle = os.open(folder, os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
