@@ -48,7 +48,7 @@ def check_shared_memory(batch_bytes: int, workers: int) -> None:
     if needed > free:
         raise UserError(
             f"dataset.num_workers={workers} needs {needed / 2**20:.0f} MB of shared memory for its "
-            f"batches, and {SHARED_MEMORY} has {free / 2**20:.0f} MB: set dataset.num_workers=0 (the "
-            "fastest with a cache), lower dataset.batch_size, or give the container more "
-            "(docker run --shm-size=1g)"
+            f"batches, and {SHARED_MEMORY} has {free / 2**20:.0f} MB: set dataset.num_workers=0, "
+            "which is fastest with a cache, lower dataset.batch_size, or give the container more: "
+            "docker run --shm-size=1g"
         )

@@ -69,5 +69,5 @@ def test_too_little_shared_memory_is_told_before(
     monkeypatch.setattr(workers.shutil, "disk_usage", lambda _: usage)
     workers.check_shared_memory(2**20, 2)
     workers.check_shared_memory(2**30, 0)
-    with pytest.raises(UserError, match="dataset.num_workers=4 needs 144 MB"):
+    with pytest.raises(UserError, match=r"dataset\.num_workers=4 needs 144 MB"):
         workers.check_shared_memory(16 * 2**20, 4)
