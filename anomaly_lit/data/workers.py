@@ -7,29 +7,60 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
-from anomaly_lit.types import UserError
+from torch.utils.data import DataLoader
+
+from anomaly_lit.types import Batch, UserError
 
 SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over their batches (Linux)
 PREFETCHED = 2  # batches that torch has each worker prepare ahead
 PATIENCE = 600  # seconds to wait for a batch before the workers count as stuck
-LEFT_TO_THE_RUN = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+LEFT_TO_THE_RUN = {  # signals that schedulers and terminals send to a whole group of processes
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name) and hasattr(signal, "pthread_sigmask")  # Windows lacks both
+}
+
+
+class WorkerLoader(DataLoader[Batch]):
+    """A data loader whose workers leave signals to the run, from their first moment on."""
+
+    def __iter__(self) -> Any:
+        """Fork the workers while signals wait: they inherit that."""
+        if not self.num_workers or not LEFT_TO_THE_RUN:
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_RUN)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_worker(worker: int) -> None:
     """Have a worker leave signals to the run, and end with the process that started it.
 
-    A scheduler or a terminal sends its signals to all processes of a group. A worker that died of
-    one would end the run before it could save itself.
+    A worker that died of a scheduler's signal would end the run before it could save itself. The
+    run itself ends its workers by SIGTERM, and waits for them: that one is obeyed.
     """
-    for name in LEFT_TO_THE_RUN:
-        if hasattr(signal, name):  # Windows lacks some
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if LEFT_TO_THE_RUN:
+        signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_RUN)
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         if os.getppid() == 1:  # the parent was gone before
             os._exit(1)
+
+
+def _obey_parent(parent: int) -> None:
+    """Wait for signals; end at the parent's SIGTERM, pass over all others."""
+    while True:
+        heard = signal.sigwaitinfo(LEFT_TO_THE_RUN)
+        if heard.si_signo == signal.SIGTERM and heard.si_pid == parent:
+            os._exit(0)
 
 
 def check_shared_memory(batch_bytes: int, workers: int) -> None:

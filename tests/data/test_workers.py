@@ -31,7 +31,10 @@ for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"):
 process = context.Process(target=work, args=(ready,))
 process.start()
 print(ready.get(), flush=True)
-time.sleep(60)
+sys.stdin.readline()
+process.terminate()
+process.join()
+print("ended", flush=True)
 """
 
 
@@ -41,18 +44,24 @@ def is_alive(process: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux")
-def test_a_worker_survives_signals_to_its_group_and_dies_with_its_parent() -> None:
+@pytest.mark.parametrize("obeys", [True, False])
+def test_a_worker_survives_signals_to_its_group_and_ends_with_its_parent(obeys: bool) -> None:
     root = str(Path(workers.__file__).parents[2])
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, root], stdout=subprocess.PIPE, text=True,
-        start_new_session=True,
+        [sys.executable, "-c", PARENT, root], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
+    assert parent.stdin is not None
     assert parent.stdout is not None
     worker = int(parent.stdout.readline())
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
         os.killpg(parent.pid, number)
     time.sleep(0.3)
     assert is_alive(worker)
+    if obeys:
+        parent.stdin.write("end\n")
+        parent.stdin.flush()
+        assert parent.stdout.readline() == "ended\n"
     parent.kill()
     parent.wait()
     until = time.monotonic() + 10
