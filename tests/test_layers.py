@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,13 @@ def test_imports_go_one_way(module: str) -> None:
         other = part_of(module_of(name) or module)
         if other and other != part:
             assert RANK[other] < RANK[part], f"{module} imports {name}"
+
+
+def test_the_picture_of_the_house_is_right() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    picture = page.partition("<!-- layers:")[2].split("```")[1]
+    drawn = [set(re.split(r"\s{3,}", line)[0].split()) for line in picture.strip().splitlines()]
+    assert drawn[::-1] == LAYERS
 
 
 def test_every_part_has_a_layer() -> None:
