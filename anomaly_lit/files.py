@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -107,8 +108,21 @@ def environment() -> dict[str, Any]:
         "commit": code_commit(),
         "hardware": gpu
         or f"CPU, {cores()} cores ({platform.machine()}), {torch.get_num_threads()} threads",
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": without_secrets(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
     }
+
+
+def without_secrets(value: Any) -> Any:
+    """Return a text, or plain data, with `***` for the user and password of every address in it.
+
+    >>> without_secrets({"uri": "https://me:word@host/path"})
+    {'uri': 'https://***@host/path'}
+    """
+    if isinstance(value, dict):
+        return {key: without_secrets(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(item) for item in value]
+    return re.sub(r"://[^/\s@]+@", "://***@", value) if isinstance(value, str) else value
 
 
 def _version(package: str) -> str | None:

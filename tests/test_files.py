@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anomaly_lit.files import code_commit, environment, peak_memory_mb, replace_file, write_json
+from anomaly_lit.files import (
+    code_commit,
+    environment,
+    peak_memory_mb,
+    replace_file,
+    without_secrets,
+    write_json,
+)
 
 
 def test_file_takes_its_place_once_it_is_written(tmp_path: Path) -> None:
@@ -72,3 +79,15 @@ def test_environment_names_versions_machine_and_command(monkeypatch: pytest.Monk
 def test_peak_memory_is_plausible() -> None:
     pytest.importorskip("resource")
     assert 50 < peak_memory_mb()["peak_memory_mb"] < 100_000
+
+
+def test_passwords_are_written_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = {"a": ["https://me:secret@host:5000/x", 1], "b": "mail@host", "c": None}
+    assert without_secrets(plain) == {
+        "a": ["https://***@host:5000/x", 1],
+        "b": "mail@host",
+        "c": None,
+    }
+    uri = "logger.mlflow.tracking_uri=https://me:secret@host"
+    monkeypatch.setattr(sys, "argv", ["anomaly-train", uri])
+    assert "secret" not in environment()["command"]

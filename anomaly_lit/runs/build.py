@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from anomaly_lit.config.build import instantiate, nodes
 from anomaly_lit.config.hydra import message_of
+from anomaly_lit.files import without_secrets
 from anomaly_lit.runs.ranks import is_first_process
 from anomaly_lit.types import UserError
 
@@ -109,7 +110,7 @@ def build_trainer(
         FillFeatureCache(),
         StepSeeds(config["seed"]),
         StopAtNaN(),
-        WholeCheckpoint(config, data_digest),
+        WholeCheckpoint(without_secrets(config), data_digest),
         LossCurves(str(directory)),
         progress_bar(),
     ]
@@ -174,7 +175,7 @@ def build_loggers(config: dict[str, Any], data_digest: str) -> list[Any]:
     for name, node in (config["logger"] or {}).items():
         try:
             logger = instantiate(node)
-            describe(logger, config, facts)
+            describe(logger, without_secrets(config), facts)
         except Exception as error:
             raise UserError(
                 f"logger={name} does not start: {message_of(error)}. Use "

@@ -14,7 +14,7 @@ import yaml
 from anomaly_lit.callbacks.step import compile_error
 from anomaly_lit.callbacks.stopping import StopSignals, end_ranks
 from anomaly_lit.config.build import instantiate
-from anomaly_lit.files import replace_file
+from anomaly_lit.files import replace_file, without_secrets
 from anomaly_lit.inference.checkpoint import read_checkpoint
 from anomaly_lit.runs.build import build, build_trainer
 from anomaly_lit.runs.failures import finish_loggers, out_of_memory, quiet, report_failures
@@ -87,9 +87,9 @@ def run(
 
 
 def note_configuration(config: dict[str, Any], directory: Path) -> None:
-    """Write `config.yaml`; a run that begins anew is no longer a pruned one."""
+    """Write `config.yaml`, without passwords; a run that begins anew is no longer a pruned one."""
     with replace_file(directory / "config.yaml", encoding="utf-8") as file:
-        yaml.safe_dump(config, file, sort_keys=False)
+        yaml.safe_dump(without_secrets(config), file, sort_keys=False)
     (directory / PRUNED).unlink(missing_ok=True)
 
 

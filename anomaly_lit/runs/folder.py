@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from anomaly_lit.config.build import differences, instantiate, moved
+from anomaly_lit.files import without_secrets
 from anomaly_lit.runs.code import code_digest
 from anomaly_lit.runs.ranks import is_first_process
 from anomaly_lit.types import UserError
@@ -45,7 +46,8 @@ def state_of(directory: Path, config: dict[str, Any]) -> str:
         return "new"
     before = moved(yaml.safe_load(noted.read_text("utf-8")), str(directory))
     step = before.pop("step", None)  # how fast a step is: a run may go on with another
-    changes = differences(before, {k: v for k, v in config.items() if k != "step"})
+    told = without_secrets({k: v for k, v in config.items() if k != "step"})
+    changes = differences(before, told)
     finished = (directory / "metrics.json").is_file()
     if changes and (finished or begun):
         lines = "\n".join(f"  {line}" for line in changes)

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from anomaly_lit.files import without_secrets
 from anomaly_lit.types import UserError
 
 PAUSE = 0.05  # seconds between two looks at the running jobs
@@ -97,7 +98,7 @@ def tell(job: Job, jobs: Sequence[Job]) -> None:
 def note(job: Job, code: int | None = None) -> None:
     """Writes ``job.json``: what the job is, and how it went or goes."""
     facts: dict[str, Any] = {
-        "overrides": job.overrides,
+        "overrides": without_secrets(job.overrides),
         "attempt": job.attempt,
         "started": job.started,
         "ended": time.time() if code is not None else None,
@@ -112,7 +113,7 @@ def write_plan(folder: Path, jobs: Sequence[Job], places: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "sweep.json"
     known = json.loads(file.read_text(encoding="utf-8"))["jobs"] if file.is_file() else {}
-    known |= {os.path.relpath(job.folder, folder): job.overrides for job in jobs}
+    known |= {os.path.relpath(job.folder, folder): without_secrets(job.overrides) for job in jobs}
     replace_text(file, json.dumps({"at_a_time": places, "jobs": known}, indent=2))
 
 

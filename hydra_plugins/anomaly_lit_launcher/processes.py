@@ -23,7 +23,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from anomaly_lit.files import HAS_LOCKS, lock
+from anomaly_lit.files import HAS_LOCKS, lock, without_secrets
 from anomaly_lit.types import UserError
 from hydra_plugins.anomaly_lit_launcher.jobs import (
     PAUSE,
@@ -225,7 +225,7 @@ class ProcessLauncher(Launcher):
         job.attempt += 1
         job.started, job.state, job.error, job.log = time.time(), "running", "", log
         log.write(
-            f"--- {datetime.now().isoformat(' ', 'seconds')}: {' '.join(job.command)}\n".encode()
+            f"--- {datetime.now().isoformat(' ', 'seconds')}: {without_secrets(' '.join(job.command))}\n".encode()
         )
         log.flush()
         job.process = subprocess.Popen(
