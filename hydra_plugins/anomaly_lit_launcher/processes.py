@@ -224,9 +224,8 @@ class ProcessLauncher(Launcher):
             return False
         job.attempt += 1
         job.started, job.state, job.error, job.log = time.time(), "running", "", log
-        log.write(
-            f"--- {datetime.now().isoformat(' ', 'seconds')}: {without_secrets(' '.join(job.command))}\n".encode()
-        )
+        now, command = datetime.now().isoformat(" ", "seconds"), " ".join(job.command)
+        log.write(f"--- {now}: {without_secrets(command)}\n".encode())
         log.flush()
         job.process = subprocess.Popen(
             job.command,
