@@ -223,8 +223,301 @@ def efficientnet(size: int) -> dict[str, Any]:
     return {"scales": scales, "outputs": outputs(**named)}
 
 
+# --------------------------------------------------------------------------------------- OneNIP
+
+ONENIP_SCALES = {"row_embed|col_embed": 4.0, "in_proj_weight": 1.5, "predictor.weight": 8.0}
+
+
+def onenip() -> dict[str, Any]:
+    """OneNIP, second version. Its code has no licence: only numbers are taken."""
+    small = {"channels": (8, 16), "strides": (8, 16)}
+    return {
+        "repository": "https://github.com/gaobb/OneNIP",
+        "commit": "e93dec597ccfd60f8839cd25827f58607f8f8bb5",
+        "licence": "none: numbers only",
+        "cases": {
+            "paper": onenip_case("onenip paper", 1, (224, 224), 7, 1024, 4, **UNIAD_MAPS),
+            "small": onenip_case("onenip small", 2, (96, 128), 3, 48, 2, **small),
+            "training": onenip_training((96, 128), 3, 48, 1, **small),
+            "start": onenip_start(),
+        },
+    }
+
+
+def onenip_network(
+    channels: int, grid: Sequence[int], window: int, feedforward: int, depth: int
+) -> Any:
+    from models.reconstructions.onenip import OneNIP
+
+    return OneNIP(
+        [channels],
+        [16],
+        tuple(grid),
+        None,
+        attributes(neighbor_size=(window, window), mask=(True, True, True)),
+        256,
+        "learned",
+        None,
+        {"method": "xavier_uniform"},
+        nhead=8,
+        num_encoder_layers=depth,
+        num_decoder_layers=depth,
+        dim_feedforward=feedforward,
+        dropout=0.1,
+        activation="relu",
+        normalize_before=False,
+    )
+
+
+def onenip_case(
+    case: str,
+    count: int,
+    size: Sequence[int],
+    window: int,
+    feedforward: int,
+    depth: int,
+    channels: Sequence[int],
+    strides: Sequence[int],
+) -> dict[str, Any]:
+    """`count` images with one prompt."""
+    from models.necks.mfcn import MFCN
+    from utils.eval_helper import EvalImageMax
+
+    neck = MFCN(list(channels), [sum(channels)], list(strides), [16])
+    grid = [side // 16 for side in size]
+    network = onenip_network(sum(channels), grid, window, feedforward, depth)
+    fill(network, ONENIP_SCALES)
+    network.double().eval()
+    query, prompt = (
+        neck({"features": maps(f"{case} {name}", number, size, channels, strides)})["query_feat"]
+        for name, number in (("image", count), ("prompt", 1))
+    )
+    with torch.no_grad():
+        found = network({"query_feat": query, "prompt_feat": prompt.repeat(count, 1, 1, 1)})
+    distance, refined = found["rec_pred"], found["ref_pred"]
+    middle = (distance.max() + distance.min()) / 2  # as in the validation of tools/train_val.py
+    fused = 0.5 * distance + 0.5 * middle * refined
+    score = EvalImageMax.encode_pred(fused[:, 0].numpy(), (16, 16))
+    return {
+        "scales": ONENIP_SCALES,
+        "numbers": {"fusion constant": float(middle)},
+        "outputs": outputs(
+            distance=distance, refined=refined, anomaly_map=fused, score=torch.from_numpy(score)
+        ),
+    }
+
+
+def onenip_training(
+    size: Sequence[int],
+    window: int,
+    feedforward: int,
+    depth: int,
+    channels: Sequence[int],
+    strides: Sequence[int],
+) -> dict[str, Any]:
+    """Losses of two images in training, without dropout and jitter."""
+    from models.necks.mfcn import MFCN
+    from utils.criterion_helper import DiceLoss, FeatureMSELoss
+
+    neck = MFCN(list(channels), [sum(channels)], list(strides), [16])
+    grid = [side // 16 for side in size]
+    network = onenip_network(sum(channels), grid, window, feedforward, depth)
+    fill(network, ONENIP_SCALES)
+    network.double().train()
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    streams = [
+        maps(f"onenip training {name}", 2, size, channels, strides)
+        for name in ("image", "corrupted", "prompt")
+    ]
+    together = [torch.cat(stage) for stage in zip(*streams, strict=True)]
+    aligned = neck({"features": together, "prompt": True, "aimage": True})
+    found = network(aligned)
+    corruption = (tensor("onenip corruption", (2, 1, *size)) > 0.5).double()
+    found["mask"] = torch.cat([torch.zeros_like(corruption), corruption])
+    reconstruction, dice = (loss(found) for loss in (FeatureMSELoss(1.0), DiceLoss(0.5)))
+    loss = reconstruction + 0.5 * dice
+    loss.backward()
+    weights = dict(network.named_parameters())
+    last = "transformer.decoder.layers.0.cross_attn_image_to_prompt.out_proj.weight"
+    return {
+        "scales": ONENIP_SCALES,
+        "outputs": outputs(
+            reconstruction=reconstruction,
+            dice=0.5 * dice,
+            loss=loss,
+            gradient_input=weights["input_proj.weight"].grad,
+            gradient_decoder=weights[last].grad,
+            gradient_refiner=weights["seghead.upconv1.0.weight"].grad,
+        ),
+    }
+
+
+def onenip_start() -> dict[str, Any]:
+    torch.manual_seed(0)
+    state = onenip_network(272, (14, 14), 7, 1024, 4).state_dict()
+    attention = "transformer.decoder.layers.0.cross_attn_prompt_to_image."
+    return {
+        "numbers": {
+            "std attention query": float(state[f"{attention}in_proj_weight"][:256].std()),
+            "std attention output": float(state[f"{attention}out_proj.weight"].std()),
+            "std mlp": float(state["transformer.decoder.layers.0.mlp.lin1.weight"].std()),
+            "std refiner": float(state["seghead.upconv1.0.weight"].std()),
+            "std refiner up": float(state["seghead.upconv1.3.weight"].std()),
+        }
+    }
+
+
+# -------------------------------------------------------------------------------------- AMI-Net
+
+AMI_NET_MAPS = {"channels": (4, 8, 16), "strides": (4, 8, 16)}
+AMI_NET_SCALES = {"qkv.weight": 1.5, "cls_token": 2.0}
+
+
+def ami_net() -> dict[str, Any]:
+    """AMI-Net on maps of few channels; its code fixes the map at 64 x 64, the image at 256."""
+    return {
+        "repository": "https://github.com/luow23/AMI-Net",
+        "commit": "3350be0a601b35c9b7ed7d726cc0d97b7ce13532",
+        "licence": "MIT",
+        "cases": {
+            "scoring": ami_net_scoring(),
+            "training": ami_net_training(),
+            "unit length": ami_net_unit_length(),
+            "start": ami_net_start(),
+        },
+    }
+
+
+def ami_net_network(sigma: float = 0.5, dim: int = 96, depth: int = 2) -> Any:
+    from models.model_MAE import Adpative_MAE_k_center
+
+    return Adpative_MAE_k_center(
+        img_size=64,
+        patch_size=4,
+        in_chans=28,
+        embed_dim=dim,
+        depth=depth,
+        num_heads=4,
+        clu_depth=1,
+        center_num=5,
+        sigma=sigma,
+    )
+
+
+def ami_net_features(case: str, count: int) -> Tensor:
+    from models.networks import WideResNet50
+
+    extractor: Any = WideResNet50.__new__(WideResNet50)  # its constructor would load weights
+    nn.Module.__init__(extractor)
+    first, *rest = [nn.Identity(), *map(Given, maps(case, count, (256, 256), **AMI_NET_MAPS))]
+    extractor.block1 = first
+    extractor.block2, extractor.block3, extractor.block4 = rest
+    return extractor(torch.zeros(count, 3, 256, 256))
+
+
+def ami_net_scoring() -> dict[str, Any]:
+    from models.AMI_Net_model import AMAE
+    from scipy.ndimage import gaussian_filter
+
+    model: Any = AMAE.__new__(AMAE)
+    nn.Module.__init__(model)
+    model.Roncon_model = ami_net_network()
+    fill(model.Roncon_model, AMI_NET_SCALES)
+    model.double().eval()
+    features = ami_net_features("ami_net scoring", 2)
+    hidden, distances, rebuilt, anomaly_maps = [], [], [], []
+    for number in range(2):
+        model.Feature_extractor = Given(features[number : number + 1])
+        with torch.no_grad():
+            given, _, found, _, distance, mask = model(torch.zeros(1, 3, 256, 256), "test")
+        both = [gaussian_filter(map_, sigma=4) for map_ in model.a_map(given, found)]
+        hidden.append(1 - mask)
+        distances.append(distance)
+        rebuilt.append(found)
+        anomaly_maps.append(torch.from_numpy(both[0] * both[1])[None, None])
+    anomaly_map = torch.cat(anomaly_maps)
+    return {
+        "scales": AMI_NET_SCALES,
+        "outputs": outputs(
+            features=features,
+            nearest=torch.cat(distances),
+            hidden=torch.cat(hidden),
+            inpainted=torch.cat(rebuilt),
+            anomaly_map=anomaly_map,
+            score=torch.stack([map_.std(unbiased=False) for map_ in anomaly_map]),
+        ),
+    }
+
+
+def ami_net_training() -> dict[str, Any]:
+    """Losses of two images: 76 and 153 patches are hidden, those of the least draws."""
+    network = ami_net_network()
+    fill(network, AMI_NET_SCALES)
+    network.double().train()
+    features = ami_net_features("ami_net training", 2)
+    noises = [
+        tensor(f"ami_net {name} noise", (2, 256, 96)).double() for name in ("first", "second")
+    ]
+    order = tensor("ami_net hidden", (2, 256)).double()
+    shares = mock.patch("random.uniform", mock.Mock(side_effect=[0.0, 0.3, 0.6, 0.0]))
+    with drawn("randn", *noises), drawn("rand", order), shares:
+        loss, rebuilt, _, _ = network(features, "train")
+    loss.backward()
+    weights = dict(network.named_parameters())
+    target = network.patchify(features)
+    direction = 1 - torch.cosine_similarity(rebuilt, target, dim=-1).mean()
+    distance = (rebuilt - target).square().mean()
+    return {
+        "scales": AMI_NET_SCALES,
+        "outputs": outputs(
+            loss=loss,
+            direction=5 * direction,
+            distance=distance,
+            clusters=loss - 5 * direction - distance,
+            gradient_embed=weights["patch_embed.proj.weight"].grad.flatten(1),
+            gradient_centres=weights["cls_token"].grad[0],
+            gradient_mask_token=weights["mask_token"].grad[0, 0],
+        ),
+    }
+
+
+def ami_net_unit_length() -> dict[str, Any]:
+    """The features that its ResNet-101 makes of four stages."""
+    from models.networks import Resnet101
+
+    extractor: Any = Resnet101.__new__(Resnet101)
+    nn.Module.__init__(extractor)
+    given = maps("ami_net unit length", 1, (256, 256), (2, 4, 8, 16), (4, 4, 8, 16))
+    for number, map_ in enumerate(given):
+        setattr(extractor, f"block{number + 1}", Given(map_))
+    return {"outputs": outputs(features=extractor(torch.zeros(1, 3, 256, 256)))}
+
+
+def ami_net_start() -> dict[str, Any]:
+    torch.manual_seed(0)
+    state = ami_net_network(dim=768, depth=1).state_dict()
+    named = {
+        "embed": "patch_embed.proj.weight",
+        "embed bias": "patch_embed.proj.bias",
+        "cluster embed": "auxi_embed.proj.weight",
+        "cluster embed bias": "auxi_embed.proj.bias",
+        "centres": "cls_token",
+        "attention": "blocks.0.attn.qkv.weight",
+        "attention output": "blocks.0.attn.proj.weight",
+        "mlp": "blocks.0.mlp.fc1.weight",
+        "head": "inpainting_pred.weight",
+    }
+    return {"numbers": {f"std {name}": float(state[key].std()) for name, key in named.items()}}
+
+
 MAKERS: dict[str, Callable[[], dict[str, Any]]] = {
     "uniad": uniad,
+    "onenip": onenip,
+    "ami_net": ami_net,
 }
 
 if __name__ == "__main__":

@@ -63,9 +63,9 @@ def parameter(name: str, shape: Sequence[int], scales: Mapping[str, float]) -> T
 
 @torch.no_grad()
 def fill(module: nn.Module, scales: Mapping[str, float] | None = None, prefix: str = "") -> None:
-    """Fills the authors' network, which has the authors' names."""
+    """Fills the authors' network, which has the authors' names; fixed position codes stay."""
     for name, value in module.state_dict().items():
-        if value.is_floating_point():
+        if value.is_floating_point() and not name.endswith("pos_embed"):
             value.copy_(parameter(prefix + name, value.shape, scales or {}))
 
 

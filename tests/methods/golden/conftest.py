@@ -27,10 +27,10 @@ def rule() -> ModuleType:
 
 
 class GivenMaps(nn.Module):
-    """Stands for a frozen backbone: the same maps whatever the image.
+    """Stands for a frozen backbone: an image's first pixel is the number of its maps.
 
     Args:
-        maps: (B, C_i, h_i, w_i), finest first.
+        maps: (N, C_i, h_i, w_i) of all images, finest first.
         strides: Pixels of the image per position of each.
     """
 
@@ -41,18 +41,28 @@ class GivenMaps(nn.Module):
         self.strides = list(strides)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        return self.maps
+        numbers = image[:, 0, 0, 0].long()
+        return [map_[numbers] for map_ in self.maps]
 
 
 @pytest.fixture(scope="session")
 def given_maps(rule: Any) -> Callable[..., GivenMaps]:
-    """Builds `given_maps(case, count, size, channels, strides)`: the maps of a golden case."""
+    """Builds `given_maps(cases, count, size, channels, strides)`: `count` images of each case."""
 
     def build(
-        case: str, count: int, size: Sequence[int], channels: Sequence[int], strides: Sequence[int]
+        cases: Sequence[str],
+        count: int,
+        size: Sequence[int],
+        channels: Sequence[int],
+        strides: Sequence[int],
     ) -> GivenMaps:
         maps = [
-            rule.tensor(f"{case} map {number}", (count, c, size[0] // s, size[1] // s))
+            torch.cat(
+                [
+                    rule.tensor(f"{case} map {number}", (count, c, size[0] // s, size[1] // s))
+                    for case in cases
+                ]
+            )
             for number, (c, s) in enumerate(zip(channels, strides, strict=True))
         ]
         return GivenMaps(maps, strides)
@@ -61,10 +71,10 @@ def given_maps(rule: Any) -> Callable[..., GivenMaps]:
 
 
 @pytest.fixture(scope="session")
-def image_batch() -> Callable[..., dict[str, Any]]:
-    """Builds `image_batch(count, size)`: a batch whose images nothing reads."""
+def numbered() -> Callable[..., Tensor]:
+    """Builds `numbered(numbers, size)`: images that `GivenMaps` knows."""
 
-    def build(count: int, size: Sequence[int]) -> dict[str, Any]:
-        return {"image": torch.zeros(count, 3, *size), "category": ["bolt"] * count}
+    def build(numbers: Sequence[int], size: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers).float().view(-1, 1, 1, 1).expand(-1, 3, *size)
 
     return build
