@@ -101,6 +101,7 @@ def test_mask_inpainting_map_and_score_are_the_authors(
 
 @pytest.mark.xfail(
     strict=True,
+    raises=AssertionError,
     reason="the authors' ResNet-101 gives vectors of unit length over all stages together, "
     "normalise=True each stage before it is resized",
 )
@@ -174,7 +175,9 @@ def test_weights_start_as_the_authors(golden: Any, new_method: AMINet) -> None:
 
 
 @pytest.mark.xfail(
-    strict=True, reason="the bias of the authors' patch embedding keeps PyTorch's start, ours is 0"
+    strict=True,
+    raises=AssertionError,
+    reason="the bias of the authors' patch embedding keeps PyTorch's start, ours is 0",
 )
 def test_bias_of_the_embedding_starts_as_the_authors(golden: Any, new_method: AMINet) -> None:
     std = new_method.inpainting.embed.bias.std().item()
