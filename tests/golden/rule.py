@@ -158,18 +158,19 @@ class Golden:
         """A number of a case, such as a standard deviation at the start of training."""
         return self.data["cases"][case]["numbers"][name]
 
-    def check(self, case: str, tolerance: float = TOLERANCE, **outputs: Tensor) -> None:
+    def check(self, case: str, tolerance: float | None = None, **outputs: Tensor) -> None:
         """Compares outputs of ours by name.
 
         Args:
             case: Key of the file.
-            tolerance: Of each output's root mean square.
+            tolerance: Of each output's root mean square; None is the file's.
             outputs: By the names in the file.
 
         Raises:
             AssertionError: An output differs; all that do are named.
         """
         expected = self.data["cases"][case]["outputs"]
+        tolerance = self.data["tolerance"] if tolerance is None else tolerance
         found = {name: difference(output, expected[name]) for name, output in outputs.items()}
         wrong = {name: value for name, value in found.items() if not value <= tolerance}
         assert not wrong, f"{case}: relative differences {wrong}, tolerance {tolerance}"

@@ -34,7 +34,7 @@ def golden(rule: Any) -> Any:
 
 
 @pytest.fixture
-def build(rule: Any, given_maps: Callable[..., Any]) -> Callable[..., FastFlow]:
+def build(rule: Any, given_maps: Callable[..., Any]) -> Callable[..., Any]:
     def filled(case: str, channels: Sequence[int], **options: Any) -> FastFlow:
         backbone = given_maps([f"fastflow {case}"], 2, SIZE, channels, STRIDES)
         optimizer = partial(torch.optim.Adam)
@@ -56,14 +56,15 @@ def test_noise_likelihood_map_and_gradients_are_the_reference(
     case: str,
     golden: Any,
     rule: Any,
-    build: Callable[..., FastFlow],
+    build: Callable[..., Any],
     numbered: Callable[..., Tensor],
 ) -> None:
     method = build(case, **CASES[case])
     image = numbered([0, 1], SIZE)
     loss = method.losses({"image": image})["loss"]
     loss.backward()
-    outputs, log_dets = {}, {}
+    outputs: dict[str, Tensor] = {}
+    log_dets: dict[str, Tensor] = {}
     with torch.no_grad():
         anomaly_map, score = method(image)
         for number, (flow, map_) in enumerate(zip(method.flows, method.backbone.maps, strict=True)):
@@ -97,10 +98,10 @@ def test_flows_have_the_parameters_and_the_start_of_the_reference(
 ) -> None:
     torch.manual_seed(0)
     backbone = given_maps(["fastflow start"], 1, SIZE, channels, STRIDES)
-    method = FastFlow(backbone, partial(torch.optim.Adam), kernels=kernels, average=0)
+    method: Any = FastFlow(backbone, partial(torch.optim.Adam), kernels=kernels, average=0)
     count = sum(weight.numel() for weight in method.flows.parameters())
     assert count == golden.number("start", f"parameters {name}")
-    step: Any = method.flows[0].steps[0]
+    step = method.flows[0].steps[0]
     assert step._scale().mean().item() == pytest.approx(golden.number("start", "scale"))
     if name == "WideResNet-50-2":
         std = golden.number("start", "std subnet")

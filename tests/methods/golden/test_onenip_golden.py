@@ -57,7 +57,7 @@ def golden(rule: Any) -> Any:
 
 
 @pytest.fixture
-def build(golden: Any, rule: Any) -> Callable[..., OneNIP]:
+def build(golden: Any, rule: Any) -> Callable[..., Any]:
     def filled(case: str, backbone: Any, size: tuple[int, int], **options: Any) -> OneNIP:
         optimizer = partial(torch.optim.AdamW)
         options = {"image_size": size, "stride": 16, "prompts": 1, **options}
@@ -93,7 +93,7 @@ def test_both_maps_their_fusion_and_the_score_are_the_authors(
     golden: Any,
     given_maps: Callable[..., Any],
     numbered: Callable[..., Any],
-    build: Callable[..., OneNIP],
+    build: Callable[..., Any],
 ) -> None:
     backbone = given_maps([f"onenip {case} image"], count, size, **maps)
     method = build(case, backbone, size, **options).eval()
@@ -116,7 +116,7 @@ def test_losses_and_gradients_in_training_are_the_authors(
     rule: Any,
     given_maps: Callable[..., Any],
     numbered: Callable[..., Any],
-    build: Callable[..., OneNIP],
+    build: Callable[..., Any],
 ) -> None:
     names = [f"onenip training {name}" for name in ("image", "corrupted", "prompt")]
     method = build(

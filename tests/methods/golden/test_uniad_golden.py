@@ -70,7 +70,7 @@ def test_maps_scores_loss_and_gradients_are_the_authors(
     backbone = given_maps([f"uniad {case}"], count, size, channels, strides)
     optimizer = partial(torch.optim.AdamW)
     options = {"image_size": size, "stride": 16, **CASES[case]["numbers"]}
-    method = UniAD(backbone, nn.MSELoss(), optimizer, **options)
+    method: Any = UniAD(backbone, nn.MSELoss(), optimizer, **options)
     rule.fill_ours(method, NAMES, golden.scales(case))
     method.eval()
 
