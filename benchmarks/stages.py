@@ -20,7 +20,8 @@ from anomaly_lit.callbacks import Evaluation
 from anomaly_lit.callbacks.run import StepSeeds, WholeCheckpoint
 from anomaly_lit.config.hydra import config_dir, plain
 from anomaly_lit.data.images import read_image
-from anomaly_lit.drawing.pictures import overlay, save_image
+from anomaly_lit.drawing.heat import overlay
+from anomaly_lit.drawing.png import save_image
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.runs.build import build
 

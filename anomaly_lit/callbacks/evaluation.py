@@ -35,7 +35,7 @@ class Evaluation(pl.Callback):
         calibration: Thresholds and the range of held-out maps, as plain data.
         results: Metrics of the last test, ``<category>/<metric>`` and the mean ``<metric>``.
         rows: One per tested image: path, category, defect_type, label, score, threshold, verdict.
-        curves: Curves of each category, see ``pictures.save_curves``.
+        curves: Curves of each category, see `drawing.curves.save_curves`.
     """
 
     def __init__(

@@ -12,14 +12,10 @@ import torch
 
 from anomaly_lit.calibration import colour_range, outline_of
 from anomaly_lit.callbacks.evaluation import Evaluation
-from anomaly_lit.drawing.pictures import (
-    contact_sheet,
-    panel,
-    save_curves,
-    save_image,
-    save_loss_curves,
-    training_panel,
-)
+from anomaly_lit.drawing.curves import save_curves
+from anomaly_lit.drawing.loss_curves import save_loss_curves
+from anomaly_lit.drawing.panels import contact_sheet, panel, training_panel
+from anomaly_lit.drawing.png import save_image
 from anomaly_lit.files import replace_file
 from anomaly_lit.types import UserError
 

@@ -336,7 +336,8 @@ def _draw_grid(
     datamodule: AnomalyDataModule, pictures: list[Picture], folder: Path, columns: int
 ) -> None:
     """Write some images of each category and kind, resized, with their truth outlined."""
-    from anomaly_lit.drawing.pictures import contact_sheet, save_image
+    from anomaly_lit.drawing.panels import contact_sheet
+    from anomaly_lit.drawing.png import save_image
 
     rows: dict[tuple[str, str], list[Sample]] = defaultdict(list)
     for category in datamodule.categories:
@@ -358,7 +359,7 @@ def _tile(datamodule: AnomalyDataModule, sample: Sample, caption: str, side: int
     from PIL import Image, ImageDraw
 
     from anomaly_lit.data.images import read_image, read_sample
-    from anomaly_lit.drawing.pictures import draw_outline
+    from anomaly_lit.drawing.outline import draw_outline
 
     try:
         pixels, mask = read_sample(sample, datamodule.resize)

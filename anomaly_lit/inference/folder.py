@@ -16,7 +16,8 @@ import numpy as np
 
 from anomaly_lit.calibration import colour_range, limits_of, outline_of
 from anomaly_lit.data.images import SUFFIXES, Pixels, read_header, read_image
-from anomaly_lit.drawing.pictures import overlay, save_image
+from anomaly_lit.drawing.heat import overlay
+from anomaly_lit.drawing.png import save_image
 from anomaly_lit.inference.detector import Detector, Finding
 from anomaly_lit.types import UserError
 
