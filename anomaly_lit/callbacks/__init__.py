@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from anomaly_lit.callbacks.dashboard import Dashboard
     from anomaly_lit.callbacks.evaluation import Evaluation
-    from anomaly_lit.callbacks.outputs import LossCurves, Outputs, TrainingPictures
+    from anomaly_lit.callbacks.outputs import Outputs
     from anomaly_lit.callbacks.profile import Profile
     from anomaly_lit.callbacks.run import ResumeCheckpoint, StepSeeds, StopAtNaN
     from anomaly_lit.callbacks.step import FastStep
+    from anomaly_lit.callbacks.training import LossCurves, TrainingPictures
 
 __all__ = [
     "Dashboard",
@@ -29,10 +30,10 @@ FILES = {
     "Dashboard": "dashboard",
     "Evaluation": "evaluation",
     "FastStep": "step",
-    "LossCurves": "outputs",
+    "LossCurves": "training",
     "Outputs": "outputs",
     "Profile": "profile",
-    "TrainingPictures": "outputs",
+    "TrainingPictures": "training",
 }
 
 

@@ -11,7 +11,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from anomaly_lit.callbacks.evaluation import Evaluation
-from anomaly_lit.callbacks.outputs import Finding, Outputs, caption_of
+from anomaly_lit.callbacks.outputs import Finding, Outputs
+from anomaly_lit.reporting.predictions import caption_of
 
 FILES = {  # what other callbacks draw into the output folder
     "train/batch": "training.png",

@@ -8,8 +8,12 @@ import html
 import io
 import math
 import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
+
+from anomaly_lit.reporting.rows import Row, categories_of
+from anomaly_lit.reporting.tables import METRICS, cost_table, differences, notes, table
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM = 560, 320, 56, 24, 40  # of a plot, in pixels
@@ -62,6 +66,48 @@ for (const head of document.querySelectorAll("th")) head.onclick = () => {
 """
 
 
+def as_page(rows: Sequence[Row], folder: Path, pictures: int) -> str:
+    """One page with everything, pictures included."""
+    categories = categories_of(rows)
+    sections = [
+        section("Results", *(sorting_table(table(rows, m), shaded=True) for m in METRICS)),
+        section("Costs", sorting_table(cost_table(rows))),
+    ]
+    points = [
+        (row.name, statistics.fmean(x), 100 * statistics.fmean(y))
+        for row in rows
+        if (x := row.values("latency_seconds", None)) and (y := row.mean("image_auroc", categories))
+    ]
+    memory = [
+        (row.name, statistics.fmean(x), 100 * statistics.fmean(y))
+        for row in rows
+        if (x := row.values("peak_memory_mb", None)) and (y := row.mean("image_auroc", categories))
+    ]
+    if points:
+        sections.append(
+            section(
+                "Accuracy and cost",
+                scatter(points, "time per image, s", "image AUROC, mean"),
+                scatter(memory, "peak memory, MB", "image AUROC, mean"),
+            )
+        )
+    curves = [curve(row.name, loss_curve(row.runs[0].folder), "step", "train/loss") for row in rows]
+    if any(curves):
+        sections.append(section("Loss, of each row's first run", *curves))
+    shown = gallery([(row.name, [r.folder for r in row.runs]) for row in rows], pictures)
+    if shown:
+        sections.append(section("The same images, by method", shown))
+    runs = [["run", "row", "result", "command"]]
+    for row in rows:
+        for run in row.runs:
+            command = str(run.metrics.get("command", ""))
+            state = "finished" if run.metrics else "no results"
+            runs.append([str(run.folder.relative_to(folder)), row.name, state, command])
+    sections.append(section("Runs and their commands", sorting_table(runs)))
+    sections.append(section("What sets the rows apart", sorting_table(differences(rows))))
+    return whole(f"{folder.resolve().name}: {len(rows)} rows", notes(rows), sections)
+
+
 def whole(title: str, notes: str, sections: Sequence[str]) -> str:
     """The page."""
     return (
@@ -78,7 +124,7 @@ def section(title: str, *parts: str) -> str:
     return f"<h2>{html.escape(title)}</h2><div class=plots>{''.join(parts)}</div>"
 
 
-def table(lines: Sequence[Sequence[str]], shaded: bool = False) -> str:
+def sorting_table(lines: Sequence[Sequence[str]], shaded: bool = False) -> str:
     """A table that sorts by a click; the first line is its head.
 
     Args:

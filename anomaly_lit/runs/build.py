@@ -82,7 +82,6 @@ def build_trainer(
 
     from anomaly_lit.callbacks.dashboard import Dashboard
     from anomaly_lit.callbacks.evaluation import Evaluation
-    from anomaly_lit.callbacks.outputs import LossCurves
     from anomaly_lit.callbacks.progress import progress_bar
     from anomaly_lit.callbacks.run import (
         FillFeatureCache,
@@ -93,6 +92,7 @@ def build_trainer(
         WholeCheckpoint,
     )
     from anomaly_lit.callbacks.stopping import replace_observer
+    from anomaly_lit.callbacks.training import LossCurves
     from anomaly_lit.runs.storage import WholeFiles
 
     folder = str(directory / "checkpoints")

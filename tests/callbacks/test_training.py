@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from PIL import Image
 
-from anomaly_lit.callbacks import TrainingPictures
+from anomaly_lit.callbacks import LossCurves, TrainingPictures
 
 
 class Trainer:
@@ -60,3 +61,30 @@ def test_other_ranks_and_none_write_nothing(tmp_path: Path) -> None:
     callback = TrainingPictures(str(tmp_path), max_images=0)
     callback.on_train_batch_start(Trainer(), None, batch(), 0)
     assert not list(tmp_path.iterdir())
+
+
+class TwoStages(pl.LightningModule):
+    """Logs one term in its first steps and another later, as methods in stages do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        self.log("train/first" if batch_idx < 3 else "train/second", batch.sum() + batch_idx)
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_loss_curves_end_with_the_stage_that_logs_them(tmp_path: Path) -> None:
+    curves = LossCurves(str(tmp_path))
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=6, log_every_n_steps=1, logger=False, callbacks=[curves],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(TwoStages(), torch.utils.data.DataLoader(torch.ones(6, 1)))
+    steps = {key: [step for step, _ in line] for key, line in curves.history.items()}
+    assert steps == {"train/first": [1, 2, 3], "train/second": [4, 5, 6]}
+    assert (tmp_path / "loss.png").is_file()

@@ -14,18 +14,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from anomaly_lit.commands.report import (
-    as_latex,
-    as_markdown,
-    cell,
-    flat,
-    main,
-    name_groups,
-    read_runs,
-    rows_of,
-    table,
-)
-from anomaly_lit.reporting import page
+from anomaly_lit.commands.report import main
+from anomaly_lit.reporting.page import sorting_table
+from anomaly_lit.reporting.read import flat, read_runs
+from anomaly_lit.reporting.rows import name_groups, rows_of
+from anomaly_lit.reporting.tables import as_latex, as_markdown, cell, table
 
 CATEGORIES = ("bolt", "cloth")
 
@@ -187,6 +180,6 @@ def test_cells() -> None:
 
 
 def test_text_cannot_break_the_page() -> None:
-    shown = page.table([["<b>"], ["</td><script>alert(1)</script>"]])
+    shown = sorting_table([["<b>"], ["</td><script>alert(1)</script>"]])
     assert "<script>" not in shown
     assert "&lt;b&gt;" in shown
