@@ -1,1 +1,9 @@
-"""Figures: heat maps, panels, curves."""
+"""What we draw: heat maps, outlines, panels, curves, and PNG files of them.
+
+- `outline`: lines around regions
+- `heat`: colours of anomaly maps
+- `panels`: one image with everything known of it, and sheets of panels
+- `curves`, `histogram`: a test's curves, its values and its scores
+- `loss_curves`: losses of a training
+- `axes`, `png`: what the above share
+"""

@@ -1,4 +1,4 @@
-"""What all figures with axes share."""
+"""What all figures with axes share: colours, style, and the way into a PNG file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette without yellow (faint on white) and black (kept for the mean).
+# Okabe and Ito's palette without yellow (faint on white) and black (reserved for the mean).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MEAN_COLOUR = "#111111"
 
@@ -28,9 +28,9 @@ def save_figure(draw: Callable[[], Figure], path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     content = io.BytesIO()
-    with matplotlib.style.context("default"):  # whatever the user's matplotlibrc says
+    with matplotlib.style.context("default"):  # ignores the user's matplotlibrc
         figure = draw()
-        FigureCanvasAgg(figure).print_png(content)
+        FigureCanvasAgg(figure).print_png(content, pil_kwargs={"compress_level": 3})
     write_png(content.getvalue(), Path(path))
 
 
@@ -47,7 +47,7 @@ def style_axes(axes: Axes, title: str, x: str, y: str) -> None:
 
 
 def write_note(axes: Axes, text: str) -> None:
-    """Say in empty axes why they are empty."""
+    """Write into empty axes why they are empty."""
     axes.set_xticks([])
     axes.set_yticks([])
     axes.text(

@@ -1,4 +1,4 @@
-"""Curves of a test: ROC, precision-recall, per-region overlap, and values in a table."""
+"""Curves of a test: ROC, precision-recall, per-region overlap, and a legend with the values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Interpolate = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 class _Entry(NamedTuple):
-    """A row of the table beside the curves."""
+    """A row of the legend: a category, or the mean."""
 
     name: str
     values: dict[str, float]
@@ -37,15 +37,15 @@ class _Entry(NamedTuple):
 def save_curves(path: str | Path, curves: dict[str, dict[str, Any]], title: str) -> None:
     """Draw ROC, precision-recall, per-region overlap and score histogram into one PNG file.
 
-    Several categories are thin lines, their mean a bold one; each has its row in a table of values
-    beside the axes. What is undefined or absent is said in its place.
+    Several categories are thin lines, and their mean is a bold one. The legend beside the axes
+    has a row of values for each. Where something is undefined or absent, the figure says so.
 
     Args:
         path: File to write, ending in .png.
-        curves: For each category a dict with ``roc`` (fpr, tpr), ``pr`` (recall, precision),
-            ``pro`` (fpr, overlap) or None, ``scores`` (N,) float, ``labels`` (N,) bool,
-            ``threshold`` float or None, and ``values`` with ``image_auroc``, ``image_ap`` and
-            ``pixel_aupro``, NaN where undefined.
+        curves: For each category a dict with `roc` (fpr, tpr), `pr` (recall, precision),
+            `pro` (fpr, overlap) or None, `scores` (N,) float, `labels` (N,) bool,
+            `threshold` float or None, and `values` with `image_auroc`, `image_ap` and
+            `pixel_aupro`, each in [0, 1], or NaN where undefined.
         title: Written above the axes.
 
     Raises:
@@ -58,39 +58,35 @@ def _curves_figure(curves: dict[str, dict[str, Any]], title: str) -> Figure:
     from matplotlib.figure import Figure
 
     entries = _entries(curves)
-    names = max((len(entry.name) for entry in entries), default=0)
-    side, gap, left = 3.3, 0.85, 0.75  # inches
-    table = left + 2 * side + gap + 0.5
-    columns = [table + 0.6 + max(1.0, 0.098 * names) + 0.78 * (i + 1) for i in range(len(VALUES))]
-    height = max(2 * side + 2.25, 0.27 * len(entries) + 2.2)
-    figure = Figure(figsize=(columns[-1] + 0.3, height), dpi=120, facecolor="white")
-    width = figure.get_figwidth()
-
-    def axes(column: int, row: int) -> Axes:
-        x, y = left + column * (side + gap), height - 0.95 - side - row * (side + gap)
-        return figure.add_axes((x / width, y / height, side / width, side / height))
-
-    letter = min(14.0, 72 * (width - 0.6) / (0.62 * max(1, len(title))))
-    figure.text(
-        left / width,
-        1 - 0.32 / height,
-        title,
-        fontsize=letter,
-        fontweight="bold",
-        va="center",
-        parse_math=False,
-    )
+    labels = _labels(entries)
+    side, gap, left, top = 3.3, 0.85, 0.75, 0.95  # inches
+    plots = left + 2 * side + gap
+    width = plots + 1.1 + 0.0753 * len(labels[0])  # a letter of 9 points
+    height = max(top + 2 * side + gap + 0.45, 0.21 * len(entries) + 2.2)
+    figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
+    place = {
+        "left": left / width,
+        "right": plots / width,
+        "top": 1 - top / height,
+        "bottom": 1 - (top + 2 * side + gap) / height,
+        "wspace": gap / side,
+        "hspace": gap / side,
+    }
+    (roc, pr), (pro, scores) = figure.subplots(2, 2, gridspec_kw=place)
     lines = entries[: len(curves)]
-    _draw_curves(axes(0, 0), lines, curves, "roc")
-    _draw_curves(axes(1, 0), lines, curves, "pr")
-    _draw_curves(axes(0, 1), lines, curves, "pro")
-    draw_histogram(axes(1, 1), curves)
-    _draw_table(figure, entries, table, columns)
+    _draw_curves(roc, lines, curves, "roc")
+    _draw_curves(pr, lines, curves, "pr")
+    _draw_curves(pro, lines, curves, "pro")
+    draw_histogram(scores, curves)
+    _draw_legend(figure, entries, labels, ((plots + 0.3) / width, 1 - 0.6 / height))
+    letter = min(14.0, 72 * (width - 0.6) / (0.62 * max(1, len(title))))
+    look = {"fontsize": letter, "fontweight": "bold", "ha": "left", "parse_math": False}
+    figure.suptitle(title, x=left / width, y=1 - 0.22 / height, **look)
     return figure
 
 
 def _entries(curves: dict[str, dict[str, Any]]) -> list[_Entry]:
-    """A row for each category, and a last one for the mean where there are several."""
+    """Return a row for each category, and one for the mean if there are several."""
     values = [
         {key: float(curve.get("values", {}).get(key, math.nan)) for key in VALUES.values()}
         for curve in curves.values()
@@ -161,7 +157,7 @@ def _draw_curves(
     if not found:
         write_note(axes, absent[kind])
         return
-    if kind == "roc":  # what chance would give
+    if kind == "roc":  # what guessing would give
         axes.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=0.8, zorder=1)
     mean = np.mean(found, axis=0)
     if len(curves) > 1:
@@ -172,7 +168,7 @@ def _draw_curves(
 
 
 def _usable(line: Line | None, kind: str) -> Line | None:
-    """The finite points from left to right, or None where there is no curve to draw."""
+    """Return the finite points from left to right, or None if there is no curve to draw."""
     if line is None:
         return None
     x, y = (np.asarray(values, dtype=np.float64).ravel() for values in line)
@@ -180,19 +176,19 @@ def _usable(line: Line | None, kind: str) -> Line | None:
     x, y = x[finite], y[finite]
     if len(x) < 2:
         return None
-    # Points of one recall: precision falls as false positives come in; elsewhere curves rise.
+    # At one recall, precision falls as false positives are added; the other curves rise.
     order = np.lexsort((-y if kind == "pr" else y, x))
     x, y = x[order], y[order]
     return (np.r_[0.0, x], np.r_[y[0], y]) if kind == "pr" and x[0] > 0 else (x, y)
 
 
 def _step(grid: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Precision at the first recall reached, the rule that average precision sums."""
+    """Return the precision at the first recall reached, as average precision does."""
     return y[np.searchsorted(x, grid, side="left").clip(max=len(x) - 1)]
 
 
 def _thin(x: np.ndarray, y: np.ndarray, points: int = 3000) -> Line:
-    """At most so many points, evenly along the curve: a pixel curve may have millions."""
+    """Keep at most so many points, spread along the curve: a pixel curve may have millions."""
     if len(x) <= points:
         return x, y
     length = np.r_[0.0, np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))]
@@ -201,57 +197,52 @@ def _thin(x: np.ndarray, y: np.ndarray, points: int = 3000) -> Line:
     return x[kept], y[kept]
 
 
-def _draw_table(figure: Figure, entries: list[_Entry], left: float, columns: list[float]) -> None:
-    """The legend: line, category and values in aligned columns; positions in inches."""
+def _labels(entries: list[_Entry]) -> list[str]:
+    """Return the legend's texts, padded to one length: a head, then names and values."""
+    shown = [
+        ["undefined" if math.isnan(value) else f"{value:.3f}" for value in entry.values.values()]
+        for entry in entries
+    ]
+    values = [list(VALUES), *shown]
+    names = ["category", *(entry.name for entry in entries)]
+    widths = [2 + max(map(len, column)) for column in zip(*values, strict=True)]
+    longest = max(map(len, names))
+    return [
+        f"{name:{longest}}" + "".join(map(str.rjust, row, widths))
+        for name, row in zip(names, values, strict=True)
+    ]
+
+
+def _draw_legend(
+    figure: Figure, entries: list[_Entry], labels: list[str], corner: tuple[float, float]
+) -> None:
+    """Draw a legend that is also a table: letters of one width keep its columns aligned."""
     from matplotlib.lines import Line2D
 
-    width, height = figure.get_size_inches()
-
-    def write(x: float, y: float, text: str, **look: Any) -> None:
-        figure.text(x / width, y / height, text, va="center", parse_math=False, **look)
-
-    def rule(start: float, end: float, y: float, **look: Any) -> None:
-        line = Line2D([start / width, end / width], [y / height] * 2, **look)
-        line.set_transform(figure.transFigure)
-        figure.add_artist(line)
-
-    y = height - 1.05
-    write(left, y, "category", fontsize=9, color="#555555")
-    for x, name in zip(columns, VALUES, strict=True):
-        write(x, y, name, fontsize=9, color="#555555", ha="right")
-    rule(left, columns[-1], y - 0.15, color="#999999", linewidth=0.7)
-    y -= 0.34
-    incomplete = False
+    handles = [Line2D([], [], linestyle="none")]
     for entry in entries:
-        if len(entries) > 1 and entry is entries[-1]:
-            rule(left, columns[-1], y + 0.08, color="#999999", linewidth=0.7)
-            y -= 0.08
-        rule(
-            left,
-            left + 0.45,
-            y,
-            color=entry.colour,
-            linestyle=entry.dashes,
-            linewidth=max(1.6, entry.width),
-        )
-        weight = "bold" if entry.width > 2 else "normal"
-        write(left + 0.6, y, entry.name, fontsize=9, fontweight=weight)
-        for x, key in zip(columns, VALUES.values(), strict=True):
-            undefined = math.isnan(entry.values[key])
-            incomplete |= undefined
-            write(
-                x,
-                y,
-                "undefined" if undefined else f"{entry.values[key]:.3f}",
-                fontsize=7.5 if undefined else 9,
-                fontweight="normal" if undefined else weight,
-                color="#777777" if undefined else "black",
-                ha="right",
-            )
-        y -= 0.27
+        look = {"color": entry.colour, "linestyle": entry.dashes}
+        handles.append(Line2D([], [], linewidth=max(1.6, entry.width), **look))
     notes = ["AUROC and AP: images", f"AUPRO: pixels, up to a false-positive rate of {FPR_LIMIT}"]
     if len(entries) > 1:
-        notes.append("mean: over the categories" + (" where it is defined" if incomplete else ""))
-    for note in notes:
-        y -= 0.17
-        write(left, y + 0.1, note, fontsize=7.5, color="#555555")
+        incomplete = any("undefined" in label for label in labels)
+        notes.append("mean: over the categories" + " where it is defined" * incomplete)
+    legend = figure.legend(
+        handles,
+        labels,
+        loc="upper left",
+        bbox_to_anchor=corner,
+        prop={"family": "monospace", "size": 9},
+        title="\n".join(notes),
+        title_fontsize=7.5,
+        alignment="left",
+        handlelength=2.4,
+        labelspacing=0.7,
+        frameon=False,
+    )
+    for text, row in zip(legend.get_texts(), [None, *entries], strict=True):
+        text.set_parse_math(False)
+        if row is None:
+            text.set_color("#555555")
+        elif row.width > 2:
+            text.set_fontweight("bold")

@@ -1,7 +1,7 @@
-"""Colours of anomaly maps, on a scale that the caller fixes (``low``, ``high``).
+"""Colours of anomaly maps, on a scale that the caller fixes (`low`, `high`).
 
-Two figures of one run can so be compared. Nothing here normalises a map by its own extremes, and
-nothing computed here goes back into a metric.
+The fixed scale makes the figures of one run comparable. Nothing here normalises a map by its own
+extremes, and nothing computed here goes back into a metric.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ OPACITY = 0.85  # of the heat at the upper end of the scale
 
 
 def colour_map(anomaly_map: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Colours of an anomaly map on a scale whose lightness grows with the anomaly.
+    """Colour an anomaly map on a scale whose lightness grows with the anomaly.
 
-    The scale is matplotlib's *inferno*, even to the eye and safe for colour-blind readers.
+    The scale is matplotlib's inferno: even steps to the eye, and safe for colour-blind readers.
 
     Args:
         anomaly_map: (H, W) float, any range. NaN is drawn grey.
         low: Value drawn in the darkest colour; smaller values are clipped to it.
-        high: Value drawn in the brightest colour; larger values are clipped to it. Where ``high``
-            does not exceed ``low`` every value above ``low`` is drawn in the brightest colour.
+        high: Value drawn in the brightest colour; larger values are clipped to it. Where `high`
+            does not exceed `low`, every value above `low` is drawn in the brightest colour.
 
     Returns:
         (H, W, 3) uint8.
@@ -41,20 +41,20 @@ def overlay(
     high: float,
     outline: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Heat over the photograph, the more opaque the more anomalous.
+    """Lay heat over an image: the more anomalous a pixel, the more opaque the heat.
 
     Args:
         image: (H, W, 3) uint8.
-        anomaly_map: (H, W) float, any range. The photograph stays as it is where this is NaN.
-        low: As in :func:`colour_map`; here the heat is invisible.
-        high: As in :func:`colour_map`; here the heat is strongest.
-        outline: (H, W) bool, region whose outline is drawn, usually the predicted one.
+        anomaly_map: (H, W) float, any range. The image shows unchanged where this is NaN.
+        low: As in `colour_map`; here the heat is invisible.
+        high: As in `colour_map`; here the heat is strongest.
+        outline: (H, W) bool, region to outline, usually the predicted one.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        ValueError: The arrays do not have one size.
+        ValueError: The arrays differ in size.
     """
     check_sizes(image, anomaly_map, outline)
     levels = _levels(anomaly_map, low, high)
@@ -65,11 +65,11 @@ def overlay(
 
 
 def _levels(anomaly_map: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Steps of the scale as (H, W) uint8: 0 at low, 254 at high, 255 where the value is NaN."""
+    """Return steps of the scale, (H, W) uint8: 0 at low, 254 at high, 255 where NaN."""
     precision = np.promote_types(anomaly_map.dtype, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         levels = np.subtract(anomaly_map, low, dtype=precision)
-        levels *= 254 / max(high - low, 1e-30)  # all but a step where high does not exceed low
+        levels *= 254 / max(high - low, 1e-30)  # almost a step where high does not exceed low
     np.clip(levels, 0, 254, out=levels)
     levels[np.isnan(levels)] = 255
     return np.rint(levels, out=levels).astype(np.uint8)
@@ -77,7 +77,7 @@ def _levels(anomaly_map: np.ndarray, low: float, high: float) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _heat_scale() -> np.ndarray:
-    """(256, 3) uint8, a colour for each level."""
+    """Return a colour for each level, (256, 3) uint8."""
     import matplotlib
 
     colours = matplotlib.colormaps["inferno"](np.linspace(0, 1, 255), bytes=True)[:, :3]
@@ -86,6 +86,9 @@ def _heat_scale() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _opacity_scale() -> np.ndarray:
-    """(256,) uint8; a power above 1 keeps the heat of normal areas from tinting the photograph."""
+    """Return an opacity for each level, (256,) uint8.
+
+    A power above 1 keeps the heat of normal areas from tinting the image.
+    """
     opacity = 255 * OPACITY * np.linspace(0, 1, 255) ** 1.5
     return np.append(opacity.round(), 0).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Scores of normal and of anomalous images, side by side."""
+"""Histograms of the scores of normal and of anomalous images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def draw_histogram(axes: Axes, curves: dict[str, dict[str, Any]]) -> None:
-    """Draw the shares of normal and of anomalous images with each score, and the thresholds."""
+    """Draw how the scores of normal and of anomalous images are spread, with the thresholds.
+
+    Args:
+        axes: Axes to draw into.
+        curves: As in `curves.save_curves`.
+    """
     scores, labels, thresholds, aligned = _pool_scores(curves)
     name = "(score - threshold) / deviation of normal scores" if aligned else "score"
     style_axes(axes, "Scores of images", name, "share of the images")
@@ -54,10 +59,11 @@ def draw_histogram(axes: Axes, curves: dict[str, dict[str, Any]]) -> None:
 def _pool_scores(
     curves: dict[str, dict[str, Any]],
 ) -> tuple[np.ndarray, np.ndarray, list[float], bool]:
-    """Scores and labels of all categories, thresholds to draw, and whether they were aligned.
+    """Return scores and labels of all categories, thresholds, and whether scores were aligned.
 
-    Categories with their own thresholds have their own scales of scores: there the threshold is
-    moved to 0 and the deviation of the normal scores to 1, where all of them can be measured.
+    Categories with different thresholds score on different scales. If every category has a
+    threshold and normal scores that vary, the scores are aligned: the threshold becomes 0 and the
+    standard deviation of the normal scores becomes 1.
     """
     parts = []
     for curve in curves.values():
@@ -87,7 +93,7 @@ def _pool_scores(
 
 
 def _histogram_range(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Range without far outliers (three quartile distances, by class); never empty."""
+    """Return a range without far outliers (three quartile distances, by class); never empty."""
     low, high = math.inf, -math.inf
     for part in (scores[labels], scores[~labels]):
         if len(part):

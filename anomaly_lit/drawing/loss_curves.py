@@ -1,4 +1,4 @@
-"""Loss terms against the step."""
+"""Losses of a training against the step."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def save_loss_curves(path: str | Path, history: dict[str, list[tuple[int, float]]]) -> None:
-    """Draw loss terms against the step into one PNG file, an axes for each term.
+    """Draw loss terms against the step into one PNG file, each term in its own axes.
 
     Args:
         path: File to write, ending in .png.
-        history: (step, value) pairs by log key, such as ``train/loss`` and ``val/loss``. Keys that
+        history: (step, value) pairs by log key, such as `train/loss` and `val/loss`. Keys that
             differ only in the part before the slash share their axes.
 
     Raises:
@@ -81,7 +81,7 @@ def _draw_losses(axes: Axes, stages: dict[str, np.ndarray]) -> None:
 
 
 def _smooth(steps: np.ndarray, losses: np.ndarray, window: int) -> Line:
-    """Moving average over the finite values."""
+    """Return the moving average over the finite values."""
     finite = np.isfinite(losses)
     steps, losses = steps[finite], losses[finite]
     if len(losses) < 2 * window:

@@ -1,4 +1,4 @@
-"""Panels of one image, and sheets of panels."""
+"""Panels: one image with what is known of it, and sheets of panels."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from anomaly_lit.drawing.outline import Colour, check_sizes, draw_outline
 
 TEXT_COLOUR: Colour = (34, 34, 34)
 LARGEST_TILE = 512  # pixels of a panel tile's longer side
-SMALLEST_TILE = 192  # smaller pictures are magnified by a whole factor
+SMALLEST_TILE = 192  # smaller images are magnified by a whole factor
 
 
 def panel(
     image: np.ndarray,
-    anomaly_map: np.ndarray,
+    anomaly_map: np.ndarray | None,
     gt_mask: np.ndarray | None,
     low: float,
     high: float,
@@ -28,27 +28,30 @@ def panel(
 ) -> Image.Image:
     """Put input, truth, anomaly map and overlay side by side above one line of text.
 
-    A tile's longer side has 192 to 512 pixels. Where a picture must shrink, a tile's pixel shows
-    the largest anomaly and any truth below it, so that neither a peak nor a thin defect vanishes.
+    A tile's longer side has 192 to 512 pixels. Where an image must shrink, a pixel of a tile shows
+    the largest anomaly and any truth that it covers, so that no peak and no thin defect vanishes.
 
     Args:
         image: (H, W, 3) uint8.
-        anomaly_map: (H, W) float, any range.
-        gt_mask: (H, W) bool, or None where no truth is known, which the tile then says.
-        low: As in :func:`colour_map`.
-        high: As in :func:`colour_map`.
-        caption: Such as category, defect type, score, threshold and verdict.
+        anomaly_map: (H, W) float, any range; None for a method that does not localise. Then the
+            panel shows the image alone, without map, truth or overlay.
+        gt_mask: (H, W) bool, or None where no truth is known; the panel then says so.
+        low: As in `heat.colour_map`.
+        high: As in `heat.colour_map`.
+        caption: For instance category, defect type, score, threshold and verdict.
         outline: (H, W) bool, predicted region to outline in the overlay.
 
     Returns:
-        An RGB picture.
+        An RGB figure.
 
     Raises:
-        ValueError: The arrays do not have one size.
+        ValueError: The arrays differ in size.
     """
     check_sizes(image, anomaly_map, gt_mask, outline)
-    size = _tile_size(anomaly_map.shape)
+    size = _tile_size(image.shape[:2])
     photo = _fit_image(image, size)
+    if anomaly_map is None:
+        return _compose({"input": photo}, caption, low, high)
     values = _fit_values(anomaly_map, size)
     region = None if outline is None else _fit_values(outline, size)
     if gt_mask is None:
@@ -72,20 +75,20 @@ def training_panel(
     corruption: np.ndarray | None = None,
     prompt: np.ndarray | None = None,
 ) -> Image.Image:
-    """Put what training sees of one image side by side above one line of text.
+    """Put what training sees of one image side by side, above one line of text.
 
     Args:
         image: (H, W, 3) uint8.
-        caption: Such as the category and the file's name.
-        corrupted: (H, W, 3) uint8, shown as it is and with its corruption outlined.
-        corruption: (H, W) bool; comes with ``corrupted``.
+        caption: For instance the category and the file's name.
+        corrupted: (H, W, 3) uint8, shown as it is, and with its corruption outlined.
+        corruption: (H, W) bool; given together with `corrupted`.
         prompt: (H, W, 3) uint8.
 
     Raises:
-        ValueError: The arrays do not have one size.
+        ValueError: The arrays differ in size.
     """
     check_sizes(image, corruption)
-    size = _tile_size(image.shape)
+    size = _tile_size(image.shape[:2])
     tiles = {"image": _fit_image(image, size)}
     if corrupted is not None and corruption is not None:
         tiles["corrupted"] = _fit_image(corrupted, size)
@@ -97,25 +100,25 @@ def training_panel(
 
 
 def contact_sheet(panels: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Arrange pictures of any sizes in rows of so many columns.
+    """Arrange panels of any sizes in rows of so many columns.
 
     Raises:
-        ValueError: There is no picture, or less than one column.
+        ValueError: There is no panel, or less than one column.
     """
     if not panels or columns < 1:
         raise ValueError(
-            f"a contact sheet needs pictures and columns, found {len(panels)} and {columns}"
+            f"a contact sheet needs panels and columns, found {len(panels)} and {columns}"
         )
     rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
     gap = 8
-    widths = [max(picture.width for picture in panels[i::columns]) for i in range(len(rows[0]))]
-    heights = [max(picture.height for picture in row) for row in rows]
+    widths = [max(part.width for part in panels[i::columns]) for i in range(len(rows[0]))]
+    heights = [max(part.height for part in row) for row in rows]
     size = (sum(widths) + gap * (len(widths) + 1), sum(heights) + gap * (len(rows) + 1))
     sheet = Image.new("RGB", size, (255, 255, 255))
     for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
+        for j, part in enumerate(row):
             corner = (gap + sum(widths[:j]) + gap * j, gap + sum(heights[:i]) + gap * i)
-            sheet.paste(picture, corner)
+            sheet.paste(part, corner)
     return sheet
 
 
@@ -149,7 +152,7 @@ def _draw_scale(
     low: float,
     high: float,
 ) -> None:
-    """The colours between low and high, right-aligned in the heading line if there is room."""
+    """Draw the colour scale from low to high, at the right of the heading line if it fits."""
     font = _font(letter - 3)
     lower, upper = f"{low:.3g}", f"{high:.3g}"
     bar = 3 * letter
@@ -165,7 +168,7 @@ def _draw_scale(
 
 
 def _tile_size(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Height and width at which a picture is shown."""
+    """Return the height and width at which an image is shown."""
     longer = max(shape)
     if longer < SMALLEST_TILE:
         factor = math.ceil(SMALLEST_TILE / longer)
@@ -175,14 +178,17 @@ def _tile_size(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _fit_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Repeat pixels to a multiple of an image's size, or shrink it smoothly."""
     if image.shape[0] <= size[0]:
         return _repeat(image, size)
-    picture = Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS)
-    return np.array(picture)
+    return np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS))
 
 
 def _fit_values(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Repeat values to a multiple of their size, or keep the largest of each block of pixels."""
+    """Repeat values to a multiple of their size, or keep the largest of each block.
+
+    scikit-image's `block_reduce` needs blocks of one size; these may differ by a pixel.
+    """
     if values.shape[0] <= size[0] and values.shape[1] <= size[1]:
         return _repeat(values, size)
     largest = np.logical_or if values.dtype == bool else np.fmax  # fmax passes over NaN
@@ -206,7 +212,7 @@ def _blank_tile(size: tuple[int, int], text: str) -> np.ndarray:
 
 
 def _fit_text(text: str, width: int, letter: int) -> tuple[str, ImageFont.FreeTypeFont]:
-    """One line no wider than so many pixels: smaller letters first, then an ellipsis."""
+    """Fit text into one line of so many pixels: first by smaller letters, then by an ellipsis."""
     text = " ".join(text.splitlines())
     smallest = min(11, letter)
     while letter > smallest and _font(letter).getlength(text) > width:

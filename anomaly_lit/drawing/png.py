@@ -1,4 +1,4 @@
-"""PNG files that are either whole or not there."""
+"""PNG files that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -13,24 +13,28 @@ from PIL import Image
 from anomaly_lit.types import UserError
 
 
-def save_image(picture: Image.Image | np.ndarray, path: str | Path) -> None:
-    """Write a PNG file that is either whole or not there; missing folders are made.
+def save_image(figure: Image.Image | np.ndarray, path: str | Path) -> None:
+    """Write a PNG file that is either complete or absent; create missing folders.
 
     Args:
-        picture: A Pillow image, or an (H, W, 3) uint8 array.
-        path: File to write or to replace, ending in .png.
+        figure: A Pillow image, or an (H, W, 3) uint8 array.
+        path: File to write or replace, ending in .png.
 
     Raises:
         UserError: The path does not end in .png or cannot be written.
     """
-    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    figure = figure if isinstance(figure, Image.Image) else Image.fromarray(figure)
     content = io.BytesIO()
-    picture.save(content, format="PNG", compress_level=4)
+    figure.save(content, format="PNG", compress_level=4)
     write_png(content.getvalue(), Path(path))
 
 
 def write_png(content: bytes, path: Path) -> None:
-    """Write the bytes of a PNG file beside its place and move them there."""
+    """Write the bytes of a PNG file beside its place, then move the file there.
+
+    Raises:
+        UserError: The path does not end in .png or cannot be written.
+    """
     if path.suffix.lower() != ".png":
         raise UserError(f"pictures are written as PNG files: let the name {path} end in .png")
     unfinished = path.parent / f".{uuid.uuid4().hex}.tmp"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,16 +67,25 @@ def render(curves: dict[str, Any], title: str = "Title") -> Figure:
 
 
 def words(figure: Figure) -> list[str]:
+    """Every text outside the axes' own titles and ticks; of the legend's table, every cell."""
     inside = [text.get_text() for axes in figure.axes for text in axes.texts]
-    return inside + [text.get_text() for text in figure.texts]
+    legend = figure.legends[0]
+    cells = [cell for text in legend.get_texts() for cell in re.split(" {2,}", text.get_text())]
+    return inside + cells + legend.get_title().get_text().splitlines()
 
 
 @pytest.mark.parametrize("names", [MVTEC, [f"category {i} " + "long " * 8 for i in range(40)]])
 def test_table_of_many_categories_overlaps_neither_axes_nor_itself(names: list[str]):
     figure = render({name: curve(i) for i, name in enumerate(names)})
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    texts = [text.get_window_extent(renderer) for text in figure.texts]
-    drawn = texts + [line.get_window_extent(renderer) for line in figure.lines]
+    legend = figure.legends[0]
+    written = figure.texts + legend.get_texts() + [legend.get_title()]
+    if figure._suptitle is not None and figure._suptitle not in written:
+        written.append(figure._suptitle)
+    texts = [text.get_window_extent(renderer) for text in written]
+    lines = [line for line in legend.get_lines() if line.get_linestyle() != "None"]
+    assert len(lines) == len(names) + 1
+    drawn = texts + [line.get_window_extent(renderer) for line in lines]
     for axes in figure.axes:
         box = axes.get_tightbbox(renderer)
         assert box is not None
