@@ -15,6 +15,7 @@ from anomaly_lit.drawing.outline import Colour, check_sizes, draw_outline
 TEXT_COLOUR: Colour = (34, 34, 34)
 LARGEST_TILE = 512  # pixels of a panel tile's longer side
 SMALLEST_TILE = 192  # smaller images are magnified by a whole factor
+CAPTION_ROOM = 560  # pixels that a caption may have below a single tile
 
 
 def panel(
@@ -129,7 +130,12 @@ def _compose(tiles: dict[str, np.ndarray], caption: str, low: float, high: float
     gap, margin = letter, max(8, letter // 2)
     top = margin + round(1.6 * letter)
     step = cell + gap
-    total = (2 * margin + len(tiles) * step - gap, top + height + round(1.9 * letter) + margin)
+    caption = " ".join(caption.splitlines())
+    below = min(CAPTION_ROOM, math.ceil(_font(letter + 1).getlength(caption)))
+    total = (
+        2 * margin + max(len(tiles) * step - gap, below),
+        top + height + round(1.9 * letter) + margin,
+    )
     sheet = Image.new("RGB", total, (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     for i, (heading, tile) in enumerate(tiles.items()):

@@ -175,6 +175,22 @@ def test_panel_says_that_no_truth_is_known():
     assert not (good == 236).all(axis=2).sum() > 1_000
 
 
+@pytest.mark.parametrize("size", [(32, 32), (640, 256), (1500, 2000)])
+def test_panel_without_a_map_shows_the_image_and_the_whole_caption(size: tuple[int, int]):
+    image, caption = photo(*size), "bolt / scratch: score 0.7981, threshold 0.3102: defect"
+    alone = panels.panel(image, None, None, 0, 1, caption)
+    with_truth = panels.panel(image, None, disc(*size), 0, 1, caption)
+    assert np.array_equal(np.array(alone), np.array(with_truth))
+    shown, tile = np.array(alone), panels._fit_image(image, panels._tile_size(size))
+    height, width = tile.shape[:2]
+    corners = [(y, x) for y in range(60) for x in range(10)]
+    y, x = next(
+        (y, x) for y, x in corners if np.array_equal(shown[y : y + height, x : x + width], tile)
+    )
+    assert (shown[y : y + height, x + width :] == 255).all()  # no second tile
+    assert panels._fit_text(caption, alone.width - 2 * x, 14)[0] == caption
+
+
 def test_panel_of_a_large_picture_keeps_a_peak_and_a_thin_defect():
     size = (1500, 2000)
     anomaly_map, truth = np.zeros(size, dtype=np.float32), np.zeros(size, bool)
