@@ -15,11 +15,11 @@ from anomaly_lit.drawing.png import save_image
 
 
 class TrainingPictures(pl.Callback):
-    """Writes ``training.png``: the first batch as training sees it, with synthesis and prompts.
+    """Write `training.png`: the first batch as training sees it, with synthesis and prompts.
 
     Args:
         directory: Where to write.
-        max_images: Most images shown; 0 writes none.
+        max_images: Most images to show; 0 writes none.
     """
 
     def __init__(self, directory: str, max_images: int = 8) -> None:
@@ -29,7 +29,7 @@ class TrainingPictures(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Writes the picture, unless this run or the one it resumes did; on the first rank only."""
+        """Write the file on the first rank, unless this run or the one that it resumes wrote it."""
         if not self.max_images or not trainer.is_global_zero or self.path.exists():
             return
         optional = {
@@ -37,9 +37,9 @@ class TrainingPictures(pl.Callback):
         }
         panels = [
             training_panel(
-                _picture(batch["image"][row]),
+                _array(batch["image"][row]),
                 f"{batch['category'][row]}  {Path(batch['path'][row]).name}",
-                **{key: _picture(value[row]) for key, value in optional.items()},
+                **{key: _array(value[row]) for key, value in optional.items()},
             )
             for row in range(min(self.max_images, len(batch["image"])))
         ]
@@ -47,8 +47,8 @@ class TrainingPictures(pl.Callback):
         self.max_images = 0
 
 
-def _picture(tensor: torch.Tensor) -> np.ndarray:
-    """(3, H, W) in [0, 1] to (H, W, 3) uint8; (1, H, W) bool to (H, W)."""
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """Turn (3, H, W) in [0, 1] into (H, W, 3) uint8, and (1, H, W) bool into (H, W)."""
     array = tensor.detach().float().cpu().numpy()
     if tensor.dtype == torch.bool:
         return array[0] > 0.5
@@ -56,10 +56,10 @@ def _picture(tensor: torch.Tensor) -> np.ndarray:
 
 
 class LossCurves(pl.Callback):
-    """Keeps every logged loss and draws ``loss.png`` when training ends.
+    """Keep every logged loss and draw `loss.png` when training ends.
 
-    Lightning goes on to give the last value of a term that is no longer logged, such as one of an
-    earlier stage: a value to the bit the same as the one before it is taken for that.
+    Lightning keeps reporting the last value of a term that is no longer logged, such as one of an
+    earlier stage. A value that equals the one before it bit for bit is therefore left out.
 
     Args:
         directory: Where to write.
@@ -77,17 +77,17 @@ class LossCurves(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Notes the terms at the steps at which they are logged."""
+        """Note the terms at the steps at which they are logged."""
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._note(trainer, "train/")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notes the held-out loss."""
+        """Note the held-out loss."""
         if not trainer.sanity_checking:
             self._note(trainer, "val/")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draws."""
+        """Draw the figure, on the first rank only."""
         if trainer.is_global_zero and self.history:
             save_loss_curves(self.directory / "loss.png", self.history)
 
@@ -95,15 +95,15 @@ class LossCurves(pl.Callback):
         for key, value in trainer.callback_metrics.items():
             if key.startswith(prefix):
                 line = self.history.setdefault(key, [])
-                if not line or line[-1][1] != float(value):  # else it is the last one still
+                if not line or line[-1][1] != float(value):  # else it was not logged again
                     line.append((trainer.global_step, float(value)))
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, so that a resumed run draws all of it."""
+        """Return the history, so that a resumed run draws all of it."""
         return {"history": {key: [list(p) for p in line] for key, line in self.history.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the history back."""
+        """Restore the history."""
         self.history = {
             key: [(int(step), float(value)) for step, value in line]
             for key, line in state_dict["history"].items()

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anomaly_lit.reporting.predictions import caption_of, choose_images, write_rows
 
@@ -58,6 +60,45 @@ def test_no_more_than_the_limit_and_none_twice(limit: int) -> None:
     rows = [*RIGHT, *ALARMS, *MISSED]
     chosen = choose_images(rows, limit)
     assert len(chosen) == len(set(chosen)) == min(limit, len(rows))
+
+
+def chosen_by_rule(rows: list[dict[str, Any]], limit: int) -> list[int]:
+    """The rule in its plainest, quadratic form."""
+    margin = [row["score"] - (row["threshold"] or 0.0) for row in rows]
+    missed = [i for i, r in enumerate(rows) if r["label"] and r["verdict"] == "good"]
+    alarms = [i for i, r in enumerate(rows) if not r["label"] and r["verdict"] == "defect"]
+    missed = sorted(missed, key=lambda i: margin[i])
+    alarms = sorted(alarms, key=lambda i: margin[i], reverse=True)
+    mistakes = missed[: max(1, limit // 3)] + alarms[: max(1, limit // 3)]
+    right: dict[tuple[str, bool], list[int]] = {}
+    for i, r in enumerate(rows):
+        if i not in missed and i not in alarms:
+            right.setdefault((r["category"], not r["label"]), []).append(i)
+    lists = [right[key] for key in sorted(right, key=lambda key: key[1])]
+    rest = []
+    for depth in range(max((len(indices) for indices in lists), default=0)):
+        rest += [indices[depth] for indices in lists if depth < len(indices)]
+    return (mistakes[:limit] + rest)[:limit]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.booleans(),
+            st.sampled_from([0.0, 0.5, 1.0, 1.5, 3.0]),  # ties
+            st.sampled_from([None, 1.0]),
+            st.sampled_from(["bolt", "cloth", "nut"]),
+        ),
+        max_size=40,
+    ),
+    st.integers(0, 45),
+)
+def test_choice_follows_the_rule(
+    found: list[tuple[bool, float, float | None, str]], limit: int
+) -> None:
+    rows = [row(label, score, threshold, category=c) for label, score, threshold, c in found]
+    assert choose_images(rows, limit) == chosen_by_rule(rows, limit)
 
 
 def test_without_thresholds_images_are_chosen_all_the_same() -> None:
