@@ -1,56 +1,161 @@
-"""Runs as they lie in their folders; nothing of theirs is changed."""
+"""Runs as they lie in their folders; reading changes nothing there."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from anomaly_lit.files import runs_below
+from anomaly_lit.types import UserError
 
+COSTS = {
+    "training_seconds": "training, s",
+    "latency_seconds": "one image, s",
+    "peak_memory_mb": "memory, MB",
+    "peak_gpu_memory_mb": "GPU memory, MB",
+    "trainable_parameters": "trainable parameters",
+}
 Value = str | int | float | bool | None
+LONGEST, DEEPEST = 1_000_000, 100  # letters and levels of a config.yaml; a run's has 5,000 and 10
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """A folder with a run's configuration, and its results if it has any."""
 
     folder: Path
     settings: dict[str, Value]  # every value of config.yaml by its path
     metrics: dict[str, Any]  # empty before the end
 
-    @property
+    @cached_property
     def categories(self) -> list[str]:
-        """Those that were tested; before, those that are to be."""
+        """The categories that were tested; before the test, those that will be."""
         tested = [key.split("/")[1] for key in self.metrics if key.count("/") == 2]
         told = str(self.settings.get("dataset.categories", "all")).strip("[]").split(", ")
         return list(dict.fromkeys(tested)) or [name.strip("'") for name in told]
 
     @property
     def setting(self) -> str:
-        """``one-class``, or ``multi-class`` where one model learns several categories."""
+        """`one-class`, or `multi-class` where one model learns several categories."""
         alone = len(self.categories) == 1 and self.categories != ["all"]
         return "one-class" if alone else "multi-class"
 
 
-def read_runs(folder: Path) -> list[Run]:
-    """All runs below a folder, and the folder's own if it is one."""
-    return [read_run(run) for run in runs_below(folder)]
+def print_warning(text: str) -> None:
+    """Print a line on the standard error stream."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def read_runs(folder: Path, warn: Callable[[str], None] = print_warning) -> list[Run]:
+    """Read all runs below a folder, and the folder's own if it is one.
+
+    Args:
+        folder: Such as the output folder of a sweep.
+        warn: Called with a sentence about each run that cannot be read; the run is left out.
+    """
+    runs = []
+    for place in runs_below(folder):
+        try:
+            runs.append(read_run(place))
+        except UserError as error:
+            warn(f"{error}; the report leaves this run out")
+    return runs
 
 
 def read_run(folder: Path) -> Run:
-    """A run's settings and results."""
+    """Read a run's settings and results.
+
+    Raises:
+        UserError: Its config.yaml or metrics.json is not what a run writes.
+    """
+    settings = _read(folder / "config.yaml", _parse_settings)
+    results = folder / "metrics.json"
+    return Run(folder, settings, _read(results, _parse_metrics) if results.exists() else {})
+
+
+def _read(file: Path, parse: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        return parse(file.read_text(encoding="utf-8"))
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:
+        raise UserError(f"cannot read {file}: {' '.join(str(error).split())}") from error
+
+
+def _parse_settings(text: str) -> dict[str, Value]:
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast
-    config = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=loader)
-    results = folder / "metrics.json"
-    metrics = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
-    return Run(folder, flat(config), metrics)
+    _check_size(text, loader)
+    config = yaml.load(text, Loader=loader)
+    if not isinstance(config, dict):
+        raise ValueError(f"expected keys with values, found {type(config).__name__}")
+    return flat(config)
+
+
+def _check_size(text: str, loader: Any) -> None:
+    """Check that a YAML text stays small once its aliases are filled in, without doing that.
+
+    A few lines of nested aliases can stand for billions of values, and a text that is nested deeply
+    enough makes the C loader overflow its stack.
+
+    Raises:
+        ValueError: It is too long, is nested too deeply, or contains itself.
+    """
+    import yaml
+
+    lengths, anchors = [0], [None]  # of the nodes that are open, the whole document first
+    known: dict[str | None, int] = {}  # lengths of the closed nodes, by their anchors
+    for event in yaml.parse(text, Loader=loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            lengths.append(1)
+            anchors.append(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            known[anchors[-1]] = lengths[-1]
+            lengths[-2:] = [lengths[-2] + lengths[-1]]
+            anchors.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor in anchors:
+                raise ValueError(f"the value named &{event.anchor} contains itself")
+            lengths[-1] += known.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            known[event.anchor] = 1 + len(event.value)
+            lengths[-1] += 1 + len(event.value)
+        if len(lengths) > DEEPEST:
+            raise ValueError(f"values are nested more than {DEEPEST} deep")
+        if lengths[-1] > LONGEST:
+            raise ValueError(f"more than {LONGEST:,} letters once its aliases are filled in")
+
+
+def _parse_metrics(text: str) -> dict[str, Any]:
+    metrics = json.loads(text)
+    if not isinstance(metrics, dict):
+        raise ValueError(f"expected keys with values, found {type(metrics).__name__}")
+    for key, value in metrics.items():
+        is_number = key in COSTS or key.startswith("test/")
+        if is_number and not isinstance(value, int | float | None):
+            raise ValueError(f"{key}: expected a number or null, found {type(value).__name__}")
+        if is_number and value is not None:
+            float(value)  # OverflowError: a whole number of hundreds of digits
+    if not isinstance(metrics.get("seed"), Value):
+        raise ValueError(f"seed: expected a number, found {type(metrics['seed']).__name__}")
+    return metrics
 
 
 def flat(config: Any, path: str = "") -> dict[str, Value]:
-    """``{"a": {"b": 1}}`` to ``{"a.b": 1}``; lists are values, as text."""
+    """Turn `{"a": {"b": 1}}` into `{"a.b": 1}`; a list becomes one value, as text."""
     if isinstance(config, Mapping) and config:
         parts = (
             flat(value, f"{path}.{key}" if path else str(key)) for key, value in config.items()

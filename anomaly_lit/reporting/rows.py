@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but seed and category, gathered and named."""
+"""Rows of the tables: runs that differ only in seed and category."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ NOT_TOLD = ("output_dir", "seed", "dataset.categories", "dataset.root", "logger"
 
 
 class Row(NamedTuple):
-    """Runs that differ in nothing but their seed and, one-class, their category."""
+    """Runs that differ only in their seed and, where each learns one category, in the category."""
 
     name: str
     runs: list[Run]
 
     def values(self, metric: str, category: str | None) -> list[float]:
-        """A value for each run that has it; without a category, of the whole run."""
+        """Return the value of each run that has one; without a category, that of the whole run."""
         key = f"test/{category}/{metric}" if category else metric
         found = [run.metrics.get(key) for run in self.runs]
-        return [float(value) for value in found if value is not None and not math.isnan(value)]
+        return [float(value) for value in found if value is not None and math.isfinite(value)]
 
     def mean(self, metric: str, categories: Sequence[str]) -> list[float]:
-        """The mean over all categories, for each seed that has all of them."""
+        """Return the mean over all categories, for each seed that has all of them."""
         by_seed: dict[Any, dict[str, float]] = {}
         for run in self.runs:
             for category in run.categories:
                 value = run.metrics.get(f"test/{category}/{metric}")
-                if value is not None and not math.isnan(value):
+                if value is not None and math.isfinite(value):
                     by_seed.setdefault(run.metrics.get("seed"), {})[category] = value
         return [
             statistics.fmean(values.values())
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 
 def rows_of(runs: Iterable[Run]) -> list[Row]:
-    """Groups runs, and names each group by its method and by what sets it apart."""
+    """Group runs, and name each group by its method and by the settings that set it apart."""
     groups: dict[tuple[Any, ...], list[Run]] = {}
     told: dict[int, dict[str, Value]] = {}
     for run in runs:
@@ -57,7 +57,7 @@ def rows_of(runs: Iterable[Run]) -> list[Row]:
 
 
 def name_groups(settings: Sequence[Mapping[str, Value]]) -> list[str]:
-    """A name for each: the method, and the settings in which those of this method differ."""
+    """Return a name for each: its method, and the settings in which runs of that method differ."""
     names = []
     for own in settings:
         method = method_of(own)
@@ -77,7 +77,7 @@ def name_groups(settings: Sequence[Mapping[str, Value]]) -> list[str]:
 
 
 def telling(keys: Iterable[str]) -> list[str]:
-    """Of several keys of one node that differ together, the one that names it."""
+    """Of several keys of one node that differ together, keep the one that names the node."""
     keys = set(keys)
     nodes = {k.rpartition(".")[0] for k in keys if k.endswith(("._target_", "backbone.name"))}
     named = {k for k in keys if k.endswith(("._target_", "backbone.name"))}
@@ -85,18 +85,18 @@ def telling(keys: Iterable[str]) -> list[str]:
 
 
 def method_of(settings: Mapping[str, Value]) -> str:
-    """``UniAD`` of ``anomaly_lit.methods.UniAD``."""
+    """Return `UniAD` for `anomaly_lit.methods.UniAD`."""
     return str(settings.get("method._target_", "run")).rpartition(".")[2]
 
 
 def short(key: str) -> str:
-    """``backbone`` of ``method.backbone.name``."""
+    """Return `backbone` for `method.backbone.name`."""
     parts = [p for p in key.split(".") if p not in ("method", "_target_", "name")]
     return parts[-1] if parts else key
 
 
 def short_value(value: Value) -> str:
-    """``resnet18`` of ``resnet18.tv_in1k``, ``MSELoss`` of ``torch.nn.MSELoss``."""
+    """Return `resnet18` for `resnet18.tv_in1k`, and `MSELoss` for `torch.nn.MSELoss`."""
     text = "none" if value is None else str(value)
     if isinstance(value, str) and "." in value and "/" not in value:
         first, last = text.split(".", 1)[0], text.rpartition(".")[2]
@@ -105,6 +105,6 @@ def short_value(value: Value) -> str:
 
 
 def categories_of(rows: Iterable[Row]) -> list[str]:
-    """All categories of all runs, in the order of the alphabet; ``all`` once others are known."""
+    """Return all categories in alphabetical order, without `all` if others are known."""
     found = sorted({c for row in rows for run in row.runs for c in run.categories})
     return [c for c in found if c != "all"] or found

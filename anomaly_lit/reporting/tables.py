@@ -1,4 +1,8 @@
-"""Tables of rows as lists of texts, and as CSV, Markdown and LaTeX."""
+"""Tables of rows: as lists of texts, and as CSV, Markdown and LaTeX.
+
+Without pandas: reading 1,000 runs and writing all tables takes about as long as importing it, and
+its formatting would not replace what is long here, which is the choice of runs for each cell.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,15 @@ import io
 import statistics
 from collections.abc import Sequence
 
+from anomaly_lit.reporting.read import COSTS
 from anomaly_lit.reporting.rows import NOT_TOLD, Row, categories_of
 from anomaly_lit.reporting.terminal import COLUMNS
 
 METRICS = {key: title for key, title in COLUMNS.items() if "rate" not in key}
-COSTS = {
-    "training_seconds": "training, s",
-    "latency_seconds": "one image, s",
-    "peak_memory_mb": "memory, MB",
-    "peak_gpu_memory_mb": "GPU memory, MB",
-    "trainable_parameters": "trainable parameters",
-}
 
 
 def cell(values: Sequence[float], scale: float = 100.0, digits: int = 1) -> str:
-    """Mean, and deviation where there are several; a dash where there is nothing."""
+    """Return the mean, with the standard deviation of several values; a dash for none."""
     if not values:
         return "-"
     text = f"{scale * statistics.fmean(values):.{digits}f}"
@@ -31,7 +29,7 @@ def cell(values: Sequence[float], scale: float = 100.0, digits: int = 1) -> str:
 
 
 def cost(values: Sequence[float]) -> str:
-    """A number of any size, legibly."""
+    """Return the mean with three digits, or as a whole number from 100 on; a dash for none."""
     if not values:
         return "-"
     mean = statistics.fmean(values)
@@ -39,7 +37,7 @@ def cost(values: Sequence[float]) -> str:
 
 
 def table(rows: Sequence[Row], metric: str) -> list[list[str]]:
-    """Names, a column for each category, and the mean; the first row is the head."""
+    """Return names, a column for each category, and the mean; the first line is the head."""
     categories = categories_of(rows)
     head = [METRICS[metric], *categories, "mean", "seeds"]
     lines = [head]
@@ -51,7 +49,7 @@ def table(rows: Sequence[Row], metric: str) -> list[list[str]]:
 
 
 def cost_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Names and what runs took."""
+    """Return names and what the runs cost; the first line is the head."""
     known = {key: title for key, title in COSTS.items() if any(r.values(key, None) for r in rows)}
     lines = [["", *known.values(), "runs with results", "chosen by"]]
     for row in rows:
@@ -64,7 +62,7 @@ def cost_table(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """A line for each run and category, with its command: for pandas."""
+    """Return a line for each run and category, with its command: for a spreadsheet or pandas."""
     text = io.StringIO()
     facts = ("seed", "selection", "setting", *COSTS, "commit", "hardware", "command")
     keys = ("row", "folder", "category", *METRICS, *facts)
@@ -81,7 +79,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """All tables, for an issue or a README."""
+    """Return all tables, for an issue or a README."""
     parts = []
     for lines in (*(table(rows, metric) for metric in METRICS), cost_table(rows)):
         rule = ["---", *("--:" for _ in lines[0][1:])]
@@ -90,7 +88,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 def as_latex(rows: Sequence[Row]) -> str:
-    """All tables, for a paper; needs the package booktabs."""
+    """Return all tables, for a paper; they need the package booktabs."""
     parts = []
     for lines in (*(table(rows, metric) for metric in METRICS), cost_table(rows)):
         body = [" & ".join(latex(text) for text in line) + r" \\" for line in lines]
@@ -103,14 +101,14 @@ def as_latex(rows: Sequence[Row]) -> str:
 
 
 def latex(text: str) -> str:
-    """Text with LaTeX's own characters made harmless."""
+    """Return a text with LaTeX's special characters escaped."""
     for sign in "&%$#_{}":
         text = text.replace(sign, f"\\{sign}")
     return text.replace("±", r"$\pm$")
 
 
 def notes(rows: Sequence[Row]) -> str:
-    """Under which conditions the numbers came about."""
+    """Return the conditions under which the numbers were measured."""
     runs = [run for row in rows for run in row.runs]
     done = [run for run in runs if run.metrics]
     told = {
@@ -131,7 +129,7 @@ def notes(rows: Sequence[Row]) -> str:
 
 
 def differences(rows: Sequence[Row]) -> list[list[str]]:
-    """Every setting in which rows differ, and its value in each."""
+    """Return every setting in which rows differ, with its value in each row."""
     settings = [row.runs[0].settings for row in rows]
     keys = sorted({key for own in settings for key in own if not key.startswith(NOT_TOLD)})
     apart = [k for k in keys if len({repr(own.get(k, "absent")) for own in settings}) > 1]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 COLUMNS = {
     "image_auroc": "image AUROC",
@@ -23,12 +23,14 @@ COLUMNS = {
 
 
 def results_table(results: Mapping[str, float], selection: str) -> Table:
-    """One row per category and their mean; ``-`` where a metric is undefined.
+    """Return a row for each category and their mean, with `-` where a metric is undefined.
 
     Args:
-        results: ``<category>/<metric>`` and ``<metric>``, fractions.
+        results: `<category>/<metric>` and `<metric>`, in [0, 1].
         selection: The rule by which the weights were chosen.
     """
+    from rich.table import Table
+
     table = Table(title=f"Test images, per cent; weights: {selection}", title_justify="left")
     table.add_column("category")
     for title in COLUMNS.values():
@@ -44,7 +46,9 @@ def results_table(results: Mapping[str, float], selection: str) -> Table:
 
 
 def print_table(table: Table) -> None:
-    """Prints it; as wide as it needs where the output goes to a file."""
+    """Print a table, 160 letters wide where the output goes to a file."""
+    from rich.console import Console
+
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from anomaly_lit.commands.report import main
-from anomaly_lit.reporting.page import sorting_table
+from anomaly_lit.reporting.page import cells
 from anomaly_lit.reporting.read import flat, read_runs
 from anomaly_lit.reporting.rows import name_groups, rows_of
 from anomaly_lit.reporting.tables import as_latex, as_markdown, cell, table
@@ -179,7 +179,131 @@ def test_cells() -> None:
     }
 
 
-def test_text_cannot_break_the_page() -> None:
-    shown = sorting_table([["<b>"], ["</td><script>alert(1)</script>"]])
-    assert "<script>" not in shown
-    assert "&lt;b&gt;" in shown
+def test_text_cannot_break_the_page(tmp_path: Path) -> None:
+    write_run(tmp_path / "<b>", categories=["<i>bolt"], method="x.<u>")
+    metrics = json.loads((tmp_path / "<b>" / "metrics.json").read_text())
+    metrics |= {"command": "</td><script>alert(1)</script>" * 3, "hardware": '"><script>'}
+    (tmp_path / "<b>" / "metrics.json").write_text(json.dumps(metrics))
+    main([str(tmp_path)])
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert text.count("<script>") == 1  # the page's own
+    assert not re.search("<[biu]>", text)
+    assert "&lt;i&gt;bolt" in text
+
+
+def test_cells_are_shaded_between_the_ends_of_their_column() -> None:
+    lines = [["name", "a", "b"], ["x", "1.0", "5.0"], ["y", "3.0 ± 0.1", "5.0"], ["z", "2.0", "-"]]
+    hues = [[hue for _, hue in line] for line in cells(lines, shaded=True)]
+    assert hues == [[None, 10, None], [None, 120, None], [None, 65, None]]
+    assert {hue for line in cells(lines) for _, hue in line} == {None}
+
+
+def bomb(levels: int = 60) -> str:
+    """A text that stands for 10 ** levels values."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    for level in range(1, levels):
+        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]")
+    return "\n".join(lines)
+
+
+BROKEN = {
+    "config.yaml": {
+        "cut off": "method: {a: [1,",
+        "empty": "",
+        "a list": "- a\n- b",
+        "not text": b"\xff\xfe\x00",
+        "alias bomb": bomb(),
+        "merge bomb": "\n".join(
+            [
+                "a0: &a0 {x: 1}",
+                *(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 60)),
+            ]
+        ),
+        "text bomb": f"a: &a {'x' * 9000}\nb: [{', '.join(['*a'] * 9000)}]",
+        "contains itself": "a: &a [*a]",
+        "deep in brackets": "a: " + "[" * 50_000 + "]" * 50_000,
+        "deep in dashes": "- " * 50_000,
+        "impossible date": "a: 2020-13-45",
+        "a tag": "a: !!python/object/apply:os.getcwd []",
+    },
+    "metrics.json": {
+        "cut off": '{"test/bolt/image_auroc": 0.',
+        "empty": "",
+        "a list": "[1]",
+        "not text": b"\xff\xfe\x00",
+        "deep": "[" * 50_000,
+        "text for a number": '{"test/bolt/image_auroc": "high"}',
+        "text for a cost": '{"training_seconds": "long"}',
+        "list for a seed": '{"seed": [1]}',
+        "too great a number": '{"test/bolt/image_auroc": 1' + "0" * 400 + "}",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [pytest.param(n, c, id=f"{n}, {k}") for n, kinds in BROKEN.items() for k, c in kinds.items()],
+)
+@pytest.mark.timeout(30)  # a bomb that goes off takes hours
+def test_a_broken_run_is_named_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str | bytes
+) -> None:
+    write_run(tmp_path / "good")
+    write_run(tmp_path / "bad", value=0.1)
+    file = tmp_path / "bad" / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    main([str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert "1 of 1 runs have results" in out
+    assert err.count("\n") == 1
+    assert err.startswith(f"warning: cannot read {file}: ")
+    assert err.endswith("; the report leaves this run out\n")
+    assert len(err) < 600
+    for suffix in ("csv", "md", "tex", "html"):
+        assert "bad" not in (tmp_path / "report" / f"report.{suffix}").read_text()
+
+
+def test_small_aliases_are_read(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text() + "a: &a [1, 2]\nb: *a\nc: &c {d: 3}\ne: {<<: *c}\n")
+    [run] = read_runs(tmp_path)
+    assert (run.settings["b"], run.settings["e.d"]) == ("[1, 2]", 3)
+
+
+def test_only_broken_runs_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "bad")
+    (tmp_path / "bad" / "metrics.json").write_text("{")
+    with pytest.raises(SystemExit, match="no run"):
+        main([str(tmp_path)])
+    assert "metrics.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"step,train/loss\nnine,0.5\n", b"step,train/loss\n9,\xff\n"])
+def test_broken_logs_and_panels_are_named_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    write_run(tmp_path / "run")
+    log = tmp_path / "run" / "logs" / "version_0" / "metrics.csv"
+    log.write_bytes(content)
+    panel = tmp_path / "run" / "images" / "000_missed_bolt_scratch_001.png"
+    panel.write_bytes(panel.read_bytes()[:40])
+    main([str(tmp_path)])
+    err = capsys.readouterr().err
+    assert str(log) in err
+    assert str(panel) in err
+    assert err.count("warning: ") == err.count("\n") == 2
+    assert (tmp_path / "report" / "report.html").read_text().count("data:image/jpeg") == 1
+
+
+def test_a_place_that_cannot_be_written_and_a_negative_count_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "run")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit, match="choose another --output"):
+        main([str(tmp_path), "--output", str(tmp_path / "file")])
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path), "--pictures", "-1"])
+    assert stopped.value.code == 2
+    assert "--pictures -1" in capsys.readouterr().err
