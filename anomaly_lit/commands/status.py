@@ -1,24 +1,26 @@
-"""``anomaly-status``: how far a sweep is, and why jobs failed."""
+"""`anomaly-status`: how far a sweep is, and why jobs failed."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from anomaly_lit.files import lock, runs_below
 from anomaly_lit.runs.objective import PRUNED
+from anomaly_lit.types import UserError
 
 STATES = ("done", "pruned", "running", "failed", "waiting")
 
 
 class JobStatus(NamedTuple):
-    """What is known of a job from its folder."""
+    """What a job's folder tells of it."""
 
     name: str  # the overrides that tell it from the others
     state: str  # of STATES
@@ -27,17 +29,19 @@ class JobStatus(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the command; exits with 0 where all is done, 1 where jobs failed, else 2."""
+    """Run the command; exit with 2 while jobs are left, then with 1 if any failed, else 0."""
     parser = argparse.ArgumentParser(
         prog="anomaly-status", description="How far a sweep is, and why jobs failed."
     )
     parser.add_argument("folder", type=Path, help="output_dir of the sweep")
     parser.add_argument("--every", type=float, metavar="SECONDS", help="print again and again")
     options = parser.parse_args(arguments)
+    if options.every is not None and not (math.isfinite(options.every) and options.every > 0):
+        parser.error(f"--every {options.every:g}: give a number of seconds above 0")
     while True:
         try:
             jobs, at_a_time = read_sweep(options.folder)
-        except ValueError as error:
+        except UserError as error:
             sys.exit(f"error: {error}")
         print(report(jobs, at_a_time), flush=True)
         states = {job.state for job in jobs}
@@ -48,25 +52,28 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def read_sweep(folder: Path) -> tuple[list[JobStatus], int]:
-    """The jobs of a sweep and how many run at a time.
+    """Return the jobs of a sweep and how many run at a time.
 
-    A sweep of the process launcher has a plan (``sweep.json``); of others the folders that jobs
-    made are all there is to know.
+    A sweep of the process launcher has a plan (`sweep.json`). Other sweeps show only the folders
+    that their jobs have made so far.
 
     Raises:
-        ValueError: There is no such folder, or no run in it.
+        UserError: There is no such folder or no run in it, or the plan cannot be read.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; give the output_dir of a sweep")
+        raise UserError(f"{folder} is no folder; give the output_dir of a sweep")
     plan = folder / "sweep.json"
     if plan.is_file():
-        content = json.loads(plan.read_text(encoding="utf-8"))
-        places, at_a_time = content["jobs"], content["at_a_time"]
+        content = _read(plan)
+        places, at_a_time = content.get("jobs"), content.get("at_a_time")
+        is_plan = isinstance(places, dict) and all(isinstance(o, list) for o in places.values())
+        if not is_plan or not isinstance(at_a_time, int) or at_a_time < 1:
+            raise UserError(f"{plan} has no list of jobs; start the sweep again to write it anew")
     else:
         places = {str(run.relative_to(folder)): [] for run in runs_below(folder)}
         at_a_time = 1
     if not places:
-        raise ValueError(f"{folder} holds no run; give the output_dir of a sweep")
+        raise UserError(f"{folder} holds no run; give the output_dir of a sweep")
     shared = set.intersection(*map(set, places.values())) if len(places) > 1 else set()
     jobs = []
     for place, overrides in places.items():
@@ -76,15 +83,22 @@ def read_sweep(folder: Path) -> tuple[list[JobStatus], int]:
 
 
 def job_status(name: str, folder: Path) -> JobStatus:
-    """Reads a job's state from what lies in its folder."""
+    """Read a job's state from what lies in its folder; a file that cannot be read is a failure."""
+    try:
+        return _job_status(name, folder)
+    except UserError as error:
+        return JobStatus(name, "failed", None, str(error))
+
+
+def _job_status(name: str, folder: Path) -> JobStatus:
     file = folder / "job.json"
-    facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    facts = _read(file) if file.is_file() else {}
     log = next((folder / n for n in ("job.log", "train.log") if (folder / n).is_file()), None)
     started, ended = facts.get("started"), facts.get("ended")
     seconds = (ended or time.time()) - started if started else None
     metrics = folder / "metrics.json"
     if metrics.is_file():
-        taken = json.loads(metrics.read_text(encoding="utf-8")).get("training_seconds")
+        taken = _read(metrics).get("training_seconds")
         return JobStatus(name, "done", seconds if ended else taken, "")
     if log is not None and (is_held(log) or (not facts and time.time() - log.stat().st_mtime < 60)):
         return JobStatus(name, "running", seconds, last_line(log))
@@ -97,14 +111,29 @@ def job_status(name: str, folder: Path) -> JobStatus:
     return JobStatus(name, "waiting", None, "")
 
 
+def _read(file: Path) -> dict[str, Any]:
+    """Read a file of keys and values.
+
+    Raises:
+        UserError: It is not such a file.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"cannot read {file}: expected keys with values")
+    return content
+
+
 def is_held(file: Path) -> bool:
-    """Whether a living job writes into this log."""
+    """Return whether a running job holds the lock of its log; never where there are no locks."""
     with file.open("rb") as log:
         return not lock(log, shared=True)
 
 
 def last_line(log: Path | None) -> str:
-    """The last line of a log that says something, as far as 4 kB from its end."""
+    """Return the last line with text in the last 4 kB of a log."""
     if log is None:
         return ""
     with log.open("rb") as file:
@@ -114,7 +143,7 @@ def last_line(log: Path | None) -> str:
 
 
 def report(jobs: list[JobStatus], at_a_time: int) -> str:
-    """The text that the command prints."""
+    """Return the text that the command prints."""
     return "\n".join(_lines(jobs, at_a_time))
 
 
@@ -137,7 +166,7 @@ def _lines(jobs: list[JobStatus], at_a_time: int) -> Iterator[str]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words.
+    """Return seconds in words.
 
     >>> duration(7380)
     '2 h 03 min'

@@ -1,0 +1,61 @@
+"""What `anomaly-status` makes of broken files and wrong options."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from anomaly_lit import files
+from anomaly_lit.commands.status import is_held, main, read_sweep
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Two jobs that are done."""
+    jobs = {"0": ["lr=1"], "1": ["lr=2"]}
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": jobs, "at_a_time": 1}))
+    for place in jobs:
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "metrics.json").write_text('{"training_seconds": 60.0}')
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "job.json"])
+@pytest.mark.parametrize("content", ["", '{"a": 0.', "[1]", "[" * 50_000])
+def test_a_broken_file_of_one_job_is_its_failure(
+    sweep: Path, name: str, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (sweep / "1" / name).write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(sweep)])
+    assert stopped.value.code == 1
+    out = capsys.readouterr().out
+    assert "2 jobs: 1 done, 1 failed" in out
+    assert f"cannot read {sweep / '1' / name}" in out
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"jobs": 3, "at_a_time": 1}'])
+def test_a_broken_plan_is_an_error_in_words(sweep: Path, content: str) -> None:
+    (sweep / "sweep.json").write_text(content)
+    with pytest.raises(SystemExit, match=r"error: .*sweep\.json"):
+        main([str(sweep)])
+
+
+@pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf"])
+def test_an_interval_that_is_none_is_refused(
+    sweep: Path, seconds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(sweep), "--every", seconds])
+    assert stopped.value.code == 2
+    assert f"--every {seconds}: give a number of seconds" in capsys.readouterr().err
+
+
+def test_no_log_is_held_where_files_have_no_locks(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "HAS_LOCKS", False)
+    assert not is_held(sweep / "sweep.json")
+    assert [job.state for job in read_sweep(sweep)[0]] == ["done", "done"]
