@@ -165,6 +165,7 @@ def ddp(settings: tuple[str, ...], faint_folder: Path) -> list[str]:
     return [
         *settings, f"dataset.root={faint_folder}", "dataset.batch_size=1", "trainer=ddp",
         "trainer.accelerator=cpu", "trainer.max_steps=6", "trainer.val_check_interval=3",
+        "dataset.holdout=0.5",  # three images, so that shares are uneven
     ]  # fmt: skip
 
 
@@ -240,7 +241,7 @@ def test_two_tasks_score_as_one_process_does(
     """Metrics, intervals and thresholds of two ranks are those of one that tests the weights."""
     done = call(
         *line(
-            "test", f"checkpoint={two_tasks / 'checkpoints' / 'last.ckpt'}",
+            "test", f"ckpt_path={two_tasks / 'checkpoints' / 'last.ckpt'}",
             f"dataset.root={faint_folder}", f"output_dir={tmp_path}",
         )
     )  # fmt: skip
@@ -266,9 +267,8 @@ def test_two_nodes_train_the_same_model_as_two_tasks(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "MEMBER: 2/2" in done.stdout + done.stderr
-    names = ("predictions.csv",)
-    for name in names:
-        assert (tmp_path / name).read_bytes() == (two_tasks / name).read_bytes()
+    name = "predictions.csv"
+    assert (tmp_path / name).read_bytes() == (two_tasks / name).read_bytes()
     assert tested(tmp_path) == tested(two_tasks)
 
 
@@ -313,12 +313,24 @@ def test_a_main_node_whose_name_does_not_resolve_is_told_at_once(
     assert "MASTER_ADDR" in done.stdout + done.stderr
 
 
-def test_a_run_without_srun_hears_nothing_of_it(
+def test_a_run_outside_of_slurm_hears_nothing_of_it(
     call: Call, tiny: list[str], tmp_path: Path
 ) -> None:
     done = call(*line("train", *tiny, f"output_dir={tmp_path}"))
     assert done.returncode == 0
     assert "srun" not in done.stdout + done.stderr
+
+
+def test_fewer_held_out_images_than_ranks_are_told_in_words(
+    call: Call, ddp: list[str], tmp_path: Path
+) -> None:
+    done = call(
+        "srun", "--ntasks=2", "--ntasks-per-node=2",
+        *line("train", *ddp, "dataset.holdout=0.1", "trainer.devices=2", f"output_dir={tmp_path}"),
+    )  # fmt: skip
+    text = done.stdout + done.stderr
+    assert done.returncode == 0 or "dataset.holdout" in text, text
+    assert "Traceback" not in text
 
 
 # ------------------------------------------------------------------------------- signals
