@@ -54,10 +54,9 @@ def runs_here() -> bool:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cluster() -> Iterator[None]:
+def _cluster() -> None:
     if not runs_here():
         pytest.skip('no SLURM answers: eval "$(scripts/slurm-here up)"')
-    yield
 
 
 @pytest.fixture(autouse=True)
