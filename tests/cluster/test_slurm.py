@@ -23,7 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
-COMMANDS = "anomaly_lit"  # the package of train, test, status and report
+COMMANDS = "anomaly_lit.commands"  # the package of train, test, status and report
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
 ON_CPUS = (
     "hydra/launcher=submitit_slurm", "hydra.launcher.partition=main",
