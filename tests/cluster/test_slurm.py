@@ -248,7 +248,8 @@ def test_two_tasks_score_as_one_process_does(
     assert done.returncode == 0, done.stderr
     of_two, of_one = tested(two_tasks), tested(tmp_path)
     assert 0 < of_one["test/image_auroc_low"] < of_one["test/image_auroc_high"]
-    assert of_two == pytest.approx(of_one, abs=1e-12)
+    # maps of another batch size differ in the last bits of float32, and pixel metrics with them
+    assert of_two == pytest.approx(of_one, abs=1e-6)
     rows = [
         {r["path"]: r for r in csv.DictReader((folder / "predictions.csv").open())}
         for folder in (two_tasks, tmp_path)
