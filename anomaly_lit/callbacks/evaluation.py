@@ -221,9 +221,10 @@ class Evaluation(pl.Callback):
         has_masks = getattr(getattr(trainer, "datamodule", None), "has_masks", True)
         if not _localises(pl_module) or (split == "test" and not has_masks):
             return Records()
+        known = self.calibration  # as it is now: a rank without images makes its metrics later
 
         def new_metrics(category: str) -> MapMetrics:
-            center = self.limits_of(category).get("map_median", 0.0)
+            center = limits_of(known, category).get("map_median", 0.0)
             threshold = limits_of(thresholds or {}, category).get("pixel_threshold", math.nan)
             return MapMetrics(
                 PixelMetrics(self.aupro_limits, self.engine, center),
