@@ -3,39 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from itertools import zip_longest
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from anomaly_lit.calibration import limits_of, threshold_at, verdict
-from anomaly_lit.metrics import ImageMetrics, PixelMetrics
-from anomaly_lit.types import Batch, Prediction, UserError
-
-PIXELS_PER_MAP = 4096  # drawn from each held-out map to place the colours and the metrics' centre
+from anomaly_lit.calibration import limits_of, pixel_threshold, promise, threshold_at
+from anomaly_lit.callbacks.oracle import criterion_of, criterion_value
+from anomaly_lit.callbacks.records import (
+    MapMetrics,
+    NormalMaps,
+    NormalPixels,
+    OfCategory,
+    Records,
+    ScoredMaps,
+    crop_of,
+)
+from anomaly_lit.metrics import PixelMetrics, SegmentationMetrics, image_metrics, item_curves
+from anomaly_lit.types import Prediction, UserError
 
 
 class Evaluation(pl.Callback):
-    """Collects predictions of an evaluation, scores them per category, and takes the mean.
+    """Collect the predictions of an evaluation, score them per category, and take the mean.
 
     Validation sees held-out normal images. From their scores each category gets the threshold
-    that lets ``fpr`` of normal images pass as defects; it is stored in the checkpoint. A metric
-    that needs both classes is undefined there, and NaN wherever a test set lacks one class.
+    that lets `fpr` of normal images pass as defects, and from their maps the pixel threshold that
+    `pixel_fpr` of normal pixels exceed; both are stored in the checkpoint with what they can
+    promise. A metric that needs both classes is undefined in validation, and NaN wherever a test
+    set lacks one class. A method that scores images only (`localises = False`) has no pixel metric
+    and no range of maps.
 
     Args:
         fpr: Share of normal images above the threshold, in (0, 1).
         aupro_limits: False-positive rates up to which the per-region overlap is integrated.
-        engine: ``exact``, ``streaming`` or ``auto``, see ``PixelMetrics``.
+        engine: `exact`, `streaming` or `auto`, see `PixelMetrics`.
+        pixel_fpr: Share of the pixels of held-out normal maps above the pixel threshold, in (0, 1):
+            of all pixels of a category's maps the lowest value that at most that share exceed. It
+            gives precision, recall, F1 and IoU of the segmentation, which no test image tuned.
+        pixel_crop: Height and width of the middle of map and mask that pixel metrics and the pixel
+            threshold count, or one number for both, as some papers have it; None takes all.
+        calibration: A stored calibration to start from.
 
     Attributes:
         calibration: Thresholds and the range of held-out maps, as plain data.
-        results: Metrics of the last test, ``<category>/<metric>`` and the mean ``<metric>``.
+        results: Metrics of the last test, `<category>/<metric>` and the mean `<metric>`.
         rows: One per tested image: path, category, defect_type, label, score, threshold, verdict.
-        curves: Curves of each category, see `drawing.curves.save_curves`.
+        curves: Curves of each category of the last test: arrays, by name; see
+            `drawing.curves.save_curves`.
+
+    Raises:
+        UserError: A share is outside (0, 1), or a crop is not positive.
     """
 
     def __init__(
@@ -43,13 +62,22 @@ class Evaluation(pl.Callback):
         fpr: float = 0.01,
         aupro_limits: Sequence[float] = (0.3,),
         engine: Literal["auto", "exact", "streaming"] = "auto",
+        pixel_fpr: float = 0.001,
+        pixel_crop: int | Sequence[int] | None = None,
+        calibration: dict[str, Any] | None = None,
     ) -> None:
-        if not 0 < fpr < 1:
-            raise UserError(f"threshold.fpr={fpr}: give a share between 0 and 1")
+        for name, share in {
+            "threshold.fpr": fpr,
+            "callbacks.evaluation.pixel_fpr": pixel_fpr,
+        }.items():
+            if not 0 < share < 1:
+                raise UserError(f"{name}={share}: give a share between 0 and 1")
         self.fpr = fpr
+        self.pixel_fpr = pixel_fpr
+        self.pixel_crop = crop_of(pixel_crop)
         self.aupro_limits = tuple(aupro_limits)
         self.engine = engine
-        self.calibration: dict[str, Any] = {}
+        self.calibration: dict[str, Any] = dict(calibration or {})
         self.results: dict[str, float] = {}
         self.rows: list[dict[str, Any]] = []
         self.curves: dict[str, dict[str, Any]] = {}
@@ -58,12 +86,21 @@ class Evaluation(pl.Callback):
     # ---------------------------------------------------------------- held-out normal images
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forgets the last validation."""
+        """Forget the last validation."""
         self._split_of = _validation_names(trainer)
-        self._normal = Records()
+        self._normal_maps = None
+        if _localises(pl_module):
+            held_out = getattr(getattr(trainer, "datamodule", None), "holdout_samples", None)
+            images = None if held_out is None else len(held_out)
+            self._normal_maps = NormalMaps(self.pixel_fpr, images, self.pixel_crop)
+        self._normal = Records(self._normal_maps)
         self._scored = {
-            name: Records(self._new_pixel_metrics) for name in self._split_of if name != "holdout"
+            name: self._new_records(trainer, pl_module, name)
+            for name in self._split_of
+            if name != "holdout"
         }
+        if "test" in self._scored:
+            criterion_of(pl_module, self._scored["test"].maps is not None)
 
     def on_validation_batch_end(
         self,
@@ -74,7 +111,8 @@ class Evaluation(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Takes the predictions of one batch."""
+        """Take the predictions of one batch."""
+        _check_map(pl_module, outputs)
         split = self._split_of[dataloader_idx]
         if split == "holdout":
             self._normal.add(batch, outputs)
@@ -84,48 +122,59 @@ class Evaluation(pl.Callback):
             self._scored[split].add(batch, outputs)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Calibrates; scores synthetic anomalies and, for the oracle, the test set, where asked."""
+        """Calibrate; score synthetic anomalies and, for the oracle, the test set, where asked."""
         if trainer.sanity_checking:
             return
-        self.calibration = self._calibrate(self._normal)
+        self.calibration = self._calibrate()
         results = {split: self._score(records) for split, records in self._scored.items()}
         for name, value in results.get("synthetic", {}).items():
             if name.count("/") == 0 and not name.endswith(("_low", "_high", "_threshold")):
                 pl_module.log(f"val/synthetic_{name}", value)
         if "test" in results:
-            test = results["test"]
-            value = test.get("image_auroc", math.nan) + test.get("pixel_auroc", 0.0)
+            names = criterion_of(pl_module, self._scored["test"].maps is not None)
+            value = criterion_value(results["test"], names, pl_module)
             pl_module.log("oracle/criterion", value, prog_bar=True)
 
-    def _calibrate(self, normal: Records) -> dict[str, Any]:
-        if not normal.score:
+    def _calibrate(self) -> dict[str, Any]:
+        images = self._normal.by_category()
+        maps = {} if self._normal_maps is None else self._normal_maps.by_category()
+        if not images:
             return {}
-        scores, samples = normal.gathered()
-        pooled = torch.cat(list(scores.values())), torch.cat(list(samples.values()))
+        every = torch.cat([own.scores for own in images.values()])
+        all_maps = NormalPixels.of(list(maps.values())) if maps else None
         return {
             "fpr": self.fpr,
-            "categories": {name: self._limits(scores[name], samples[name]) for name in scores},
-            "all": self._limits(*pooled),
+            "categories": {
+                name: self._limits(own.scores, maps.get(name)) for name, own in images.items()
+            },
+            "all": self._limits(every, all_maps),
         }
 
-    def _limits(self, scores: Tensor, pixels: Tensor) -> dict[str, float | int | str]:
-        pixels = pixels.double().sort().values
+    def _limits(self, scores: Tensor, pixels: NormalPixels | None) -> dict[str, Any]:
         threshold, rule = threshold_at(scores, self.fpr)
-        return {
+        limits = {
             "threshold": threshold,
             "rule": rule,
             "count": len(scores),
-            "map_low": float(pixels[len(pixels) // 2]),
-            "map_high": float(pixels[min(len(pixels) - 1, int(0.999 * len(pixels)))]),
-            "map_median": float(pixels[len(pixels) // 2]),
+            "promise": promise(len(scores), self.fpr),
+        }
+        if pixels is None:
+            return limits
+        drawn = pixels.drawn.double().sort().values
+        return limits | {
+            "map_low": float(drawn[len(drawn) // 2]),
+            "map_high": float(drawn[min(len(drawn) - 1, int(0.999 * len(drawn)))]),
+            "map_median": float(drawn[len(drawn) // 2]),
+            "pixel_fpr": self.pixel_fpr,
+            "pixel_threshold": pixel_threshold(pixels.highest, pixels.number, self.pixel_fpr),
         }
 
     # ---------------------------------------------------------------- test images
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forgets the last test."""
-        has_masks = getattr(getattr(trainer, "datamodule", None), "has_masks", True)
-        self._records = Records(self._new_pixel_metrics if has_masks else None)
+        """Forget the last test."""
+        self.curves = {}
+        self._records = self._new_records(trainer, pl_module, "test", self.calibration)
 
     def on_test_batch_end(
         self,
@@ -136,48 +185,73 @@ class Evaluation(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Takes the predictions of one batch."""
+        """Take the predictions of one batch."""
+        _check_map(pl_module, outputs)
         self._records.add(batch, outputs)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Computes and logs every metric as ``test/<category>/<metric>`` and ``test/<metric>``."""
+        """Compute and log every metric as `test/<category>/<metric>` and `test/<metric>`."""
         self.results = self._score(self._records, keep_curves=True)
         self.rows = self._records.rows(self.threshold_of)
         pl_module.log_dict({f"test/{key}": value for key, value in self.results.items()})
 
     def threshold_of(self, category: str) -> float:
-        """The category's threshold; that of all held-out images together for an unknown one."""
+        """Return the category's threshold; that of all held-out images for an unknown one."""
         limits = self.limits_of(category)
         return float(limits["threshold"]) if limits else math.nan
 
     def limits_of(self, category: str) -> dict[str, Any]:
-        """Calibration of a category, of all together if unknown, empty without held-out images."""
+        """Return a category's calibration; of all if unknown, empty without held-out images."""
         return limits_of(self.calibration, category)
 
-    def _new_pixel_metrics(self, category: str) -> PixelMetrics:
-        center = self.limits_of(category).get("map_median", 0.0)
-        return PixelMetrics(self.aupro_limits, self.engine, center)
+    def _new_records(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        split: str,
+        thresholds: dict[str, Any] | None = None,
+    ) -> Records:
+        """Make the records of a split; with its maps where there are maps and a truth.
+
+        Args:
+            trainer: Knows whether the test set has masks.
+            pl_module: The method.
+            split: `test`, or `synthetic`, whose masks are always known.
+            thresholds: A calibration with the weights that are scored; None before there is one.
+        """
+        has_masks = getattr(getattr(trainer, "datamodule", None), "has_masks", True)
+        if not _localises(pl_module) or (split == "test" and not has_masks):
+            return Records()
+        known = self.calibration  # as it is now: a rank without images makes its metrics later
+
+        def new_metrics(category: str) -> MapMetrics:
+            center = limits_of(known, category).get("map_median", 0.0)
+            threshold = limits_of(thresholds or {}, category).get("pixel_threshold", math.nan)
+            return MapMetrics(
+                PixelMetrics(self.aupro_limits, self.engine, center),
+                None if math.isnan(threshold) else SegmentationMetrics(threshold),
+            )
+
+        return Records(ScoredMaps(new_metrics, self.pixel_crop, pl_module.device))
 
     def _score(self, records: Records, keep_curves: bool = False) -> dict[str, float]:
-        scores, labels = records.gathered_labels()
         per_category: dict[str, dict[str, float]] = {}
-        for category in scores:
-            metrics = ImageMetrics()
-            metrics.update(scores[category], labels[category])
-            values = {key: float(value) for key, value in metrics.compute().items()}
-            values |= self._at_threshold(category, scores[category], labels[category])
-            pixel = records.take_pixel_metrics(category)
-            curves = metrics.curves()
-            if pixel is not None:
-                pixel_values = {key: float(value) for key, value in pixel.compute().items()}
-                values |= pixel_values
-                curves["pro"] = pixel.curves()["pro"]
+        for category, images in records.by_category().items():
+            scores, labels, paths = images
+            found = image_metrics(scores, labels, names=paths)
+            values = {key: float(value) for key, value in found.items()}
+            values |= self._at_threshold(category, images)
+            curves = item_curves(scores, labels)
+            if isinstance(records.maps, ScoredMaps):
+                metrics = records.maps.take(category)
+                values |= metrics.compute()
+                curves["pro"] = metrics.pixel.curves()["pro"]
             per_category[category] = values
             if keep_curves:
                 self.curves[category] = {
                     **{name: tuple(_array(axis) for axis in c) for name, c in curves.items()},
-                    "scores": _array(scores[category]),
-                    "labels": _array(labels[category]),
+                    "scores": _array(scores),
+                    "labels": _array(labels),
                     "threshold": self.threshold_of(category),
                     "values": values,
                 }
@@ -186,120 +260,30 @@ class Evaluation(pl.Callback):
         }
         return results | mean_over_categories(per_category)
 
-    def _at_threshold(self, category: str, scores: Tensor, labels: Tensor) -> dict[str, float]:
-        found = scores > self.threshold_of(category)
+    def _at_threshold(self, category: str, images: OfCategory) -> dict[str, float]:
+        found = images.scores > self.threshold_of(category)
         if not self.limits_of(category):
             return {}
         return {
-            "false_positive_rate": float(found[~labels].double().mean()),
-            "true_positive_rate": float(found[labels].double().mean()),
+            "false_positive_rate": float(found[~images.labels].double().mean()),
+            "true_positive_rate": float(found[images.labels].double().mean()),
         }
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Stores the calibration with the weights that it belongs to."""
+        """Store the calibration with the weights that it belongs to."""
         checkpoint.setdefault("anomaly_lit", {})["calibration"] = self.calibration
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restores it."""
+        """Restore it."""
         self.calibration = checkpoint.get("anomaly_lit", {}).get("calibration", {})
 
 
-class Records:
-    """What is kept of the images of one evaluation: scores, and statistics of maps.
-
-    Tensors stay on the device until the end, so that no step waits for it.
-
-    Args:
-        new_pixel_metrics: Makes the pixel metrics of a category; None keeps pixel samples.
-    """
-
-    def __init__(self, new_pixel_metrics: Callable[[str], PixelMetrics] | None = None) -> None:
-        self.new_pixel_metrics = new_pixel_metrics
-        self.pixel: dict[str, PixelMetrics] = {}
-        self.samples: list[dict[str, Any]] = []
-        self.score: list[Tensor] = []
-        self.pixels: list[Tensor] = []
-
-    def add(self, batch: Batch, prediction: Prediction) -> None:
-        """Takes one batch."""
-        self.score.append(prediction.score.detach().float())
-        keys = ("path", "category", "defect_type")
-        labels = batch["label"].tolist()
-        for row, label in enumerate(labels):
-            self.samples.append({key: batch[key][row] for key in keys} | {"label": label})  # type: ignore[literal-required]
-        maps = prediction.anomaly_map.detach()
-        if self.new_pixel_metrics is None:
-            stride = max(1, maps[0].numel() // PIXELS_PER_MAP)
-            self.pixels += list(maps.flatten(1)[:, ::stride].float())
-            return
-        by_category: dict[str, list[int]] = defaultdict(list)
-        for row, category in enumerate(batch["category"]):
-            by_category[category].append(row)
-        for category, rows in by_category.items():
-            if category not in self.pixel:
-                self.pixel[category] = self.new_pixel_metrics(category).to(maps.device)
-            names = [batch["path"][row] for row in rows]
-            self.pixel[category].update(maps[rows], batch["gt_mask"][rows], names)
-
-    def take_pixel_metrics(self, category: str) -> PixelMetrics | None:
-        """The pixel metrics of a category, which are forgotten here; None without truth.
-
-        A rank that saw none of the category has empty ones, since all ranks compute together.
-        """
-        if self.new_pixel_metrics is None:
-            return None
-        return self.pixel.pop(category, None) or self.new_pixel_metrics(category)
-
-    def _joined(self) -> tuple[Tensor, list[dict[str, Any]], list[Tensor]]:
-        """Scores, samples and pixels of all ranks, on the CPU, in the order of the data set."""
-        scores = torch.cat(self.score).cpu() if self.score else torch.zeros(0)
-        pixels = [pixel.cpu() for pixel in self.pixels]
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return scores, self.samples, pixels
-        world = torch.distributed.get_world_size()
-        parts: list[Any] = [None] * world
-        torch.distributed.all_gather_object(parts, (scores, self.samples, pixels))
-        samples = _interleaved([part[1] for part in parts])
-        return (
-            torch.stack(_interleaved([list(part[0]) for part in parts])) if samples else scores,
-            samples,
-            _interleaved([part[2] for part in parts]),
-        )
-
-    def gathered(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Per category: scores (n,) and pixels of the maps."""
-        scores, samples, pixels = self._joined()
-        rows = _rows_by_category(samples)
-        return (
-            {name: scores[index] for name, index in rows.items()},
-            {name: torch.cat([pixels[i] for i in index]) for name, index in rows.items()},
-        )
-
-    def gathered_labels(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Per category: scores (n,) and labels (n,)."""
-        scores, samples, _ = self._joined()
-        labels = torch.tensor([sample["label"] for sample in samples], dtype=torch.bool)
-        rows = _rows_by_category(samples)
-        return (
-            {name: scores[index] for name, index in rows.items()},
-            {name: labels[index] for name, index in rows.items()},
-        )
-
-    def rows(self, threshold_of: Callable[[str], float]) -> list[dict[str, Any]]:
-        """One row per image with its score and verdict."""
-        scores, samples, _ = self._joined()
-        return [
-            {**sample, "score": score, **verdict(score, threshold_of(sample["category"]))}
-            for sample, score in zip(samples, scores.tolist(), strict=True)
-        ]
-
-
 def mean_over_categories(per_category: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Mean of each metric over the categories in which it is defined.
+    """Return the mean of each metric over the categories in which it is defined.
 
     Intervals and thresholds belong to one category; they are kept where there is only one.
     """
@@ -322,18 +306,22 @@ def _validation_names(trainer: pl.Trainer) -> list[str]:
     return ["holdout", "test"] if isinstance(loaders, list) and len(loaders) > 1 else ["holdout"]
 
 
-def _rows_by_category(samples: list[dict[str, Any]]) -> dict[str, list[int]]:
-    rows: dict[str, list[int]] = defaultdict(list)
-    for index, sample in enumerate(samples):
-        rows[sample["category"]].append(index)
-    return dict(rows)
+def _localises(pl_module: pl.LightningModule) -> bool:
+    """Whether a module gives maps: any does that does not say otherwise."""
+    return bool(getattr(pl_module, "localises", True))
 
 
-def _interleaved(parts: Sequence[Sequence[Any]]) -> list[Any]:
-    """Undoes the sharding of ``ShardSampler``: the first of each rank, then the second, ..."""
-    missing = object()
-    rows = zip_longest(*parts, fillvalue=missing)
-    return [item for row in rows for item in row if item is not missing]
+def _check_map(pl_module: pl.LightningModule, prediction: Prediction) -> None:
+    """Refuse a map from a method that scores images only, and none from one that localises."""
+    has_map: bool = prediction.anomaly_map is not None
+    if has_map == _localises(pl_module):
+        return
+    name = type(pl_module).__name__
+    found, right = ("a map", "True") if has_map else ("no map (anomaly_map=None)", "False")
+    raise UserError(
+        f"{name}.localises is {not has_map}, and {name}.forward gives {found}: set localises = "
+        f"{right} in the class, or change what forward gives"
+    )
 
 
 def _array(tensor: Tensor) -> Any:

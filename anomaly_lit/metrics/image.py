@@ -9,19 +9,73 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from anomaly_lit.metrics import functional
+from anomaly_lit.metrics.intervals import bootstrap_interval
 from anomaly_lit.types import UserError
+
+
+def image_metrics(
+    scores: Tensor,
+    labels: Tensor,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    names: Sequence[str] | None = None,
+) -> dict[str, Tensor]:
+    """Return all values of one score per image; see `ImageMetrics`.
+
+    Args:
+        scores: (N,) float, unbounded, of all images: nothing is gathered here.
+        labels: (N,) bool, true where anomalous.
+        resamples: resamples of the bootstrap; 0 leaves the intervals out.
+        confidence: share of the resamples inside the interval.
+        seed: of the bootstrap alone.
+        names: what to call the N images in an error; None counts them from 0.
+
+    Returns:
+        image_auroc, image_ap, image_f1max, image_f1max_threshold, and unless `resamples` is 0
+        image_auroc_low, image_auroc_high, image_ap_low, image_ap_high: 0-d float64 tensors on the
+        CPU, NaN where a class is missing.
+
+    Raises:
+        UserError: a score is NaN or infinite.
+    """
+    _check_finite(scores, names)
+    f1max, threshold = functional.f1_max(scores, labels)
+    values = {
+        "image_auroc": functional.auroc(scores, labels),
+        "image_ap": functional.average_precision(scores, labels),
+        "image_f1max": f1max,
+        "image_f1max_threshold": threshold,
+    }
+    if not resamples:
+        return values
+    intervals = bootstrap_interval(scores, labels, resamples, confidence, seed)
+    for name, (low, high) in intervals.items():
+        values |= {f"image_{name}_low": low, f"image_{name}_high": high}
+    return values
+
+
+def _check_finite(scores: Tensor, names: Sequence[str] | None) -> None:
+    bad = (~scores.isfinite()).nonzero().squeeze(1).tolist()
+    if bad:
+        shown = ", ".join(str(index) if names is None else names[index] for index in bad[:5])
+        raise UserError(f"{len(bad)} image scores are NaN or infinite, of images: {shown}")
 
 
 class ImageMetrics(Metric):
     """Image AUROC, AP and F1-max, with 95 % bootstrap intervals of the first two.
 
     Scores are kept (8 bytes an image) and gathered from all processes; nothing waits for a GPU
-    before `compute`. Intervals do not depend on the order of images or on the processes.
+    before `compute`. Intervals do not depend on the order of images or on the processes. Give each
+    process its own images alone: where all have all of them already, use `image_metrics`.
 
     Args:
         resamples: resamples of the bootstrap; 0 leaves the intervals out.
         confidence: share of the resamples inside the interval.
         seed: of the bootstrap alone.
+
+    Raises:
+        UserError: resamples are negative, or the confidence is outside (0, 1).
     """
 
     full_state_update = False
@@ -29,7 +83,7 @@ class ImageMetrics(Metric):
     higher_is_better = True
 
     score: list[Tensor]
-    anomalous: list[Tensor]  # float32 as the scores, for the sake of processes that hold nothing
+    anomalous: list[Tensor]  # float32 like the scores, so that processes without images can gather
 
     def __init__(self, resamples: int = 2000, confidence: float = 0.95, seed: int = 0) -> None:
         super().__init__()
@@ -72,49 +126,34 @@ class ImageMetrics(Metric):
         self._names += names or [f"number {first + index}" for index in range(len(score))]
 
     def _items(self) -> tuple[Tensor, Tensor]:
-        """All scores and labels, checked, on the CPU."""
+        """Return all scores and labels on the CPU."""
         scores, labels = (
             torch.cat([torch.empty(0), *(part.cpu() for part in _listed(state))])
             for state in (self.score, self.anomalous)
         )
-        bad = (~scores.isfinite()).nonzero().squeeze(1).tolist()
-        if bad:
-            known = len(self._names) == len(scores)  # else some are of other processes
-            shown = ", ".join(self._names[index] if known else str(index) for index in bad[:5])
-            raise UserError(f"{len(bad)} image scores are NaN or infinite, of images: {shown}")
         return scores, labels > 0
 
-    def compute(self) -> dict[str, Tensor]:
-        """All values, 0-d float64 tensors on the CPU; NaN where a class is missing.
+    def _known_names(self, scores: Tensor) -> list[str] | None:
+        """Return the images' names; None where some are of other processes."""
+        return self._names if len(self._names) == len(scores) else None
 
-        Returns:
-            image_auroc, image_ap, image_f1max, image_f1max_threshold, and unless resamples is 0
-            image_auroc_low, image_auroc_high, image_ap_low, image_ap_high.
+    def compute(self) -> dict[str, Tensor]:
+        """Return all values: see `image_metrics`.
 
         Raises:
             UserError: a score is NaN or infinite.
         """
         scores, labels = self._items()
-        f1max, threshold = functional.f1_max(scores, labels)
-        values = {
-            "image_auroc": functional.auroc(scores, labels),
-            "image_ap": functional.average_precision(scores, labels),
-            "image_f1max": f1max,
-            "image_f1max_threshold": threshold,
-        }
-        if not self.resamples:
-            return values
-        intervals = functional.bootstrap_interval(
-            scores, labels, self.resamples, self.confidence, self.seed
+        return image_metrics(
+            scores, labels, self.resamples, self.confidence, self.seed, self._known_names(scores)
         )
-        for name, (low, high) in intervals.items():
-            values |= {f"image_{name}_low": low, f"image_{name}_high": high}
-        return values
 
     def curves(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The curves "roc" (fpr, tpr) and "pr" (recall, precision)."""
+        """Return the curves "roc" (fpr, tpr) and "pr" (recall, precision)."""
         with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
-            return functional.item_curves(*self._items())
+            scores, labels = self._items()
+            _check_finite(scores, self._known_names(scores))
+            return functional.item_curves(scores, labels)
 
 
 def _listed(state: list[Tensor] | Tensor) -> list[Tensor]:

@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from anomaly_lit.metrics import functional
-from anomaly_lit.metrics.functional import Estimate, Ranking
+from anomaly_lit.metrics.functional import check_maps, limits_of
+from anomaly_lit.metrics.ranking import (
+    Estimate,
+    Ranking,
+    rank,
+    ranking_aupimo,
+    ranking_aupro,
+    ranking_auroc,
+    ranking_average_precision,
+    ranking_curves,
+    ranking_f1_max,
+)
 from anomaly_lit.metrics.regions import Regions, send
 from anomaly_lit.metrics.streaming import ANOMALOUS, MOST_REGIONS, NORMAL, ROWS, Bins
 from anomaly_lit.types import UserError
@@ -66,7 +76,7 @@ class PixelMetrics(Metric):
         super().__init__()
         if engine not in get_args(Engine):
             raise UserError(f"there is no engine {engine!r}; choose one of {get_args(Engine)}")
-        self.limits = functional.limits_of(limits)
+        self.limits = limits_of(limits)
         self.engine = engine
         self.exact_pixels = exact_pixels
         for name in HELD:
@@ -126,7 +136,7 @@ class PixelMetrics(Metric):
         Raises:
             UserError: shapes or types do not fit, or a map holds NaN or infinity.
         """
-        regions = functional.check_maps(anomaly_map, gt_mask)
+        regions = check_maps(anomaly_map, gt_mask)
         if anomaly_map.device != self.pixels.device:
             raise UserError(
                 f"the maps are on {anomaly_map.device}, the metric is on {self.pixels.device};"
@@ -203,7 +213,7 @@ class PixelMetrics(Metric):
             empty = torch.empty(0, device=self.device)
             held = [torch.cat([empty, *_listed(getattr(self, name))]) for name in HELD]
             normal, anomalous, positive, area, image_area = held
-            return functional.rank(anomalous, positive, normal, area, image_area, regions, images)
+            return rank(anomalous, positive, normal, area, image_area, regions, images)
         self._count_held()
         return self.bins.rank(self.histogram, regions, images)
 
@@ -219,13 +229,13 @@ class PixelMetrics(Metric):
             UserError: a map held NaN or infinity.
         """
         ranking = self._rank()
-        f1, threshold = functional.ranking_f1_max(ranking)
+        f1, threshold = ranking_f1_max(ranking)
         estimates = {
-            "pixel_auroc": functional.ranking_auroc(ranking),
-            "pixel_ap": functional.ranking_average_precision(ranking),
+            "pixel_auroc": ranking_auroc(ranking),
+            "pixel_ap": ranking_average_precision(ranking),
             "pixel_f1max": f1,
-            **{aupro_key(x): functional.ranking_aupro(ranking, x) for x in self.limits},
-            "pixel_aupimo": functional.ranking_aupimo(ranking),
+            **{aupro_key(x): ranking_aupro(ranking, x) for x in self.limits},
+            "pixel_aupimo": ranking_aupimo(ranking),
         }
         values = {name: estimate.value for name, estimate in estimates.items()}
         values["pixel_f1max_threshold"] = threshold
@@ -235,9 +245,9 @@ class PixelMetrics(Metric):
         return values | {f"{name}_bound": estimate.bound for name, estimate in estimates.items()}
 
     def curves(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The curves behind the values: see `functional.ranking_curves`; in bins their corners."""
+        """The curves behind the values: see `ranking_curves`; in bins their corners."""
         with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
-            return functional.ranking_curves(self._rank())
+            return ranking_curves(self._rank())
 
 
 def _split(scores: Tensor, regions: Regions) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

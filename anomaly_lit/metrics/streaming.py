@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anomaly_lit.metrics.functional import Ranking
+from anomaly_lit.metrics.ranking import Ranking
 
 SATURATION = 1.0  # the second anchor
 COARSE = 18  # bits dropped everywhere: 2^5 bins in each doubling

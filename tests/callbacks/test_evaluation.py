@@ -7,15 +7,23 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    f1_score,
+    jaccard_score,
+    precision_score,
+    recall_score,
+    roc_auc_score,
+)
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from anomaly_lit.calibration import limits_of, threshold_at, verdict
+from anomaly_lit.calibration import limits_of, pixel_threshold, promise, threshold_at, verdict
 from anomaly_lit.callbacks import Evaluation
 from anomaly_lit.callbacks.evaluation import mean_over_categories
+from anomaly_lit.callbacks.records import NormalMaps
 from anomaly_lit.types import Prediction, UserError
 
 
@@ -242,6 +250,21 @@ def test_a_score_at_the_threshold_is_good() -> None:
 def test_false_positive_rate_is_a_share(fpr: float) -> None:
     with pytest.raises(UserError, match=r"threshold\.fpr"):
         Evaluation(fpr=fpr)
+    with pytest.raises(UserError, match="pixel_fpr"):
+        Evaluation(pixel_fpr=fpr)
+
+
+def test_calibration_holds_what_the_thresholds_can_promise() -> None:
+    calibration = evaluate(make_batch(MIXED, "bolt", 1)).calibration
+    assert calibration["categories"]["cloth"]["promise"] == promise(9, 0.01)
+    assert calibration["all"]["promise"] == promise(29, 0.01)
+
+
+def test_a_stored_calibration_is_taken_as_an_argument() -> None:
+    stored = evaluate(make_batch(MIXED, "bolt", 1))
+    other = evaluate(make_batch(MIXED, "bolt", 1), calibrate=False, calibration=stored.calibration)
+    assert other.rows == stored.rows
+    assert other.results == pytest.approx(stored.results, abs=0, nan_ok=True)
 
 
 def test_calibration_travels_with_the_checkpoint() -> None:
@@ -251,6 +274,132 @@ def test_calibration_travels_with_the_checkpoint() -> None:
     other = Evaluation()
     other.on_load_checkpoint(None, None, checkpoint)  # type: ignore[arg-type]
     assert other.calibration == evaluation.calibration
+
+
+# -------------------------------------------------------------------------------- segmentation
+
+
+@pytest.mark.parametrize("engine", ["exact", "streaming"])
+def test_segmentation_at_the_threshold_of_held_out_maps_equals_scikit_learn_s(engine: str) -> None:
+    batches = [make_batch(MIXED, "bolt", 1), make_batch(MIXED, "cloth", 2)]
+    evaluation = evaluate(*batches, engine=engine, pixel_fpr=0.05)
+    f1 = []
+    for batch, normal in zip(batches, [held_out(), held_out("cloth", 9, 91)], strict=True):
+        category = batch["category"][0]
+        pixels = normal["map"].flatten().sort().values
+        threshold = pixels[math.ceil(0.95 * len(pixels)) - 1]
+        limits = evaluation.calibration["categories"][category]
+        assert limits["pixel_threshold"] == float(threshold)
+        truth = batch["gt_mask"].flatten().numpy()
+        marked = (batch["map"] > threshold).flatten().numpy()
+        for name, function in {
+            "precision": precision_score,
+            "recall": recall_score,
+            "f1": f1_score,
+            "iou": jaccard_score,
+        }.items():
+            found = evaluation.results[f"{category}/segmentation_{name}"]
+            assert found == pytest.approx(function(truth, marked), abs=1e-12)
+        f1.append(evaluation.results[f"{category}/segmentation_f1"])
+    assert evaluation.results["segmentation_f1"] == pytest.approx(np.mean(f1))
+    assert evaluation.calibration["all"]["pixel_fpr"] == 0.05
+
+
+def test_without_held_out_images_there_is_no_segmentation() -> None:
+    evaluation = evaluate(make_batch(MIXED, "bolt", 1), calibrate=False)
+    assert not any("segmentation" in key for key in evaluation.results)
+
+
+@given(
+    st.integers(0, 10**6), st.sampled_from([0.001, 0.02, 0.3]), st.integers(1, 6), st.integers(1, 4)
+)
+@settings(deadline=None, max_examples=30)
+def test_few_kept_pixels_give_the_threshold_of_all(
+    seed: int, share: float, count: int, size: int
+) -> None:
+    batch = make_batch([False] * count, "bolt", seed)
+    batch["map"][0] += 5  # one image holds all the highest pixels
+    found = []
+    for images in (None, count, 3 * count):
+        maps = NormalMaps(share, images, None)
+        for start in range(0, count, size):
+            rows = slice(start, start + size)
+            part = {"category": batch["category"][rows]}
+            maps.add(part, batch["map"][rows])  # type: ignore[arg-type]
+        pixels = maps.by_category()["bolt"]
+        found.append(pixel_threshold(pixels.highest, pixels.number, share))
+        if images is not None:
+            assert len(pixels.highest) <= share * images * 256 + 1
+    assert len(set(found)) == 1
+
+
+def test_a_crop_scores_the_middle_of_maps_and_masks() -> None:
+    batch = make_batch(MIXED, "bolt", 1)
+    whole = evaluate(batch, pixel_fpr=0.05)
+    cropped = evaluate(batch, pixel_crop=8, pixel_fpr=0.05)
+    middle = [batch[key][..., 4:12, 4:12].flatten().numpy() for key in ("gt_mask", "map")]
+    assert cropped.results["pixel_auroc"] == pytest.approx(roc_auc_score(*middle), abs=1e-6)
+    normal = held_out()["map"][..., 4:12, 4:12].flatten()
+    threshold = float(normal.sort().values[math.ceil(0.95 * len(normal)) - 1])
+    limits = cropped.calibration["categories"]["bolt"]
+    assert limits["pixel_threshold"] == threshold
+    f1 = f1_score(middle[0], middle[1] > threshold)
+    assert cropped.results["segmentation_f1"] == pytest.approx(f1)
+    assert limits["map_high"] == whole.calibration["categories"]["bolt"]["map_high"]
+    assert cropped.results["image_auroc"] == whole.results["image_auroc"]
+
+
+@pytest.mark.parametrize("size", [0, -1, [8], [8, 0], [8, 8, 8], 2.5])
+def test_a_crop_is_one_or_two_positive_whole_numbers(size: Any) -> None:
+    with pytest.raises(UserError, match="pixel_crop"):
+        Evaluation(pixel_crop=size)
+
+
+def test_a_crop_larger_than_the_maps_is_refused() -> None:
+    with pytest.raises(UserError, match=r"pixel_crop=\[17, 16\].*\[16, 16\]"):
+        evaluate(make_batch(MIXED, "bolt", 1), calibrate=False, pixel_crop=[17, 16])
+
+
+# -------------------------------------------------------------------------------- images only
+
+
+class ImagesOnly(Oracle):
+    localises = False
+
+    def forward(self, batch: Any) -> Prediction:
+        return super().forward(batch)._replace(anomaly_map=None)
+
+
+def test_a_method_that_scores_images_only_has_no_metric_and_no_range_of_maps() -> None:
+    evaluation, batch = Evaluation(), make_batch(MIXED, "bolt", 1)
+    trainer = trainer_of(evaluation)
+    trainer.validate(ImagesOnly(), [loader(held_out()), loader(batch)], verbose=False)
+    criterion = float(trainer.callback_metrics["oracle/criterion"])
+    trainer.test(ImagesOnly(), loader(batch), verbose=False)
+    expected = evaluate(batch)
+    kept = {k: v for k, v in expected.results.items() if "pixel" not in k and "segm" not in k}
+    assert evaluation.results == kept
+    assert set(evaluation.calibration["all"]) == {"threshold", "rule", "count", "promise"}
+    assert set(evaluation.curves["bolt"]) >= {"roc", "pr"}
+    assert "pro" not in evaluation.curves["bolt"]
+    assert evaluation.rows == expected.rows
+    assert criterion == pytest.approx(evaluation.results["image_auroc"])
+
+
+def test_a_map_has_to_fit_what_the_method_says_of_itself() -> None:
+    class Promises(Oracle):
+        def forward(self, batch: Any) -> Prediction:
+            return super().forward(batch)._replace(anomaly_map=None)
+
+    class Surprises(Oracle):
+        localises = False
+
+    for module, told in ((Promises(), "gives no map"), (Surprises(), "gives a map")):
+        name = type(module).__name__
+        with pytest.raises(UserError, match=rf"{name}\.localises .*{told}.*set localises"):
+            trainer_of(Evaluation()).test(module, loader(make_batch(MIXED, "bolt", 1)))
+        with pytest.raises(UserError, match=told):
+            trainer_of(Evaluation()).validate(module, loader(held_out()))
 
 
 # -------------------------------------------------------------------------------- selection
@@ -265,6 +414,48 @@ def test_test_images_as_a_second_loader_give_the_oracle_s_criterion_and_no_thres
     expected = test["image_auroc"] + test["pixel_auroc"]
     assert float(trainer.callback_metrics["oracle/criterion"]) == pytest.approx(expected, abs=1e-6)
     assert evaluation.calibration["all"]["count"] == 20
+
+
+@pytest.mark.parametrize("criterion", ["pixel_auroc", "image_ap + pixel_ap", "image_f1max"])
+def test_a_method_says_what_its_paper_chose_weights_by(criterion: str) -> None:
+    module, batch = Oracle(), make_batch(MIXED, "bolt", 1)
+    module.oracle_criterion = criterion  # type: ignore[assignment]
+    trainer = trainer_of(Evaluation())
+    trainer.validate(module, [loader(held_out()), loader(batch)], verbose=False)
+    results = evaluate(batch).results
+    expected = sum(results[name.strip()] for name in criterion.split("+"))
+    assert float(trainer.callback_metrics["oracle/criterion"]) == pytest.approx(expected, abs=1e-5)
+
+
+class WithoutMasks(pl.LightningDataModule):
+    """Held-out images, and the test set of the oracle, whose masks nobody drew."""
+
+    has_masks = False
+
+    def validation_names(self) -> list[str]:
+        return ["holdout", "test"]
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        batch = make_batch(MIXED, "bolt", 1)
+        return [loader(held_out()), loader({**batch, "gt_mask": batch["gt_mask"] & False})]
+
+
+def test_the_oracle_of_a_test_set_without_masks_is_that_of_images() -> None:
+    trainer = trainer_of(Evaluation())
+    trainer.validate(Oracle(), datamodule=WithoutMasks(), verbose=False)
+    expected = evaluate(make_batch(MIXED, "bolt", 1)).results["image_auroc"]
+    assert float(trainer.callback_metrics["oracle/criterion"]) == pytest.approx(expected)
+
+
+def test_a_criterion_that_cannot_be_is_refused() -> None:
+    module = Oracle()
+    module.oracle_criterion = "pixel_auroc"  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"Oracle by pixel_auroc.*without masks"):
+        trainer_of(Evaluation()).validate(module, datamodule=WithoutMasks(), verbose=False)
+    module.oracle_criterion = "pixel_auc"  # type: ignore[assignment]
+    loaders = [loader(held_out()), loader(make_batch(MIXED, "bolt", 1))]
+    with pytest.raises(UserError, match=r"names pixel_auc, .*pixel_auroc"):
+        trainer_of(Evaluation()).validate(module, loaders, verbose=False)
 
 
 class Validated(pl.LightningDataModule):
@@ -287,6 +478,7 @@ def test_synthetic_defects_are_scored_against_held_out_images() -> None:
     expected = roc_auc_score([0] * 20 + [1] * 5, scores)
     assert logged["val/synthetic_image_auroc"] == pytest.approx(expected)
     assert 0.5 < logged["val/synthetic_pixel_ap"] < 1
+    assert not any("segmentation" in key for key in logged)  # no threshold of these weights yet
     assert "oracle/criterion" not in logged
     assert evaluation.calibration["all"]["count"] == 20
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from sklearn import metrics as sklearn_metrics
 
-from anomaly_lit.metrics import functional
+from anomaly_lit.metrics import bootstrap_interval, functional
 from anomaly_lit.types import UserError
 
 
@@ -143,7 +143,7 @@ def test_one_class_is_undefined(label: bool) -> None:
     assert all(part.isnan() for part in functional.f1_max(scores, labels))
     maps, masks = scores.view(1, 1, 2, 2), labels.view(1, 1, 2, 2)
     assert functional.aupro(maps, masks).isnan()
-    low, high = functional.bootstrap_interval(scores, labels)["auroc"]
+    low, high = bootstrap_interval(scores, labels)["auroc"]
     assert low.isnan()
     assert high.isnan()
 
@@ -175,7 +175,7 @@ def test_intervals_match_a_loop_of_resamples() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(42) < 20
     scores = (torch.randn(42, generator=generator) + labels).mul(4).round()
-    found = functional.bootstrap_interval(scores, labels, resamples=4000)
+    found = bootstrap_interval(scores, labels, resamples=4000)
     numbers = np.random.default_rng(0)
     areas, precisions = [], []
     for _ in range(600):
@@ -192,11 +192,11 @@ def test_intervals_do_not_depend_on_the_order_of_items_or_on_global_seeds() -> N
     scores, labels = torch.randn(30, generator=generator), torch.arange(30) < 12
     order = torch.randperm(30, generator=generator)
     torch.manual_seed(3)
-    first = functional.bootstrap_interval(scores, labels, resamples=50)
+    first = bootstrap_interval(scores, labels, resamples=50)
     state = torch.get_rng_state()
-    assert first == functional.bootstrap_interval(scores[order], labels[order], resamples=50)
+    assert first == bootstrap_interval(scores[order], labels[order], resamples=50)
     assert torch.equal(state, torch.get_rng_state())
-    assert first != functional.bootstrap_interval(scores, labels, resamples=50, seed=1)
+    assert first != bootstrap_interval(scores, labels, resamples=50, seed=1)
 
 
 def grid(rows: list[str]) -> torch.Tensor:
