@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and saying what made them."""
+"""Write files completely or not at all, and record what produced them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def cores() -> int:
 
 @contextmanager
 def replace_file(path: str | Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
-    """Opens a file beside ``path`` that takes its place once it is written."""
+    """Open a file next to `path` that replaces it once it is completely written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -68,7 +68,7 @@ def replace_file(path: str | Path, mode: str = "w", **options: Any) -> Iterator[
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Strict JSON: what is NaN or infinite is written as null."""
+    """Write strict JSON: NaN and infinite numbers become null."""
     with replace_file(path, "w", encoding="utf-8") as file:
         json.dump(_strict(content), file, indent=2)
         file.write("\n")
@@ -91,14 +91,17 @@ def _umask() -> int:
 
 
 def runs_below(folder: Path) -> list[Path]:
-    """The folders of all runs below a folder, itself among them, save what lies in hidden ones."""
+    """Return the folders of all runs in and below a folder, except those in hidden folders."""
     runs = [file.parent for file in sorted(folder.rglob("config.yaml"))]
     hidden = [any(part[0] == "." for part in run.relative_to(folder).parts) for run in runs]
     return [run for run, is_hidden in zip(runs, hidden, strict=True) if not is_hidden]
 
 
 def environment() -> dict[str, Any]:
-    """What a number depends on besides the configuration: versions, commit, machine, command."""
+    """Return what results depend on besides the configuration.
+
+    These are versions, commit, machine and command.
+    """
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -133,7 +136,10 @@ def _version(package: str) -> str | None:
 
 
 def code_commit() -> str | None:
-    """Commit of the checkout that this code runs from, with ``+changes``; None if there is none."""
+    """Return the commit of the checkout that this code runs from; None outside a checkout.
+
+    `+changes` is added where tracked files differ from the commit.
+    """
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -151,7 +157,7 @@ def code_commit() -> str | None:
 
 
 def peak_memory_mb() -> dict[str, float]:
-    """Most memory this process has held: in main memory and, where used, on the GPU."""
+    """Return the peak memory of this process in MB, also on the GPU if there is one."""
     import torch
 
     peak = {}

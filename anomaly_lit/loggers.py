@@ -1,7 +1,7 @@
-"""Runs in wandb, MLflow and TensorBoard: one for each output folder, however often it is resumed.
+"""Runs in wandb, MLflow and TensorBoard: one per output folder, however often it is resumed.
 
-The ids of runs are kept in ``run_ids.json`` in the output folder. Within a sweep runs are grouped
-by the sweep's folder and named by the job's.
+The ids of runs are kept in `run_ids.json` in the output folder. The runs of a sweep are grouped
+under the name of the sweep's folder; each is named after its job's folder.
 """
 
 from __future__ import annotations
@@ -14,29 +14,30 @@ from typing import Any
 
 from lightning_fabric.utilities.logger import _flatten_dict
 from pytorch_lightning.loggers import Logger, MLFlowLogger, WandbLogger
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from pytorch_lightning.utilities import rank_zero_only
 
 from anomaly_lit.files import write_json
 
-LONGEST = 128  # letters that wandb takes for a name
-MARKS = ("sweep.json", "multirun.yaml")  # what launchers leave in the folder of a sweep
+LONGEST = 128  # most characters of a name in wandb
+MARKS = ("sweep.json", "multirun.yaml")  # launchers write one of them into a sweep's folder
 
 
 class WandbRun(WandbLogger):
-    """The run of an output folder in wandb, online or to be sent later.
+    """The run of an output folder in wandb, online or offline.
 
     Args:
         directory: The run's output folder.
         project: Project in wandb.
         entity: User or team; None takes the account's default.
-        group: Group of runs; None takes the name of the sweep's folder, where there is one.
-        name: Name shown; None takes the folder's.
-        tags: Of the run.
-        offline: Writes ``directory/wandb`` only. Of this run alone: Lightning's own parameter sets
-            the mode for the whole process, and so for the other jobs of a sweep.
-        send_checkpoint: Sends the tested checkpoint as an artifact of type ``model``.
+        group: Group of runs; None takes the name of the sweep's folder, if there is one.
+        name: Name shown in wandb; None takes the folder's name.
+        tags: Tags of the run.
+        offline: Write to `directory/wandb` only. This concerns this run alone; Lightning's own
+            parameter sets the mode of the whole process, and so of the other jobs of a sweep.
+        send_checkpoint: Send the tested checkpoint as an artifact of type `model`.
         init_timeout: Seconds to wait for the service before training.
-        finish_timeout: Seconds to wait in the end for what is not sent yet; it stays on disk.
+        finish_timeout: Seconds to wait for uploads at the end; whatever is not sent by then stays
+            on disk.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class WandbRun(WandbLogger):
             entity=entity,
             group=group or sweep,
             tags=list(tags),
-            mode="offline" if offline else None,  # None: as WANDB_MODE says
+            mode="offline" if offline else None,  # None: WANDB_MODE decides
             settings=wandb.Settings(init_timeout=init_timeout, finish_timeout=finish_timeout),
         )
         self.send_checkpoint = send_checkpoint
@@ -76,12 +77,12 @@ class MLflowRun(MLFlowLogger):
     Args:
         directory: The run's output folder.
         experiment_name: Experiment in MLflow.
-        tracking_uri: A server or a data base; None takes ``directory/mlflow.db``.
-        artifact_location: Where pictures go, where the experiment is new and no server decides;
-            None takes ``directory/mlflow``.
-        group: The tag ``group``; None takes the name of the sweep's folder, where there is one.
-        name: Name shown; None takes the folder's.
-        send_checkpoint: Sends the tested checkpoint, too.
+        tracking_uri: A server or a database; None takes `directory/mlflow.db`.
+        artifact_location: Where a new experiment stores its figures if no server decides; None
+            takes `directory/mlflow`.
+        group: The tag `group`; None takes the name of the sweep's folder, if there is one.
+        name: Name shown in MLflow; None takes the folder's name.
+        send_checkpoint: Also send the tested checkpoint.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class MLflowRun(MLFlowLogger):
         self.send_checkpoint = send_checkpoint
 
     def describe(self, config: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Notes the configuration, which MLflow lets nobody change, and the facts, as tags."""
+        """Record the configuration, which MLflow then keeps fixed, and the facts as tags."""
         write_ids(self.folder, {"mlflow": self.run_id})
         known = self.experiment.get_run(self.run_id).data.params
         self.log_hyperparams({k: v for k, v in _flatten_dict(config).items() if k not in known})
@@ -123,10 +124,10 @@ class MLflowRun(MLFlowLogger):
 
 @rank_zero_only
 def describe(logger: Logger, config: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Opens a run and notes what it is.
+    """Open a run and record its configuration and facts.
 
     Args:
-        logger: Any of Lightning's.
+        logger: Any logger of Lightning.
         config: The composed configuration as plain data.
         facts: Commit, digest of the data, versions, hardware.
     """
@@ -142,7 +143,7 @@ def describe(logger: Logger, config: dict[str, Any], facts: dict[str, Any]) -> N
 
 
 def finish(logger: Logger, exit_code: int, stopped: bool) -> None:
-    """Closes a run: a later job of the same process would write into wandb's open one."""
+    """Close a run, or a later job of the same process would write into it (wandb)."""
     if isinstance(logger, WandbLogger) and logger._experiment is not None:
         if stopped:
             logger.experiment.mark_preempting()
@@ -150,7 +151,11 @@ def finish(logger: Logger, exit_code: int, stopped: bool) -> None:
 
 
 def sweep_and_name(directory: Path) -> tuple[str | None, str]:
-    """Name of the sweep's folder, None outside of one, and of the run: its path from there."""
+    """Return the names of the sweep and of the run.
+
+    The sweep's is the name of its folder, None for a run outside a sweep; the run's is its path
+    below that folder.
+    """
     directory = directory.resolve()
     for folder in list(directory.parents)[:3]:
         if any((folder / mark).is_file() for mark in MARKS):
@@ -159,7 +164,7 @@ def sweep_and_name(directory: Path) -> tuple[str | None, str]:
 
 
 def kept_id(directory: Path, service: str) -> str:
-    """The id of the folder's run in a service; a new one the first time."""
+    """Return the id of the folder's run in a service; draw and store one the first time."""
     known = read_ids(directory).get(service)
     if known is None:
         known = secrets.token_hex(4)
@@ -168,12 +173,12 @@ def kept_id(directory: Path, service: str) -> str:
 
 
 def read_ids(directory: Path) -> dict[str, str]:
-    """Ids of runs by service."""
+    """Return the run ids of a folder, by service."""
     file = directory / "run_ids.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 @rank_zero_only
 def write_ids(directory: Path, ids: dict[str, str | None]) -> None:
-    """Adds ids."""
+    """Add run ids to those of a folder."""
     write_json(directory / "run_ids.json", {**read_ids(directory), **ids})

@@ -12,14 +12,17 @@ if TYPE_CHECKING:
 
 
 class UserError(ValueError):
-    """Something that the user can mend; the commands print it without a traceback.
+    """An error that the user can fix; the commands print it without a traceback.
 
     The message names what was found, where, and what to change.
     """
 
 
 class Stopped(BaseException):
-    """A scheduler's signal ended the run; the same command goes on. No error, so no Exception."""
+    """A signal of the scheduler ended the run; the same command resumes it.
+
+    This is no error, and therefore no `Exception`.
+    """
 
 
 class Sample(NamedTuple):
@@ -33,7 +36,7 @@ class Sample(NamedTuple):
 
 
 class Batch(TypedDict):
-    """What a data loader gives and a method takes. Nobody writes into a batch."""
+    """What a data loader yields and a method reads. Nobody writes into a batch."""
 
     image: Tensor  # (B, 3, H, W) in [0, 1], never normalised: the backbone does that
     index: Tensor  # (B,) position in the split
@@ -51,7 +54,7 @@ class Batch(TypedDict):
 
 
 class Prediction(NamedTuple):
-    """What a method says of a batch, unbounded; larger is more anomalous."""
+    """What a method returns for a batch: unbounded values, larger is more anomalous."""
 
     anomaly_map: Tensor | None  # (B, 1, H, W) float; None of a method that scores images alone
     score: Tensor  # (B,) float

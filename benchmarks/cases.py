@@ -32,7 +32,7 @@ SIDE, BATCH, DRAWN = 64, 8, 16
 
 
 def apart(work: Callable[[], Quantities], threads: int) -> Quantities | str:
-    """Runs it in a fork, whose memory nothing has used before; a string says how it ended."""
+    """Run it in a fork, whose memory nothing has used before; return how it ended as a string."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
@@ -114,11 +114,11 @@ class Brightness(Method):
         self.weight = nn.Parameter(torch.ones(()))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Some loss."""
+        """Return any loss."""
         return {"loss": (self.weight * batch["image"].mean()).square()}
 
     def forward(self, image: Tensor) -> Prediction:
-        """The mean of the channels."""
+        """Return the mean of the channels as the map."""
         anomaly_map = self.weight * image.mean(dim=1, keepdim=True)
         return Prediction(anomaly_map, anomaly_map.amax(dim=(1, 2, 3)))
 
@@ -161,7 +161,7 @@ def images(folder: Path) -> Quantities:
 
 
 def epochs(datamodule: MVTecAD) -> Quantities:
-    """An epoch with validation, an epoch of batches with prompts or balanced, a test."""
+    """Run an epoch with validation, one of batches with prompts or balanced, and a test."""
     method, trainer = Brightness(), trainer_of()
     steps = len(datamodule.train_dataloader())
     found = {
@@ -181,7 +181,7 @@ def epochs(datamodule: MVTecAD) -> Quantities:
 
 
 def categories(folder: Path) -> Quantities:
-    """The same images in more categories: one model learns all of them."""
+    """Spread the same images over more categories, all learned by one model."""
     with Peak() as peak:
         datamodule = module_of(folder, HostCache(), balanced=True)
         found = {"set-up with cache=host, s": seconds(datamodule.setup)}
@@ -197,7 +197,7 @@ def categories(folder: Path) -> Quantities:
 
 
 def method_of(name: str, size: int, *overrides: str) -> Any:
-    """A method with random weights in its backbone."""
+    """Return a method with random weights in its backbone."""
     from hydra import compose, initialize_config_dir
 
     wanted = [f"method={name}", f"image_size={size}", "output_dir=none", *overrides]
@@ -237,7 +237,7 @@ def tokens(name: str, batch: int, side: int) -> Quantities:
 
 
 def stepper(method: Any, batch: dict[str, Any]) -> Callable[[], None]:
-    """A training step of the method's optimiser."""
+    """Return a training step of the method's optimiser."""
     optimizer = method.optimizer([p for p in method.parameters() if p.requires_grad])
 
     def step() -> None:

@@ -60,7 +60,7 @@ def ready(root: Path, batch: int, cache: Any) -> MVTecAD:
 
 
 def passes(datamodule: Any, count: int) -> Callable[[], int]:
-    """A function that draws all batches `count` times and tells how many images that were."""
+    """Return a function that draws all batches `count` times and returns the number of images."""
 
     def run() -> int:
         return sum(images_in(datamodule.train_dataloader()) for _ in range(count))
@@ -80,7 +80,7 @@ def images_in(loader: Iterable[Any]) -> int:
 
 
 def peer(root: Path, batch: int) -> Any:
-    """The data module of anomalib over the same files, or why there is none."""
+    """Return the data module of anomalib over the same files, or why there is none."""
     if find_spec("anomalib") is None:
         return "anomalib is not installed here"
     from anomalib.data import Folder
@@ -136,7 +136,7 @@ def rounds_of(root: Path, batch: int, device: str, rounds: int, quick: bool) -> 
 
 
 def in_turns(runs: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Calls all once a round, after a round that does not count."""
+    """Call all once per round, after a round that does not count."""
     speeds: dict[str, Any] = {k: run if isinstance(run, str) else [] for k, run in runs.items()}
     for number in range(rounds + 1):
         for name, run in runs.items():
@@ -156,7 +156,7 @@ def spread(values: list[float]) -> list[float]:
 
 
 def rows_of(speeds: dict[str, Any], base: str, unit: str) -> list[dict[str, Any]]:
-    """A row for each contender, with its ratio to `base` within the rounds."""
+    """Return a row for each contender, with its ratio to `base` within the rounds."""
     rows: list[dict[str, Any]] = []
     for name, values in speeds.items():
         if isinstance(values, str):

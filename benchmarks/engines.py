@@ -30,7 +30,7 @@ class Engines:
     Args:
         checkpoint: Of a trained method.
         folder: For exported files.
-        device: ``cpu`` or ``cuda``.
+        device: `cpu` or `cuda`.
         threads: Of every engine.
     """
 
@@ -40,7 +40,7 @@ class Engines:
         self._exported: dict[tuple[int, ...], tuple[Path, float] | str] = {}
 
     def prepare(self, name: str, image: Tensor) -> tuple[Run, float]:
-        """A variant that has run once on images of this shape, and the seconds that it took.
+        """Return a variant that has run once on images of this shape, and the seconds it took.
 
         Raises:
             MissingError: It cannot be built here.
@@ -57,7 +57,7 @@ class Engines:
         return run, before + time.perf_counter() - start
 
     def scoring(self) -> Scoring:
-        """The method, read anew, for its first category."""
+        """Read the method again, for its first category."""
         detector = load(self.checkpoint, self.device)
         return Scoring(detector.method, (detector.categories or [""])[0]).eval()
 
@@ -115,7 +115,7 @@ class Engines:
         return run, seconds
 
     def _export(self, image: Tensor, engine: str) -> tuple[Path, float]:
-        """The ONNX file for this shape and the seconds that its export took; written once."""
+        """Return the ONNX file for this shape, written once, and the seconds of its export."""
         missing = [name for name in (engine, "onnx", "onnxscript") if find_spec(name) is None]
         if missing:
             raise MissingError(f"{', '.join(missing)} not installed here")
@@ -150,7 +150,7 @@ VARIANTS: dict[str, Callable[[Engines, Tensor], tuple[Run, float]]] = {
 
 
 def reason(error: BaseException, most: int = 160) -> str:
-    """The first line of what was at the bottom of an error."""
+    """Return the first line of the root cause of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = re.sub(r"\x1b\[\d*m", "", str(error)).strip() or type(error).__name__

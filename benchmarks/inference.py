@@ -61,7 +61,7 @@ Figures = dict[str, list[dict[str, float]]]  # of each contender, a record a rou
 
 
 def rounds_of(calls: dict[str, Callable[[], dict[str, float]]], rounds: int) -> Figures:
-    """Calls all once a round, in turns."""
+    """Call all once per round, in turns."""
     found: Figures = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

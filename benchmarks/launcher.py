@@ -43,7 +43,7 @@ def by_hand(code: str) -> float:
 
 
 def launched(code: str, count: int, folder: Path) -> float:
-    """Seconds a job, of ``count`` jobs one after the other."""
+    """Seconds a job, of `count` jobs one after the other."""
     config = OmegaConf.create({"hydra": {"job": {"config_name": "other"}}})
     jobs = [
         Job(n, [f"n={n}"], f"n={n}", folder / f"{n}", [sys.executable, "-c", code], config)
@@ -58,7 +58,7 @@ def launched(code: str, count: int, folder: Path) -> float:
 
 
 def measure_jobs(count: int, rounds: int) -> dict[str, object]:
-    """Seconds a job, round by round in turns; ``count`` jobs in all."""
+    """Seconds a job, round by round in turns; `count` jobs in all."""
     times: dict[str, list[float]] = {"launched": [], "by hand": [], "imports": []}
     each = max(1, count // rounds)
     for _ in range(rounds):
@@ -109,7 +109,7 @@ def write_runs(folder: Path, count: int) -> None:
 
 
 def measure_report(count: int, rounds: int) -> dict[str, object]:
-    """Seconds of ``anomaly-report`` for a folder of so many runs."""
+    """Seconds of `anomaly-report` for a folder of so many runs."""
     with tempfile.TemporaryDirectory() as folder:
         write_runs(Path(folder) / "runs", count)
         line = [f"{folder}/runs", f"--output={folder}/report"]

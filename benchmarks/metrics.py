@@ -141,7 +141,7 @@ def contenders() -> dict[str, Contender]:
 
 
 def memory(field: str, file: str = "/proc/self/status") -> float:
-    """A field of a Linux status file in MiB."""
+    """Return a field of a Linux status file in MiB."""
     for line in Path(file).read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
@@ -253,7 +253,7 @@ def conditions(threads: int) -> dict:
 
 
 def table(results: dict) -> str:
-    """The results as markdown."""
+    """Return the results as markdown."""
     about = results["conditions"]
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v)
     lines = [

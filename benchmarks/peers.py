@@ -25,7 +25,7 @@ LIMITS = {"_image_threshold": 0.5, "_pixel_threshold": 0.5,
 
 
 def build(name: str, size: int, device: str) -> Any:
-    """A method of anomalib on ResNet-18 with random weights, or why there is none.
+    """Return a method of anomalib on ResNet-18 with random weights, or why there is none.
 
     It gets its own pre- and post-processor, and thresholds, so that nothing is left out.
     """
@@ -59,7 +59,7 @@ def build(name: str, size: int, device: str) -> Any:
 
 
 def build_all(size: int, device: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The methods that can be built, and why others cannot, by name."""
+    """Return the methods that can be built, and why others cannot, by name."""
     modules, missing = {}, {}
     for name in PEERS:
         try:

@@ -60,7 +60,7 @@ ALL = 1200  # images of `categories`
 def cases_of(
     part: str, sizes: Sequence[int], root: Path, batch: int
 ) -> dict[str, Callable[[int], Any]]:
-    """What to call with a size, by the case's name; data sets are written here."""
+    """Return what to call with a size, by the case's name; write the data sets."""
     if part == "images":
         folders = {size: cases.write_set(root, 1, size) for size in sizes}
         return {"": lambda size: cases.images(folders[size])}
@@ -139,7 +139,7 @@ def row_of(title: str, values: dict[int, list[float]], xs: Sequence[int]) -> dic
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
-    """A panel for each quantity, a line for each method, both axes logarithmic."""
+    """Draw a panel per quantity with a line per method, both axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -185,7 +185,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """A table for each part as markdown; the conditions stand below the last."""
+    """Return a markdown table for each part, with the conditions below the last."""
     texts, note = [], ""
     for part, found in result["parts"].items():
         table, note = as_table({**result, "rows": found["rows"]}).rsplit("\n\n", 1)

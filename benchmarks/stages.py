@@ -43,7 +43,7 @@ def timed(run: Callable[[Tensor], Any], image: Tensor) -> float:
 
 
 def trained(name: str, root: Path, folder: Path, size: int) -> Path:
-    """A checkpoint of a method after a step, with the threshold of two held-out images."""
+    """Write a checkpoint of a method after a step, with the threshold of two held-out images."""
     from hydra import compose, initialize_config_dir
 
     overrides = [f"method={name}", "dataset=mvtec_ad", f"dataset.root={root}", "cache=host",
@@ -81,7 +81,7 @@ class MapClock(TorchFunctionMode):
         self.seconds = 0.0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs it, and adds its time if it takes or gives such a map."""
+        """Run it, and add its time if it takes or returns such a map."""
         start = now()
         result = func(*args, **(kwargs or {}))
         if any(self._is_map(value) for value in (*args, result)):
@@ -97,7 +97,7 @@ class MapClock(TorchFunctionMode):
 
 @contextmanager
 def backbone_clock(method: torch.nn.Module) -> Iterator[list[float]]:
-    """Collects the seconds that backbones take."""
+    """Collect the seconds that backbones take."""
     seconds, starts, hooks = [], [], []
     for module in method.modules():
         if isinstance(module, Backbone):
@@ -113,7 +113,7 @@ def backbone_clock(method: torch.nn.Module) -> Iterator[list[float]]:
 
 
 def as_batch(detector: Detector, pictures: Sequence[Any]) -> dict[str, Any]:
-    """What a detector hands to its method."""
+    """Return what a detector hands to its method."""
     pixels = np.stack([detector.resize.image(picture) for picture in pictures])
     image = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(detector.method.device)
     image = image.float().div(255).contiguous()
@@ -153,7 +153,7 @@ def stages_of(detector: Detector, paths: Sequence[Path], folder: Path) -> dict[s
 
 
 def verdict_seconds(detector: Detector, findings: Sequence[Any]) -> float:
-    """What bringing maps to the picture's size and comparing scores takes."""
+    """Return the time of resizing maps to the image and comparing scores."""
     small = np.zeros(detector.resize.size, np.float32)
     start = now()
     for finding in findings:

@@ -62,7 +62,7 @@ def measure(
     arguments: argparse.Namespace,
     steps: int,
 ) -> list[dict[str, Any]]:
-    """A row for each switch, the plain step first."""
+    """Return a row for each switch, the plain step first."""
     times: dict[str, list[float]] = {switch: [] for switch in [PLAIN, *switches]}
     first: dict[str, float] = {}
     missing: dict[str, str] = {}

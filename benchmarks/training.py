@@ -69,11 +69,11 @@ class Clock(pl.Callback):
         self.ends: list[float] = []
 
     def on_train_batch_start(self, *arguments: Any) -> None:
-        """Notes the first."""
+        """Note the time of the first start."""
         self.began = self.began or self._now()
 
     def on_train_batch_end(self, *arguments: Any) -> None:
-        """Notes the end, once the device is done."""
+        """Note the end, once the device is done."""
         self.ends.append(self._now())
 
     def _now(self) -> float:
@@ -91,7 +91,7 @@ class Again(pl.Callback):
     """Gives the first batch, with its features, in every later step."""
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Takes the batch once features are there, and puts it in the place of all others."""
+        """Keep the batch once its features are there, and use it in place of all others."""
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         batch = module.transfer_batch_to_device(
             next(iter(datamodule.train_dataloader())), module.device, 0
@@ -119,7 +119,7 @@ class Repeated:
 def compose(
     method: str, root: Path, cache: list[str], batch: int, more: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The settings of a run; `more` overrides them."""
+    """Return the settings of a run; `more` overrides them."""
     from hydra import compose as compose_
     from hydra import initialize_config_dir
 
@@ -184,7 +184,7 @@ def train(
 
 
 def measure(method: str, root: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each variant of a method."""
+    """Return a row for each variant of a method."""
     steps: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     before: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     more = [f"backbone={arguments.backbone}"] if arguments.backbone else []

@@ -1,11 +1,11 @@
-"""Tables of experiments, made from the ``metrics.json`` of runs and never typed.
+"""Tables of experiments, made from the `metrics.json` of runs and never typed.
 
     python experiments/tables.py collect experiments/NAME RUNS_FOLDER   # copies results, writes
     python experiments/tables.py write experiments/NAME                 # writes again
 
-``collect`` copies each run's metrics into ``experiments/NAME/runs/``; both write
-``results.csv`` and the part of ``README.md`` between the two marks, in the method's folder and, for
-all methods side by side, in ``experiments/README.md``.
+`collect` copies each run's metrics into `experiments/NAME/runs/`; both write
+`results.csv` and the part of `README.md` between the two marks, in the method's folder and, for
+all methods side by side, in `experiments/README.md`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Run = dict[str, object]
 
 
 def main(arguments: list[str]) -> None:
-    """Runs ``collect`` or ``write``."""
+    """Run `collect` or `write`."""
     folder = Path(arguments[1])
     if arguments[0] == "collect":
         collect(folder, Path(arguments[2]))
@@ -59,7 +59,7 @@ def collect(folder: Path, outputs: Path) -> None:
 
 
 def write_between_marks(readme: Path, text: str) -> None:
-    """Raises ``IndexError`` where a mark is missing."""
+    """Replace the text between two marks; raise `IndexError` if a mark is missing."""
     page = readme.read_text(encoding="utf-8")
     before, after = page.split(BEGIN)[0], page.split(END)[1]
     readme.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
@@ -130,9 +130,9 @@ def as_markdown(rows: list[Run]) -> str:
 
 
 def comparison(experiments: Path) -> str:
-    """A table per metric: methods x categories, one-class and multi-class, with the baselines.
+    """Return a table of methods x categories per metric, one-class and multi-class, with baselines.
 
-    Means over seeds. ``baselines.csv`` holds what another library's methods gave on these images.
+    Means over seeds. `baselines.csv` holds what another library's methods gave on these images.
     """
     methods = [runs.parent for runs in sorted(experiments.glob("*/runs"))]
     rows = [{**row, "method": method.name} for method in methods for row in read_runs(method)]

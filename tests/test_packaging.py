@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from collections.abc import Callable
 from importlib import metadata
@@ -16,6 +17,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import anomaly_lit
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = "Scripts" if os.name == "nt" else "bin"
@@ -102,6 +105,7 @@ def assert_works(scripts: Path, cwd: Path) -> None:
 
 @pytest.mark.slow
 def test_wheel_holds_all_configuration_and_the_shipped_weights(wheel: Path) -> None:
+    assert wheel.name.startswith(f"anomaly_lit-{anomaly_lit.__version__}-")
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
     for path in (ROOT / "conf").rglob("*.yaml"):
@@ -166,7 +170,13 @@ def test_core_install_adds_few_distributions() -> None:
     assert not added & {"scikit-learn", "pandas", "scikit-image", "optuna", "pytest"}
 
 
-def test_version_is_stated_once() -> None:
-    import anomaly_lit
-
-    assert f'version = "{anomaly_lit.__version__}"' in (ROOT / "pyproject.toml").read_text()
+def test_everything_that_names_a_version_names_the_same() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        pyproject = tomllib.load(file)
+    assert pyproject["project"]["dynamic"] == ["version"]
+    source = pyproject["tool"]["setuptools"]["dynamic"]["version"]
+    assert source == {"attr": "anomaly_lit.__version__"}
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == anomaly_lit.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## {anomaly_lit.__version__}" in changelog

@@ -1,4 +1,4 @@
-"""Pictures, worst cases and thresholds of a run, in whichever services its loggers speak to."""
+"""Send figures, worst cases and thresholds of a run to the services of its loggers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anomaly_lit.callbacks.evaluation import Evaluation
 from anomaly_lit.callbacks.outputs import Finding, Outputs
 from anomaly_lit.reporting.predictions import caption_of
 
-FILES = {  # what other callbacks draw into the output folder
+FILES = {  # figures that other callbacks write into the output folder
     "train/batch": "training.png",
     "train/curves": "loss.png",
     "test/curves": "curves.png",
@@ -24,7 +24,7 @@ COLUMNS = ("category", "defect_type", "label", "score", "threshold", "verdict", 
 
 
 class Results(NamedTuple):
-    """What is shown of a test."""
+    """What is shown of a test or validation."""
 
     step: int
     findings: Sequence[Finding]  # worst mistakes first
@@ -33,14 +33,13 @@ class Results(NamedTuple):
 
 
 class Dashboard(pl.Callback):
-    """Sends what ``Outputs`` and others have drawn, so that nothing is computed or drawn again.
+    """Send the figures that `Outputs` and other callbacks drew; nothing is computed or drawn again.
 
-    Metrics and losses reach the loggers by Lightning. Among the callbacks it belongs after those
-    that draw.
+    Lightning itself sends metrics and losses. This callback must come after those that draw.
 
     Args:
         directory: The output folder.
-        checkpoint: The checkpoint that is tested, for loggers that send it.
+        checkpoint: The tested checkpoint, for loggers that send it.
     """
 
     def __init__(self, directory: str, checkpoint: str) -> None:
@@ -49,7 +48,7 @@ class Dashboard(pl.Callback):
         self.batch_shown = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Shows the first batch as training sees it, once, and each category's threshold."""
+        """Send each category's threshold and, once, the first batch as training sees it."""
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
         thresholds = {
@@ -66,7 +65,7 @@ class Dashboard(pl.Callback):
             show(logger, Results(trainer.global_step, (), pictures, self.checkpoint))
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Shows the findings with their masks, the worst cases as a table, and all curves."""
+        """Send the findings with their masks, the worst cases as a table, and all curves."""
         if not trainer.is_global_zero:
             return
         outputs = next((c for c in trainer.callbacks if isinstance(c, Outputs)), None)  # type: ignore[attr-defined]
@@ -81,7 +80,7 @@ class Dashboard(pl.Callback):
 
 
 def show(logger: Logger, results: Results, tested: bool = False) -> None:
-    """Sends what a service can show; a CSV file shows numbers only."""
+    """Send what a service can show; nothing to a CSV file, which holds numbers only."""
     if isinstance(logger, WandbLogger):
         show_in_wandb(logger, results, tested)
     elif isinstance(logger, TensorBoardLogger):
@@ -91,7 +90,7 @@ def show(logger: Logger, results: Results, tested: bool = False) -> None:
 
 
 def show_in_wandb(logger: WandbLogger, results: Results, tested: bool) -> None:
-    """Images with truth and finding as masks to switch on and off, a table, and a model."""
+    """Send images with truth and finding as masks to switch on and off, a table, and a model."""
     import wandb
 
     shown: dict[str, Any] = {key: wandb.Image(str(p)) for key, p in results.pictures.items()}
@@ -114,7 +113,7 @@ def show_in_wandb(logger: WandbLogger, results: Results, tested: bool) -> None:
 
 
 def masks_of(finding: Finding) -> dict[str, Any]:
-    """Masks for wandb: what is bad, if it was drawn, and where the method saw it."""
+    """Return masks for wandb: the true defect, if it was drawn, and the method's finding."""
     nothing = np.zeros(finding.image.shape[:2], dtype=bool)
     found = nothing if finding.outline is None else finding.outline
     masks = {"truth": finding.truth, "finding": found}
@@ -126,7 +125,7 @@ def masks_of(finding: Finding) -> dict[str, Any]:
 
 
 def show_in_tensorboard(logger: TensorBoardLogger, results: Results) -> None:
-    """The drawn panels, which have truth and finding as outlines, and the table as text."""
+    """Send the drawn panels, which show truth and finding as outlines, and the table as text."""
     from PIL import Image
 
     writer, step = logger.experiment, results.step
@@ -143,7 +142,7 @@ def show_in_tensorboard(logger: TensorBoardLogger, results: Results) -> None:
 
 
 def show_in_mlflow(logger: MLFlowLogger, results: Results, tested: bool) -> None:
-    """The drawn files as artifacts, the table among them."""
+    """Send the drawn files and the table as artifacts."""
     client, run = logger.experiment, logger.run_id
     for key, path in results.pictures.items():
         client.log_artifact(run, str(path), key.partition("/")[0])

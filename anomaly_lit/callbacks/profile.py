@@ -1,4 +1,4 @@
-"""Where the time of a run goes, part by part, and what to do about the largest part."""
+"""A table of where the time of a run goes, with advice on the part that takes longest."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import nn
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.reporting.terminal import print_table
 
-# The first part one of whose words is in Lightning's name of an action; "own layers" is what is
-# left of a step once the parts inside it are taken off.
+# An action of Lightning belongs to the first part that has a word of the action's name. "own
+# layers" is what remains of a step without the parts inside it.
 PARTS = {
     "features for the cache": ("FillFeatureCache",),
     "backbone": ("backbone",),
@@ -59,22 +59,22 @@ COMPUTED = (
 
 
 class Profile(pl.Callback):
-    """Prints a table after training and after the test: seconds and share of each part.
+    """Print a table after training and after the test: seconds and share of each part.
 
-    Time within time counts for the inner part alone (but what a callback asks of the network
-    counts for the callback), so that the shares add up to one. On a GPU every part waits for the
-    device, which makes the whole slower and the parts true.
+    The time of an action inside another counts for the inner one only, so that the shares add up
+    to 1. One exception: when a callback runs the network, that time counts for the callback. On a
+    GPU each action waits for the device, so the run is slower, but the times are right.
     """
 
     def __init__(self) -> None:
         self.clock = Clock()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Takes the place of the trainer's profiler; hooks on the frozen networks and the loss."""
+        """Replace the trainer's profiler, and also time the frozen networks and the loss."""
         if trainer.profiler is self.clock:  # type: ignore[attr-defined]
             return
         trainer.profiler = self.clock  # type: ignore[attr-defined]
-        self.clock.setup(trainer.state.fn, trainer.global_rank)  # the trainer did, to the other one
+        self.clock.setup(trainer.state.fn, trainer.global_rank)  # as the trainer did for its own
         for name, module in pl_module.named_modules():
             if isinstance(module, Backbone):
                 self.clock.watch(module, f"backbone {name}")
@@ -84,7 +84,7 @@ class Profile(pl.Callback):
 
 
 class Clock(Profiler):
-    """Adds up the time of Lightning's actions by part, each without the actions inside it."""
+    """Add up the time of Lightning's actions by part, each without the actions inside it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,17 +94,17 @@ class Clock(Profiler):
     def setup(
         self, stage: str | None, local_rank: int | None = None, log_dir: str | None = None
     ) -> None:
-        """Notes the stage: ``fit``, ``validate``, ``test`` or ``predict``."""
+        """Remember the stage: `fit`, `validate`, `test` or `predict`."""
         super().setup(str(getattr(stage, "value", stage)), local_rank, log_dir)
 
     def start(self, action_name: str) -> None:
-        """Begins an action, perhaps within another."""
+        """Start an action, perhaps inside another."""
         self.running.append((action_name, self._now(), 0.0))
 
     def stop(self, action_name: str) -> None:
-        """Ends the innermost action."""
+        """End the innermost action."""
         if not self.running or self.running[-1][0] != action_name:
-            return  # began before this was the trainer's profiler, or broke off with an error
+            return  # started before this was the trainer's profiler, or ended with an error
         _, start, inside = self.running.pop()
         whole = self._now() - start
         callback = next((a for a, _, _ in self.running if a.startswith("[Callback]")), None)
@@ -115,7 +115,7 @@ class Clock(Profiler):
 
     @contextmanager
     def within(self, action_name: str) -> Iterator[None]:
-        """One action as a context."""
+        """Time the body of a `with` statement as one action."""
         self.start(action_name)
         try:
             yield
@@ -123,7 +123,7 @@ class Clock(Profiler):
             self.stop(action_name)
 
     def watch(self, module: nn.Module, action_name: str) -> None:
-        """Makes the calls of a module an action."""
+        """Time the calls of a module as an action."""
         forward: Callable[..., Any] = module.forward
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -133,7 +133,7 @@ class Clock(Profiler):
         module.forward = timed
 
     def describe(self) -> None:
-        """Prints the table of the stage that ended, and starts the next one at zero."""
+        """Print the table of the stage that ended, and reset all times."""
         if self.seconds and self._local_rank in (None, 0):
             print_table(table_of(self.seconds, STAGES[str(self._stage)]))
             print(advice_on(self.seconds))
@@ -146,7 +146,7 @@ class Clock(Profiler):
 
 
 def part_of(action: str) -> str:
-    """The part that one of Lightning's actions belongs to."""
+    """Return the part that an action of Lightning belongs to."""
     for part, words in PARTS.items():
         if any(word in action for word in words):
             return part
@@ -154,7 +154,7 @@ def part_of(action: str) -> str:
 
 
 def table_of(seconds: Mapping[str, float], title: str) -> Table:
-    """A row per part, the longest first."""
+    """Return a table with a row per part, the longest first."""
     table = Table(title=f"Where the time goes: {title}", title_justify="left")
     table.add_column("part")
     for column in ("seconds", "share, %"):
@@ -166,7 +166,7 @@ def table_of(seconds: Mapping[str, float], title: str) -> Table:
 
 
 def advice_on(seconds: Mapping[str, float]) -> str:
-    """One sentence on the part that takes longest."""
+    """Return a sentence on the part that takes longest."""
     longest = max(seconds, key=lambda part: seconds[part])
     share = 100 * seconds[longest] / sum(seconds.values())
     return f"{longest}, {share:.0f} %: {ADVICE.get(longest, COMPUTED)}"

@@ -1,4 +1,4 @@
-"""Progress for people: a bar in a terminal, a line now and then in a log."""
+"""Progress of a training: a bar in a terminal, a line every few seconds in a log file."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pytorch_lightning.callbacks import ProgressBar, RichProgressBar
 
 
 def progress_bar() -> ProgressBar:
-    """A live bar where somebody watches, plain lines where the output goes to a file."""
+    """Return a live bar for a terminal, plain lines for output that goes to a file."""
     return LiveProgress(leave=False) if sys.stdout.isatty() else PlainProgress()
 
 
 def shown(trainer: pl.Trainer) -> dict[str, Any]:
-    """What to show beside the time, the training loss first; waits for the device."""
+    """Return the numbers to show, the training loss first. This waits for the device."""
     loss = {k: float(v) for k, v in trainer.callback_metrics.items() if k == "train/loss"}
     return {**loss, **trainer.progress_bar_metrics}
 
 
 class LiveProgress(RichProgressBar):
-    """A bar that is drawn after every step, and asks for the loss now and then."""
+    """A bar that moves with every step, and fetches the loss twice a second."""
 
     every_seconds = 0.5
     asked = -math.inf
@@ -32,7 +32,7 @@ class LiveProgress(RichProgressBar):
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """The last answer, or a new one where it is time."""
+        """Return the last numbers, or new ones after half a second."""
         if time.monotonic() - self.asked >= self.every_seconds:
             self.asked = time.monotonic()
             self.answer = shown(trainer)
@@ -40,10 +40,10 @@ class LiveProgress(RichProgressBar):
 
 
 class PlainProgress(ProgressBar):
-    """Prints step, loss, images per second and the time left every few seconds.
+    """Print step, loss, images per second and the time left every few seconds.
 
     Args:
-        every_seconds: Least time between two lines.
+        every_seconds: Shortest time between two lines.
     """
 
     def __init__(self, every_seconds: float = 15.0) -> None:
@@ -52,15 +52,15 @@ class PlainProgress(ProgressBar):
         self.enabled = True
 
     def disable(self) -> None:
-        """Keeps quiet, as Lightning asks of all ranks but the first."""
+        """Print nothing; Lightning calls this on all ranks but the first."""
         self.enabled = False
 
     def enable(self) -> None:
-        """Speaks again."""
+        """Print again."""
         self.enabled = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self.start = self.printed = time.monotonic()
         self.first_step = trainer.global_step
         self.images = 0
@@ -73,7 +73,7 @@ class PlainProgress(ProgressBar):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Prints a line where it is time."""
+        """Print a line if `every_seconds` have passed since the last one."""
         self.images += len(batch["image"]) * trainer.world_size
         now = time.monotonic()
         if not self.enabled or now - self.printed < self.every_seconds:
@@ -91,7 +91,7 @@ class PlainProgress(ProgressBar):
 
 
 def duration(seconds: float) -> str:
-    """Such as 45 s, 3 min 20 s, 2 h 05 min; without an end, an unknown time."""
+    """Return a time in words: 45 s, 3 min 20 s, 2 h 05 min; infinity is "an unknown time"."""
     if math.isinf(seconds):
         return "an unknown time"
     whole = round(seconds)

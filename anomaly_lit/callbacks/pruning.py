@@ -1,4 +1,4 @@
-"""Pruning: a trial of a study that goes worse than others did ends before its time."""
+"""Pruning: a trial of a study that does worse than earlier trials ends early."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from anomaly_lit.types import UserError
 
 
 class Pruning(pl.Callback):
-    """Tells a study of Optuna each validation's value, and ends training where its pruner says so.
+    """Report each validation to a study of Optuna, and end training if its pruner says so.
 
-    The state of training is saved first, so that the same values, should they be drawn again, go
-    on from there. Among the callbacks it belongs after those that log the metric. ``StudySweeper``
-    makes it; the first rank alone speaks with the study, and the others hear what it decides.
+    The state of training is saved first, so that a later trial with the same values resumes there.
+    The callback must come after those that log the metric. `StudySweeper` adds it. Only the first
+    rank talks to the study; it broadcasts the decision to the others.
 
     Args:
-        metric: What the study optimises, as logged by a validation.
-        storage: Where the study is kept, as SQLAlchemy names it.
-        study: Its name there.
+        metric: Metric that the study optimises, as logged by a validation.
+        storage: Where the study is kept, as a URL for SQLAlchemy.
+        study: Name of the study.
         trial: Number of this run's trial.
-        pruner: One of ``optuna.pruners``.
+        pruner: One of `optuna.pruners`.
 
     Attributes:
-        step: At which the trial was pruned; 0 where it was not.
-        value: The metric then.
+        step: Step at which the trial was pruned; 0 if it was not.
+        value: The metric at that step.
     """
 
     def __init__(self, metric: str, storage: str, study: str, trial: int, pruner: Any) -> None:
@@ -41,10 +41,10 @@ class Pruning(pl.Callback):
         self.value = math.nan
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tells the value, and asks the pruner, save at the last step.
+        """Report the value and, except at the last step, ask the pruner.
 
         Raises:
-            UserError: No validation logs the metric.
+            UserError: The validation does not log the metric.
         """
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
@@ -62,7 +62,7 @@ class Pruning(pl.Callback):
             trainer.should_stop = True
 
     def report(self, value: float, step: int) -> bool:
-        """Tells the study a value; true where the pruner gives the trial up. NaN is not told."""
+        """Report a value to the study; return whether to prune the trial. NaN is not reported."""
         import optuna
 
         if math.isnan(value):

@@ -1,4 +1,4 @@
-"""Synthetic anomalies: corrupted copies of normal images, with the truth of what was changed."""
+"""Synthetic anomalies: corrupted copies of normal images, with masks of what was changed."""
 
 from anomaly_lit.synthesis.base import Mixed, Synthesis
 from anomaly_lit.synthesis.cutpaste import CutPaste

@@ -1,4 +1,4 @@
-"""The ten augmentations of DRAEM's textures, of which each image gets a few."""
+"""The ten augmentations of DRAEM's textures; each image gets some of them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["augment", "colour_jitter", "rotate"]
 
 
 def augment(image: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """Changes each image by some of ten augmentations, drawn without replacement.
+    """Apply some of ten augmentations to each image, drawn without replacement.
 
-    They come in one order for all images.
+    The order of the augmentations is the same for all images.
 
     Args:
         image: (B, 3, H, W) float32 in [0, 1].
-        number: Augmentations of each image, 0 to 10.
-        generator: Decides which, and how strongly.
+        number: Number of augmentations per image, 0 to 10.
+        generator: Draws the augmentations and their strengths.
     """
     if number == 0:
         return image
@@ -48,15 +48,15 @@ def augment(image: Tensor, number: int, generator: torch.Generator) -> Tensor:
 
 
 def apply_where(chosen: Tensor, image: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Changes the chosen images of a batch.
+    """Apply a change to the chosen images of a batch.
 
-    On a CPU only these are computed. On a GPU all are, since to know which are chosen would make
-    the CPU wait.
+    On a CPU the change is computed for the chosen images only. On a GPU it is computed for all:
+    to look up which ones are chosen, the CPU would have to wait for the GPU.
 
     Args:
         chosen: (B,) bool.
         image: (B, C, H, W).
-        change: Of any number of images.
+        change: Function of any number of images.
     """
     if not chosen.is_cpu:
         return torch.where(chosen.view(-1, 1, 1, 1), change(image), image)
@@ -65,7 +65,10 @@ def apply_where(chosen: Tensor, image: Tensor, change: Callable[[Tensor], Tensor
 
 
 def colour_jitter(image: Tensor, strength: float, hue: float, generator: torch.Generator) -> Tensor:
-    """Brightness, contrast and saturation times 1 +- strength, hue turned by +- ``hue`` circles."""
+    """Change brightness, contrast and saturation by up to `strength`, and the hue by up to `hue`.
+
+    `strength` is relative; `hue` is a share of the colour circle.
+    """
     factors = [_per_image(uniform(image, generator, 1 - strength, 1 + strength)) for _ in range(3)]
     image = (image * factors[0].view(-1, 1, 1, 1)).clamp(0, 1)
     grey = _grey(image)
@@ -85,7 +88,7 @@ def _brightness(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _sharpness(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Away from, or towards, a slight blur; kornia's convolution takes eight times as long."""
+    """Move away from, or towards, a slight blur; kornia's convolution takes eight times as long."""
     blurred = (9 * F.avg_pool2d(image, 3, 1, 1, count_include_pad=False) + 4 * image) / 13
     return blurred + uniform(image, generator, 0, 3) * (image - blurred)
 
@@ -96,7 +99,7 @@ def _hue_and_saturation(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _solarize(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Applied to half of those that drew it."""
+    """Solarize each image with a chance of one half."""
     threshold = uniform(image, generator, 32, 128) / 255
     applied = uniform(image, generator) < 0.5
     return torch.where(applied & (image >= threshold), 1 - image, image)
@@ -118,7 +121,7 @@ def _autocontrast(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _equalize(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Each channel by its ranks: the value becomes the share of pixels that are not brighter."""
+    """Replace each value by the share of the channel's pixels that are not brighter."""
     flat = (image.flatten(2) * 255).long()
     count = torch.zeros(*flat.shape[:2], 256, device=image.device)
     count.scatter_add_(2, flat, torch.ones_like(image.flatten(2)))
@@ -132,7 +135,7 @@ def _turn(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _per_image(values: Tensor) -> Tensor:
-    """(B, 1, 1, 1) to (B,), as kornia takes parameters."""
+    """Reshape (B, 1, 1, 1) to (B,), the shape of kornia's parameters."""
     return values.flatten()
 
 
@@ -142,9 +145,10 @@ def _grey(image: Tensor) -> Tensor:
 
 
 def _turn_colours(image: Tensor, angle: Tensor, saturation: Tensor) -> Tensor:
-    """Turns colours about the grey axis and stretches them from it: one 3 x 3 matrix an image.
+    """Rotate colours about the grey axis and scale their distance from it: a matrix per image.
 
-    kornia goes through HSV for it, which takes ten times as long; textures do not care.
+    kornia converts to HSV and back, which takes ten times as long; for textures the difference
+    does not matter.
     """
     axis = torch.full((3, 3), 1 / 3, device=image.device)
     cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=image.device) / math.sqrt(3)

@@ -1,4 +1,4 @@
-"""What holds for every recipe, and the choice among several."""
+"""The base class of all recipes, and a mixture of several."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from anomaly_lit.types import UserError
 
 
 class Synthesis(nn.Module):
-    """Base of all recipes; one writes ``propose``, and this keeps the promises.
+    """Base class of all recipes; a subclass implements `propose`.
 
-    Called with a batch of images and a generator on the same device, it returns corrupted copies
-    and where they were changed. The draw depends on the generator alone. Outside the corruption
-    every pixel is the image's own, to the bit.
+    A call with a batch of images and a generator on the same device returns corrupted copies and
+    masks of what was changed. All randomness comes from the generator. Outside the mask every
+    pixel equals the image's, bit for bit.
 
     Args:
         probability: Share of images that are corrupted, in [0, 1].
-        foreground: Corrupt only what stands out from the colour of the image's border. For
-            objects on a plain ground; a texture has no foreground.
-        allow_empty: Accept that a recipe leaves an image unchanged. Otherwise a small disc is
-            inverted there instead, so that every image chosen has a corruption.
+        foreground: Corrupt only what differs from the colour of the image's border. Meant for
+            objects on a plain background; a texture has no foreground.
+        allow_empty: Accept that a recipe leaves an image unchanged. Otherwise a small disc of the
+            image is inverted in that case, so that every chosen image has a corruption.
 
     Raises:
         UserError: The probability is out of range.
@@ -42,15 +42,16 @@ class Synthesis(nn.Module):
     def propose(
         self, image: Tensor, generator: torch.Generator, category: Sequence[str] | None
     ) -> tuple[Tensor, Tensor]:
-        """What images would look like, and where they are to be so.
+        """Return changed images, and masks of the pixels to take from them.
 
         Args:
             image: (B, 3, H, W) float32 in [0, 1].
-            generator: Decides every draw.
-            category: Of each image, where known.
+            generator: Source of all randomness.
+            category: Category of each image, if known.
 
         Returns:
-            (B, 3, H, W) float32, also outside the corruption, and (B, 1, H, W) bool.
+            (B, 3, H, W) float32, of which only the pixels inside the mask are used, and the mask,
+            (B, 1, H, W) bool.
         """
         raise NotImplementedError
 
@@ -58,15 +59,15 @@ class Synthesis(nn.Module):
     def forward(
         self, image: Tensor, generator: torch.Generator, category: Sequence[str] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Corrupts images.
+        """Corrupt images.
 
         Args:
             image: (B, 3, H, W) float in [0, 1].
-            generator: On the image's device.
-            category: Of each image, for recipes that take material from another image.
+            generator: Generator on the image's device.
+            category: Category of each image, for recipes that copy from another image.
 
         Returns:
-            ``corrupted`` (B, 3, H, W) in [0, 1], and ``corruption`` (B, 1, H, W) bool.
+            `corrupted` (B, 3, H, W) in [0, 1], and `corruption` (B, 1, H, W) bool.
         """
         with torch.autocast(image.device.type, enabled=False):
             plain = image.float()
@@ -83,11 +84,11 @@ class Synthesis(nn.Module):
 
 
 class Mixed(Synthesis):
-    """Each image gets one of several recipes.
+    """Corrupt each image by one of several recipes.
 
     Args:
-        recipes: Recipes by name, each with its own probability and promises.
-        weights: How often each is chosen, by the same names.
+        recipes: Recipes by name, each with its own probability and options.
+        weights: Weight of each recipe in the draw, by the same names.
         probability: Share of images that get a recipe at all.
 
     Raises:
@@ -114,7 +115,10 @@ class Mixed(Synthesis):
     def propose(
         self, image: Tensor, generator: torch.Generator, category: Sequence[str] | None
     ) -> tuple[Tensor, Tensor]:
-        """On a CPU each recipe sees its own images; on a GPU, where to ask is to wait, all."""
+        """Run each recipe on its own images; on a GPU, on all.
+
+        To look up which images a recipe has, the CPU would have to wait for the GPU.
+        """
         bounds = torch.tensor(self.shares[:-1], device=image.device).cumsum(dim=0)
         number = torch.bucketize(uniform(image, generator).flatten(), bounds, right=True)
         corrupted, corruption = image, torch.zeros_like(image[:, :1], dtype=torch.bool)
@@ -136,23 +140,28 @@ class Mixed(Synthesis):
 def uniform(
     image: Tensor, generator: torch.Generator, low: float = 0.0, high: float = 1.0
 ) -> Tensor:
-    """(B, 1, 1, 1) numbers, one for each image of a batch, uniform in [low, high)."""
+    """Draw (B, 1, 1, 1) numbers, one per image of a batch, uniform in [low, high)."""
     draw = torch.rand(len(image), 1, 1, 1, generator=generator, device=image.device)
     return low + (high - low) * draw
 
 
 def random_disc(ground: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, 1, H, W) bool: a disc of a sixteenth of the image, centred in the ground and cut to it.
+    """Draw a disc in each image, centred on a pixel of the ground and cut to the ground.
+
+    Its radius is a sixteenth of the image's shorter side.
 
     Args:
         ground: (B, 1, H, W) bool, true somewhere in each image.
-        generator: Decides the centres.
+        generator: Draws the centres.
+
+    Returns:
+        (B, 1, H, W) bool.
     """
     height, width = ground.shape[-2:]
     count = ground.flatten(1).cumsum(dim=1, dtype=torch.int32)
     draw = torch.rand(len(ground), 1, generator=generator, device=ground.device)
     wanted = (draw * count[:, -1:]).int() + 1
-    centre = torch.searchsorted(count, wanted).view(-1, 1, 1, 1)  # the first with that count
+    centre = torch.searchsorted(count, wanted).view(-1, 1, 1, 1)  # first pixel with that count
     rows, columns = pixel_grid(height, width, ground.device)
     row, column = centre // width, centre % width
     radius = max(min(height, width) / 16, 1.0)
@@ -160,13 +169,13 @@ def random_disc(ground: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def pixel_grid(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row numbers (H, 1) and column numbers (1, W), as floats."""
+    """Return row numbers (H, 1) and column numbers (1, W), as floats."""
     rows = torch.arange(height, device=device, dtype=torch.float32)[:, None]
     return rows, torch.arange(width, device=device, dtype=torch.float32)[None, :]
 
 
 def foreground_of(image: Tensor) -> Tensor:
-    """What differs from the median colour of the border: Otsu's threshold, then a closing.
+    """Return what differs from the median colour of the border: Otsu's threshold, then a closing.
 
     Args:
         image: (B, 3, H, W) float32 in [0, 1].
@@ -185,11 +194,14 @@ def foreground_of(image: Tensor) -> Tensor:
 
 
 def otsu(values: Tensor, bins: int = 64) -> Tensor:
-    """(B, 1, 1, 1) threshold that separates each image's values into two narrow classes.
+    """Return the threshold that best splits each image's values into two narrow classes.
 
     Args:
         values: (B, 1, H, W) float32, at least 0.
-        bins: Of the histogram between 0 and the greatest value.
+        bins: Number of histogram bins between 0 and the largest value.
+
+    Returns:
+        (B, 1, 1, 1) float32.
     """
     flat = values.flatten(1)
     greatest = flat.amax(dim=1, keepdim=True).clamp(min=1e-6)
@@ -201,6 +213,6 @@ def otsu(values: Tensor, bins: int = 64) -> Tensor:
     above = below[:, -1:] - below
     gap = mass / below.clamp(min=1) - (mass[:, -1:] - mass) / above.clamp(min=1)
     apart = below * above * gap.square()
-    best = (apart >= apart.amax(dim=1, keepdim=True)).float()  # several, where a range is empty
+    best = (apart >= apart.amax(dim=1, keepdim=True)).float()  # several if bins are empty
     middle = (best * (level + 0.5)).sum(dim=1, keepdim=True) / best.sum(dim=1, keepdim=True)
     return (middle / (bins - 1) * greatest).view(-1, 1, 1, 1)

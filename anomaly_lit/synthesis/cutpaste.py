@@ -15,28 +15,28 @@ from anomaly_lit.types import UserError
 
 
 class CutPaste(Synthesis):
-    """Cuts a rectangle, changes its colours, and pastes it elsewhere in the same image.
+    """Cut a rectangle, change its colours, and paste it elsewhere in the same image.
 
-    A patch stands upright; a scar is thin and turned. Lengths of scars are in pixels of an image
-    whose shorter side is 256, and scale with it.
+    A patch is upright; a scar is thin and rotated. Lengths of scars are in pixels of an image whose
+    shorter side is 256, and scale with the image.
 
     Args:
-        kind: ``patch``, ``scar``, or ``both``, an even chance of either.
-        area: Least and greatest share of the image in a patch.
-        aspect: Least and greatest width over height of a patch.
-        aspect_scale: ``log`` draws the aspect's logarithm uniformly (CutPaste); ``halves`` draws it
-            uniformly below 1 or above 1, with an even chance of either (OneNIP).
-        scar_width: Least and greatest width of a scar, in pixels.
-        scar_length: Likewise its length.
-        scar_angle: Greatest turn of a scar, in degrees.
-        jitter: Change of brightness, contrast and saturation, relative.
-        hue: Change of hue, in circles.
-        probability: See ``Synthesis``.
-        foreground: See there.
-        allow_empty: See there.
+        kind: `patch`, `scar`, or `both` (either with a chance of one half).
+        area: Smallest and largest area of a patch, as a share of the image.
+        aspect: Smallest and largest ratio of a patch's width to its height.
+        aspect_scale: `log` draws the ratio's logarithm uniformly (CutPaste); `halves` draws the
+            ratio uniformly below 1 or above 1, either with a chance of one half (OneNIP).
+        scar_width: Smallest and largest width of a scar, in pixels.
+        scar_length: Smallest and largest length of a scar, in pixels.
+        scar_angle: Largest rotation of a scar, in degrees.
+        jitter: Largest relative change of brightness, contrast and saturation.
+        hue: Largest change of hue, as a share of the colour circle.
+        probability: See `Synthesis`.
+        foreground: See `Synthesis`.
+        allow_empty: See `Synthesis`.
 
     Raises:
-        UserError: A range is not one.
+        UserError: A range does not rise or leaves its bounds.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class CutPaste(Synthesis):
     def propose(
         self, image: Tensor, generator: torch.Generator, category: Sequence[str] | None
     ) -> tuple[Tensor, Tensor]:
-        """See the base class."""
+        """Cut, change and paste one rectangle per image."""
         height, width, angle = self._shape(image, generator)
         sides = image.shape[-2:]
         rows, columns = pixel_grid(sides[0], sides[1], image.device)
@@ -87,7 +87,7 @@ class CutPaste(Synthesis):
             ]
             for _ in range(2)
         )
-        down, right = rows - paste[0], columns - paste[1]  # (B, 1, H, W) together
+        down, right = rows - paste[0], columns - paste[1]  # broadcast to (B, 1, H, W)
         along = angle.cos() * down - angle.sin() * right  # in the rectangle's own axes
         across = angle.sin() * down + angle.cos() * right
         corruption = (along.abs() <= height / 2) & (across.abs() <= width / 2)
@@ -98,7 +98,7 @@ class CutPaste(Synthesis):
         return colour_jitter(moved, self.jitter, self.hue, generator), corruption
 
     def _shape(self, image: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Height, width and angle of each image's rectangle, each (B, 1, 1, 1)."""
+        """Draw height, width and angle of each image's rectangle, each (B, 1, 1, 1)."""
         sides = image.shape[-2:]
         area = uniform(image, generator, *self.area) * sides[0] * sides[1]
         aspect = self._aspect(image, generator)
@@ -126,5 +126,5 @@ class CutPaste(Synthesis):
 
 
 def _within(share: Tensor, length: Tensor, side: int) -> Tensor:
-    """Centre of a stretch that lies within an axis, from a share in [0, 1) of the free way."""
+    """Return the centre of a segment inside an axis; a share of 0 puts it first, near 1 last."""
     return length / 2 - 0.5 + share * (side - length)

@@ -19,33 +19,33 @@ from anomaly_lit.types import UserError
 SHAPES = ("perlin", "blob", "stroke", "strip")
 CONTENTS = ("texture", "other", "shuffled", "grey")
 STROKE_STEPS = 96
-TILES = 8  # a side, of the shuffled image
+TILES = 8  # per side of the shuffled image
 
 
 class GeneralAnomalies(Synthesis):
-    """A region of one of four shapes gets one of four contents.
+    """Fill a region of one of four shapes with one of four contents.
 
-    Shapes: Perlin noise above a threshold, a blob, a stroke along a random walk, a turned strip.
+    Shapes: Perlin noise above a threshold, a blob, a stroke along a random walk, a rotated strip.
     Contents: a texture; another normal image of the batch, of the same category, shifted; the image
-    itself in shuffled tiles; one grey with grain. The content is augmented, then laid over the
-    image, fading out at the border of the region. The paper names its aims, not these numbers;
-    they follow its laboratory's later public code, and ours where that says nothing.
+    itself in shuffled tiles; a single grey with grain. The content is augmented, then laid over the
+    image, fading out at the border of the region. The paper states its aims, but not these numbers.
+    They follow the later public code of the same laboratory, and are our own where it has none.
 
     Args:
         texture_dir: Folder of texture or natural images; None draws textures.
-        max_textures: Most images read from it; each takes 3 bytes a pixel.
+        max_textures: Most images read from the folder; each takes 3 bytes per pixel.
         shapes: Weights of the four shapes, by name.
         contents: Weights of the four contents, by name.
-        beta: Least and greatest share of the image that remains under the content.
+        beta: Smallest and largest share of the image that remains under the content.
         augmentations: Number of augmentations of the content, 0 to 10.
-        feather: Side of the window that fades the border, in pixels, odd; 1 for a hard border. What
-            fades counts as corrupted.
-        probability: See ``Synthesis``.
-        foreground: See there.
-        allow_empty: See there.
+        feather: Side of the window that fades the border, in pixels, odd; 1 gives a hard border.
+            Faded pixels count as corrupted.
+        probability: See `Synthesis`.
+        foreground: See `Synthesis`.
+        allow_empty: See `Synthesis`.
 
     Raises:
-        UserError: A range is not one, or a name is none of the four.
+        UserError: A range does not rise or leaves its bounds, or a shape or content is unknown.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class GeneralAnomalies(Synthesis):
     def propose(
         self, image: Tensor, generator: torch.Generator, category: Sequence[str] | None
     ) -> tuple[Tensor, Tensor]:
-        """See the base class."""
+        """Lay one content over one region per image."""
         region = self._region(image, generator)
         content = augment(self._content(image, generator, category), self.augmentations, generator)
         beta = uniform(image, generator, *self.beta)
@@ -110,7 +110,7 @@ class GeneralAnomalies(Synthesis):
 
 
 def blob(image: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, 1, H, W) bool: a closed curve whose radius waves, somewhere in the image."""
+    """Draw (B, 1, H, W) bool: a disc with a wavy outline, anywhere in the image."""
     rows, columns, side = _centred_grid(image, generator)
     angle, distance = torch.atan2(rows, columns), (rows.square() + columns.square()).sqrt()
     radius = torch.ones_like(angle)
@@ -121,7 +121,7 @@ def blob(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def strip(image: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, 1, H, W) bool: a thin turned rectangle somewhere in the image."""
+    """Draw (B, 1, H, W) bool: a thin rotated rectangle, anywhere in the image."""
     rows, columns, side = _centred_grid(image, generator)
     angle = uniform(image, generator, 0, math.pi)
     along = angle.cos() * columns + angle.sin() * rows
@@ -132,7 +132,7 @@ def strip(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def stroke(image: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, 1, H, W) bool: a random walk, 1 to 6 pixels wide in an image of 256."""
+    """Draw (B, 1, H, W) bool: the path of a random walk, 1, 3 or 5 pixels wide."""
     batch, _, height, width = image.shape
     start = torch.rand(2, batch, 1, generator=generator, device=image.device)
     turns = 0.35 * torch.randn(batch, STROKE_STEPS, generator=generator, device=image.device)
@@ -149,7 +149,7 @@ def stroke(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def shifted(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Each (C, H, W) image moved by a distance of its own, what leaves coming in opposite."""
+    """Shift each image by a random distance; what leaves on one side enters on the other."""
     batch, channels, height, width = image.shape
     rows = torch.arange(height, device=image.device) + (uniform(image, generator) * height).long()
     columns = torch.arange(width, device=image.device)[:, None]
@@ -160,7 +160,7 @@ def shifted(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def shuffled_tiles(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image cut into 8 x 8 tiles in another order; images are padded by repeating."""
+    """Shuffle the 8 x 8 tiles of each image; its edge is repeated up to a multiple of 8."""
     batch, channels, height, width = image.shape
     tall, wide = -(-height // TILES), -(-width // TILES)
     padded = F.pad(image, (0, wide * TILES - width, 0, tall * TILES - height), mode="replicate")
@@ -173,7 +173,10 @@ def shuffled_tiles(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _centred_grid(image: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
-    """Rows and columns from a random centre, (B, 1, H, W) together, and the shorter side."""
+    """Return rows and columns relative to a random centre, and the shorter side.
+
+    Rows and columns broadcast to (B, 1, H, W).
+    """
     height, width = image.shape[-2:]
     rows, columns = pixel_grid(height, width, image.device)
     rows = rows - uniform(image, generator, 0, height)
@@ -182,7 +185,7 @@ def _centred_grid(image: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def _one_each(drawn: Tensor, shares: Sequence[float], generator: torch.Generator) -> Tensor:
-    """(K, B, ...) to (B, ...): for each image one of K, drawn by shares that sum to 1."""
+    """Reduce (K, B, ...) to (B, ...): draw one of K per image, by shares that sum to 1."""
     bounds = torch.tensor(shares[:-1], device=drawn.device).cumsum(dim=0)
     draw = torch.rand(drawn.shape[1], generator=generator, device=drawn.device)
     number = torch.bucketize(draw, bounds, right=True)

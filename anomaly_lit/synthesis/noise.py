@@ -1,4 +1,4 @@
-"""Perlin noise, many images at once."""
+"""Perlin noise for a batch of images at once."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from torch import Tensor
 
 
 def perlin_noise(cells: Tensor, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Gradient noise, times the square root of 2.
+    """Return gradient noise, times the square root of 2.
 
-    Between lattice points the gradients' contributions are faded by 6 t^5 - 15 t^4 + 10 t^3. Rows
-    and columns can be told apart in this sum, so the noise is two products of small matrices.
+    Between lattice points the contributions of the gradients are faded by
+    6 t^5 - 15 t^4 + 10 t^3. The sum over lattice points separates into rows and columns, so the
+    noise is computed as two products of small matrices.
 
     Args:
         cells: (2, B) float, lattice cells along the height and the width of each image.
         height: H.
         width: W.
-        generator: Decides the gradients.
+        generator: Draws the gradients.
 
     Returns:
         (B, H, W) float32, mostly within [-1, 1].
     """
-    points = 2**8 + 1 if cells.is_cuda else int(cells.max()) + 1  # no wait for the device
+    points = 2**8 + 1 if cells.is_cuda else int(cells.max()) + 1  # never wait for the GPU
     angle = torch.rand(cells.shape[1], points, points, generator=generator, device=cells.device) * (
         2 * math.pi
     )
@@ -35,7 +36,10 @@ def perlin_noise(cells: Tensor, height: int, width: int, generator: torch.Genera
 
 
 def _faded(cells: Tensor, length: int, points: int) -> tuple[Tensor, Tensor]:
-    """Weight of each lattice point on each pixel of an axis, and their distance: (B, L, points)."""
+    """Return the weight of each lattice point at each pixel of an axis, and their distance.
+
+    Both are (B, L, points).
+    """
     place = torch.arange(length, device=cells.device) / length * cells[:, None]
     offset = place[..., None] - torch.arange(points, device=cells.device)
     t = offset.abs().clamp(max=1)
@@ -45,7 +49,7 @@ def _faded(cells: Tensor, length: int, points: int) -> tuple[Tensor, Tensor]:
 def fractal_noise(
     batch: int, height: int, width: int, generator: torch.Generator, octaves: int = 4
 ) -> Tensor:
-    """(B, 1, H, W) in [0, 1]: Perlin noise of rising frequency and falling strength."""
+    """Return (B, 1, H, W) in [0, 1]: a sum of Perlin noise, weaker at higher frequencies."""
     device = generator.device
     start = torch.randint(1, 4, (2, batch), generator=generator, device=device)
     total = torch.zeros(batch, height, width, device=device)

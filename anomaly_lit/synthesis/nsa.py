@@ -13,26 +13,28 @@ from anomaly_lit.types import UserError
 
 
 class NSA(Synthesis):
-    """Blends resized parts of another normal image into the image, without a seam.
+    """Blend resized parts of another normal image into the image, without a seam.
 
-    The other image is another of the batch, of the same category where categories are known; one
-    that has no such partner gives to itself. Differs from the paper: the blend adds to the pasted
-    part a smooth field that equals the step at its border, interpolated from coarse to fine, where
-    the paper solves Poisson's equation for it; parts are not chosen by how much object they hold
-    (``foreground`` keeps to the object); the truth is hard, not graded by the change.
+    The other image comes from the same batch and, where categories are known, from the same
+    category; an image without such a partner is its own source.
+
+    Differs from the paper: the blend adds a smooth field to the pasted part that cancels the step
+    at its border; we interpolate the field from coarse to fine, the paper solves Poisson's
+    equation. Parts are not chosen by how much of the object they contain (`foreground` restricts
+    them to the object). The mask is binary, not graded by the amount of change.
 
     Args:
-        half_size: Least and greatest half side of a part, relative to the image's side.
-        parts: Most parts; each after the first comes with a chance of one half.
-        scale: Least and greatest factor by which a part is resized.
-        least_change: Mean change over channels and the 5 x 5 pixels around, in [0, 1], from which
-            a pixel counts as corrupted.
-        probability: See ``Synthesis``.
-        foreground: See there.
-        allow_empty: See there.
+        half_size: Smallest and largest half side of a part, relative to the image's side.
+        parts: Most parts per image; each after the first is added with a chance of one half.
+        scale: Smallest and largest factor by which a part is resized.
+        least_change: A pixel counts as corrupted if the change, averaged over channels and the
+            5 x 5 pixels around it, exceeds this value in [0, 1].
+        probability: See `Synthesis`.
+        foreground: See `Synthesis`.
+        allow_empty: See `Synthesis`.
 
     Raises:
-        UserError: A range is not one.
+        UserError: A range does not rise or leaves its bounds.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class NSA(Synthesis):
     def propose(
         self, image: Tensor, generator: torch.Generator, category: Sequence[str] | None
     ) -> tuple[Tensor, Tensor]:
-        """See the base class."""
+        """Blend one or more parts into each image."""
         other = image[partners(len(image), category, generator)]
         blended, region = image, torch.zeros_like(image[:, :1], dtype=torch.bool)
         for part in range(self.parts):
@@ -74,13 +76,13 @@ class NSA(Synthesis):
         return blended, region & (around > self.least_change)
 
     def _part(self, other: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The other image moved and resized, and the rectangle to take of it."""
+        """Return the other image, moved and resized, and the rectangle to take from it."""
         sides = other.shape[-2:]
         half = []
         for side in sides:
             gamma = (
                 -(uniform(other, generator) + 1e-9).log() - (uniform(other, generator) + 1e-9).log()
-            )  # Gamma of shape 2
+            )  # a Gamma distribution of shape 2
             share = (self.half_size[0] + 0.05 * gamma).clamp(*self.half_size)
             half.append((share * side).clamp(min=1))
         grid = pixel_grid(sides[0], sides[1], other.device)
@@ -103,7 +105,7 @@ class NSA(Synthesis):
 
 
 def partners(count: int, category: Sequence[str] | None, generator: torch.Generator) -> Tensor:
-    """(B,) the row of another image of the same category, or its own where there is none."""
+    """Return (B,) rows: another image of the same category, or the image itself if none."""
     own = torch.arange(count, device=generator.device)
     numbers = {name: number for number, name in enumerate(dict.fromkeys(category or []))}
     group = torch.zeros_like(own)
@@ -111,22 +113,22 @@ def partners(count: int, category: Sequence[str] | None, generator: torch.Genera
         group = torch.tensor([numbers[name] for name in category], device=generator.device)
     alike = (group[:, None] == group) & (own[:, None] != own)
     noise = torch.rand(count, count, generator=generator, device=generator.device)
-    chosen = (noise + alike).argmax(dim=1)  # one that is alike has more than 1
+    chosen = (noise + alike).argmax(dim=1)  # at least 1 if alike, below 1 if not
     return torch.where(alike.any(dim=1), chosen, own)
 
 
 def fill_smoothly(values: Tensor, known: Tensor) -> Tensor:
-    """Fills what is unknown from what is known around it, from coarse to fine.
+    """Fill unknown values from known ones around them, from coarse to fine.
 
-    Halves the maps, counting known positions only, until one position is left; on the way back
-    each map is filled from the coarser one where it knows little.
+    The maps are halved, averaging known positions only, until a single position is left. Then, from
+    coarse to fine, each map takes its unknown values from the coarser one.
 
     Args:
         values: (B, C, H, W), 0 where unknown.
         known: (B, 1, H, W) bool.
 
     Returns:
-        (B, C, H, W), equal to ``values`` where known.
+        (B, C, H, W), equal to `values` where known.
     """
     weight = known.float()
     levels = [(values, weight)]

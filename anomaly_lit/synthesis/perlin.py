@@ -15,17 +15,18 @@ from anomaly_lit.types import UserError
 
 
 class PerlinMask:
-    """Draws regions where Perlin noise is high.
+    """Draw regions where Perlin noise is high.
 
     Args:
-        exponents: Least and greatest u of 2^u lattice cells along an axis, drawn for each axis.
-        rotation: Greatest turn of the noise, in degrees.
-        area: Least and greatest share of the image; None takes all noise above ``threshold``.
-        threshold: On noise in about [-1, 1].
-        attempts: Draws of which the first that is not empty is taken.
+        exponents: Smallest and largest u of the 2^u lattice cells along an axis; u is drawn for
+            each axis.
+        rotation: Largest rotation of the noise, in degrees.
+        area: Smallest and largest share of the image; None takes all noise above `threshold`.
+        threshold: Threshold on the noise, which is in about [-1, 1].
+        attempts: Number of draws; the first that is not empty is taken.
 
     Raises:
-        UserError: A range is not one.
+        UserError: A range does not rise or leaves its bounds.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class PerlinMask:
         self.attempts = 1 if area is not None else attempts
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        """(B, 1, H, W) bool for images (B, 3, H, W)."""
+        """Return (B, 1, H, W) bool for images (B, 3, H, W)."""
         batch, _, height, width = image.shape
         count = batch * self.attempts
         low, high = self.exponents
@@ -71,26 +72,26 @@ class PerlinMask:
 
 
 class Perlin(Synthesis):
-    """A texture shines through the image where Perlin noise is high.
+    """Lay a texture over the image where Perlin noise is high.
 
-    The texture is changed by three of ten augmentations first. ``beta`` of the image remains.
+    The texture is augmented first. A share `beta` of the image remains visible under it.
 
     Args:
-        texture_dir: Folder of texture images, searched through; None draws textures from fractal
-            noise, stripes, spots and colour ramps.
-        max_textures: Most images read from it; each takes 3 bytes a pixel.
-        beta: Least and greatest share of the image that remains under the texture.
-        augmentations: Number of augmentations of a texture, 0 to 10.
-        exponents: See ``PerlinMask``.
-        rotation: See there.
-        area: See there.
-        threshold: See there.
-        probability: See ``Synthesis``; DRAEM takes 0.5.
-        foreground: See there.
-        allow_empty: See there.
+        texture_dir: Folder of texture images, with its sub-folders; None draws textures from
+            fractal noise, stripes, spots and colour ramps.
+        max_textures: Most images read from the folder; each takes 3 bytes per pixel.
+        beta: Smallest and largest share of the image that remains under the texture.
+        augmentations: Number of augmentations of a texture, 0 to 10; DRAEM applies 3.
+        exponents: See `PerlinMask`.
+        rotation: See `PerlinMask`.
+        area: See `PerlinMask`.
+        threshold: See `PerlinMask`.
+        probability: See `Synthesis`; DRAEM uses 0.5.
+        foreground: See `Synthesis`.
+        allow_empty: See `Synthesis`.
 
     Raises:
-        UserError: A range is not one, or the folder holds no image.
+        UserError: A range does not rise or leaves its bounds, or the folder has no image.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class Perlin(Synthesis):
     def propose(
         self, image: Tensor, generator: torch.Generator, category: Sequence[str] | None
     ) -> tuple[Tensor, Tensor]:
-        """See the base class."""
+        """Draw a texture or colour, and a mask, per image."""
         batch, _, height, width = image.shape
         draw = procedural_textures if self.folder is None else self.folder
         texture = draw(batch, height, width, generator)
@@ -128,17 +129,17 @@ class Perlin(Synthesis):
 
 
 class Smudge(Synthesis):
-    """One colour shines through the image where Perlin noise is high (DSR).
+    """Lay a single colour over the image where Perlin noise is high (DSR).
 
     Args:
-        beta: Least and greatest share of the image that remains under the colour.
-        exponents: See ``PerlinMask``.
-        rotation: See there.
-        area: See there.
-        threshold: See there.
-        probability: See ``Synthesis``.
-        foreground: See there.
-        allow_empty: See there.
+        beta: Smallest and largest share of the image that remains under the colour.
+        exponents: See `PerlinMask`.
+        rotation: See `PerlinMask`.
+        area: See `PerlinMask`.
+        threshold: See `PerlinMask`.
+        probability: See `Synthesis`.
+        foreground: See `Synthesis`.
+        allow_empty: See `Synthesis`.
     """
 
     def __init__(
@@ -159,7 +160,7 @@ class Smudge(Synthesis):
     def propose(
         self, image: Tensor, generator: torch.Generator, category: Sequence[str] | None
     ) -> tuple[Tensor, Tensor]:
-        """See the base class."""
+        """Draw a texture or colour, and a mask, per image."""
         colour = torch.rand(len(image), 3, 1, 1, generator=generator, device=image.device)
         beta = uniform(image, generator, *self.beta)
         return beta * image + (1 - beta) * colour, self.mask(image, generator)

@@ -1,4 +1,4 @@
-"""Where textures come from: a folder of images, or drawn on the spot."""
+"""Textures, from a folder of images or drawn at random."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 
 class TextureFolder:
-    """Images of a folder, read and resized when first asked for, then kept on the device.
+    """Images of a folder, read and resized on first use, then kept on the device.
 
     Args:
-        folder: Searched through with all its sub-folders.
-        most: Images to keep, spread evenly over the folder: 3 bytes a pixel each, so that 500 of
-            256 x 256 take 98 MB.
+        folder: Folder to search, with all its sub-folders.
+        most: Most images to keep, spread evenly over the folder. Each takes 3 bytes per pixel, so
+            500 images of 256 x 256 take 98 MB.
 
     Raises:
-        UserError: The folder does not exist or holds no image.
+        UserError: The folder does not exist or has no image.
     """
 
     def __init__(self, folder: str, most: int = 500) -> None:
@@ -42,7 +42,7 @@ class TextureFolder:
         self.bank: dict[tuple[int, int, str], Tensor] = {}  # by height, width and device
 
     def __call__(self, batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """(B, 3, H, W) float32 in [0, 1], drawn with replacement."""
+        """Draw (B, 3, H, W) float32 in [0, 1], with replacement."""
         device = generator.device
         key = (height, width, str(device))
         if key not in self.bank:
@@ -69,7 +69,7 @@ class TextureFolder:
 
 
 def procedural_textures(batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """(B, 3, H, W) float32 in [0, 1]: fractal noise, stripes, spots or a ramp in two colours."""
+    """Draw (B, 3, H, W) float32 in [0, 1]: noise, stripes, spots or a ramp in two colours."""
     device = generator.device
 
     def draw(low: float, high: float) -> Tensor:

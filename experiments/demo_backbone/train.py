@@ -52,7 +52,7 @@ class Texture(NamedTuple):
 
 
 def smooth(rng: Rng, sigma_y: float, sigma_x: float) -> Array:
-    """Filtered noise of zero mean and unit deviation."""
+    """Return filtered noise of zero mean and unit deviation."""
     field = ndimage.gaussian_filter(rng.standard_normal((TILE, TILE)), (sigma_y, sigma_x))
     return (field - field.mean()) / (field.std() + 1e-9)
 

@@ -959,7 +959,7 @@ COMMANDS = ["train", "test", "predict", "data"]
 def test_help_is_written_for_people_and_imports_nothing_heavy(
     command: str, environment: dict[str, str]
 ) -> None:
-    line = [sys.executable, "-X", "importtime", "-m", f"anomaly_lit.{command}", "--help"]
+    line = [sys.executable, "-X", "importtime", "-m", f"anomaly_lit.commands.{command}", "--help"]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
     imported = {row.rpartition("|")[2].strip() for row in done.stderr.splitlines() if "|" in row}
     heavy = {"torch", "pytorch_lightning", "timm", "matplotlib", "scipy", "kornia", "numpy"}
