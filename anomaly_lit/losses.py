@@ -26,6 +26,20 @@ def loss_terms(loss: nn.Module, prediction: Tensor, target: Tensor) -> dict[str,
     return {"reconstruction": loss(prediction, target)}
 
 
+def total(terms: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum of the terms of a loss.
+
+    Raises:
+        UserError: One of them is called `loss`, the name of the sum.
+    """
+    if "loss" in terms:
+        raise UserError(
+            f"losses returns 'loss' beside {', '.join(sorted(set(terms) - {'loss'})) or 'nothing'}:"
+            " return the terms alone under other names, they are added up and logged as train/loss"
+        )
+    return torch.stack(list(terms.values())).sum()
+
+
 class SumOfTerms(nn.Module):
     """A loss that is the sum of its ``terms``."""
 

@@ -31,6 +31,7 @@ from anomaly_lit.losses import loss_terms
 from anomaly_lit.masks import Mask
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import aggregate, resize, smooth
+from anomaly_lit.nn.attention import init_as_one
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.transformer import (
     TransformerBlock,
@@ -147,7 +148,7 @@ class AMINet(Method):
         terms = loss_terms(self.loss, self.map_of(prediction), self.map_of(whole))
         tokens, centres = self.clustering(target, jitter)
         terms["clusters"] = self.cluster_weight * cluster_loss(tokens, centres)
-        return {**terms, "loss": torch.stack(list(terms.values())).sum()}
+        return terms
 
     def forward(self, image: Tensor) -> Prediction:
         """Scores images; see the base class."""
@@ -186,7 +187,7 @@ class InpaintingNetwork(nn.Module):
         self.blocks = nn.Sequential(*[TransformerBlock(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, token_dim)
-        self.apply(init_linear)
+        self.apply(init_linear).apply(init_as_one)
 
     def forward(self, tokens: Tensor, hidden: Tensor, jitter: float = 0.0) -> Tensor:
         """(B, N, token_dim) and (B, N) bool to (B, N, token_dim)."""
@@ -210,7 +211,7 @@ class ClusterBranch(nn.Module):
         self.centres = nn.Parameter(0.02 * torch.randn(clusters, dim))
         self.blocks = nn.Sequential(*[TransformerBlock(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
-        self.blocks.apply(init_linear)
+        self.blocks.apply(init_linear).apply(init_as_one)
 
     def forward(self, tokens: Tensor, jitter: float = 0.0) -> tuple[Tensor, Tensor]:
         """(B, N, token_dim) to embedded patches (B, N, dim) and centres (B, K, dim).

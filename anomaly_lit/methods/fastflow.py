@@ -96,17 +96,18 @@ class FastFlow(Method):
             self.averaged.requires_grad_(False)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Negative log likelihood: summed over values in ``loss``, per value in ``stage<i>``."""
+        """Return each stage's negative log likelihood; per value it is logged as `stage<i>`."""
         features = self.features(self.backbone, batch)
         flows = self.flows if self.training else self.scoring_flows()
-        terms, total = {}, []
+        terms, per_value = {}, {}
         with torch.autocast(self.device.type, enabled=False):  # sums of up to 1e6
             for number, (flow, map_) in enumerate(zip(flows, features, strict=True)):
                 noise, log_det = flow(map_.float())
                 likelihood = 0.5 * noise.square().sum(dim=(1, 2, 3)) - log_det
-                total.append(likelihood.mean())
-                terms[f"stage{number}"] = total[-1].detach() / noise[0].numel()
-        return {**terms, "loss": torch.stack(total).sum()}
+                terms[f"likelihood{number}"] = likelihood.mean()
+                per_value[f"stage{number}"] = likelihood.mean() / noise[0].numel()
+        self.report(per_value)
+        return terms
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Moves the average with the weights, before a checkpoint is written."""

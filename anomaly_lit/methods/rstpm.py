@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import smooth
@@ -87,16 +86,11 @@ class RSTPM(Method):
         first = self.features(self.teacher, batch, "teacher")
         second = self.features(self.second_teacher, batch, "second_teacher")
         students = self.student(batch["image"]), self.second_student(first[-1], second)
-        terms = {
-            name: torch.stack(
-                [distance(t, s).mean() for t, s in zip(teacher, student, strict=True)]
-            )
-            for name, teacher, student in zip(
-                ("first", "second"), (first[:-1], second), students, strict=True
-            )
+        pairs = {"first": (first[:-1], students[0]), "second": (second, students[1])}
+        return {
+            name: torch.stack([distance(t, s).mean() for t, s in zip(*pair, strict=True)]).sum()
+            for name, pair in pairs.items()
         }
-        sums = {name: levels.sum() for name, levels in terms.items()}
-        return {**sums, "loss": sums["first"] + sums["second"]}
 
     def forward(self, image: Tensor) -> Prediction:
         """Scores images; see the base class."""
@@ -114,15 +108,11 @@ class RSTPM(Method):
         """One optimiser; the second student's rate rises first."""
         students: list[Any] = [self.student, self.second_student]
         optimizer = self.optimizer([{"params": list(s.parameters())} for s in students])
-        total = self.trainer.estimated_stepping_batches
+        step = 1 / self.trainer.estimated_stepping_batches
         schedule = self.schedule or (lambda done: 1.0)
-        warmup = max(self.second_warmup * total, 1)
-        factors = [
-            lambda step: schedule(step / total),
-            lambda step: schedule(step / total) * min((step + 1) / warmup, 1.0),
-        ]
-        scheduler = {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        warmup = max(self.second_warmup, step)
+        rising = lambda done: schedule(done) * min((done + step) / warmup, 1.0)  # noqa: E731
+        return self.scheduled(optimizer, [schedule, rising])
 
     def configure_gradient_clipping(
         self,

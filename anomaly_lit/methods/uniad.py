@@ -17,7 +17,7 @@ to positions, so a checkpoint is tied to its image size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from anomaly_lit.losses import loss_terms
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import aggregate, grid_of, pooled_maximum, resize
+from anomaly_lit.nn.attention import Attention
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.neighbours import (
-    Attention,
     LearnedPositions,
     NeighbourEncoder,
     answer_with_mean,
@@ -124,20 +124,16 @@ class UniAD(Method):
         decoded = self.head(self.decoder(encoded, positions, self.allowed))
         return decoded.float().transpose(1, 2).unflatten(2, self.grid)
 
-    def on_fit_start(self) -> None:
-        """Starts the head at the mean feature where that is asked for."""
+    def learn(self) -> None:
+        """Start the head at the mean feature where that is asked for."""
         if self.head_start == "mean":
-            answer_with_mean(self.head, self._training_maps)
-
-    def _training_maps(self) -> Iterator[Tensor]:
-        for batch in self.normal_batches("train"):
-            yield aggregate(self.features(self.backbone, batch), self.grid)
+            features = (self.features(self.backbone, b) for b in self.normal_batches("train"))
+            answer_with_mean(self.head, (aggregate(maps, self.grid) for maps in features))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Distance of what is rebuilt from jittered features to the clean ones."""
         target = aggregate(self.features(self.backbone, batch), self.grid).float()
-        terms = loss_terms(self.loss, self.reconstruct(target), target)
-        return {**terms, "loss": torch.stack(list(terms.values())).sum()}
+        return loss_terms(self.loss, self.reconstruct(target), target)
 
     def forward(self, image: Tensor) -> Prediction:
         """Scores images; see the base class."""

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from anomaly_lit.methods.cma_ae.network import ClearMemory, Decoder, Encoder, cover
+from anomaly_lit.methods.cma_ae.network import ClearMemory, cover
+from anomaly_lit.nn.autoencoder import Decoder, Encoder
 from anomaly_lit.types import UserError
 
 Build = Callable[..., Any]
@@ -110,8 +111,7 @@ def test_loss_repairs_the_corrupted_image(small_method: Build, make_batch: Build
         clean = 1 - cover(batch["corruption"], kept.shape[-2:])
         gate += 0.5 * F.binary_cross_entropy(kept, clean) / 2
     torch.testing.assert_close(losses["gate"], gate)
-    names = ("l1", "ssim", "msgms", "entropy", "gate")
-    torch.testing.assert_close(losses["loss"], sum(losses[name] for name in names))
+    assert set(losses) == {"l1", "ssim", "msgms", "entropy", "gate"}
 
 
 def test_gates_in_and_out_of_the_corruption_are_told(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from anomaly_lit.config.hydra import config_dir
+from anomaly_lit.losses import total
 from anomaly_lit.nn.backbone import Backbone
 
 FOLDER = Path(config_dir()) / "method"
@@ -44,7 +45,7 @@ def loss_of(method: Any, batch: Any) -> float:
     torch.manual_seed(7)
     method.train()
     with torch.no_grad():
-        return float(method.losses(batch)["loss"])
+        return float(total(method.losses(batch)))
 
 
 def test_there_are_methods() -> None:
@@ -190,7 +191,7 @@ def test_trains_in_bfloat16(
 def test_nobody_writes_into_a_batch(method: Any, make_batch: MakeBatch) -> None:
     batch = make_batch()
     kept = copy.deepcopy(batch)
-    method.train().losses(batch)["loss"].backward()
+    total(method.train().losses(batch)).backward()
     with torch.inference_mode():
         method.eval().score_batch(batch)
     assert batch.keys() == kept.keys()

@@ -47,7 +47,7 @@ class Paint(Method):
         )
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": (self.network(batch["image"]) - batch["image"]).square().mean()}
+        return {"paint": (self.network(batch["image"]) - batch["image"]).square().mean()}
 
 
 class Moody(nn.Sequential):

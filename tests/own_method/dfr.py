@@ -50,8 +50,7 @@ class DFR(Method):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Error of the rebuilt stacks."""
         stacks = aggregate(self.features(self.backbone, batch), self.grid).float()
-        terms = loss_terms(self.loss, self.autoencoder(stacks).float(), stacks)
-        return {**terms, "loss": sum(terms.values())}
+        return loss_terms(self.loss, self.autoencoder(stacks).float(), stacks)
 
     def forward(self, image: Tensor) -> Prediction:
         """Scores images; see the base class."""

@@ -27,8 +27,9 @@ from torchmetrics.classification import BinaryF1Score, BinaryPrecision, BinaryRe
 
 from anomaly_lit.losses import loss_terms
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
-from anomaly_lit.methods.cma_ae.network import ClearMemory, Decoder, Encoder, Recall, cover
+from anomaly_lit.methods.cma_ae.network import ClearMemory, Recall, cover
 from anomaly_lit.nn.aggregate import smooth
+from anomaly_lit.nn.autoencoder import Decoder, Encoder
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.types import Batch, Prediction, UserError
 
@@ -123,8 +124,8 @@ class CMAAE(Method):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Repair towards the clean image, sparse reading, and, where weighted, the gate's truth.
 
-        ``gate_inside`` and ``gate_outside`` are the mean forget gate in and out of the corruption:
-        the paper's claim is that the first falls and the second stays high.
+        Also logs the mean forget gate inside and outside the corruption, `gate_inside` and
+        `gate_outside`: the paper's claim is that the first falls and the second stays high.
         """
         repaired, recalls = self.repair(batch["corrupted"])
         terms = loss_terms(self.loss, repaired.float(), batch["image"])
@@ -137,11 +138,10 @@ class CMAAE(Method):
             with torch.autocast(self.device.type, enabled=False):
                 wrong = [F.binary_cross_entropy(gate, 1 - area) for gate, area in pairs]
             terms["gate"] = self.gate_weight * torch.stack(wrong).mean()
-        loss = torch.stack(list(terms.values())).sum()
-        gate, area = kept[0].detach(), corrupted[0]
-        terms["gate_inside"] = (gate * area).sum() / area.sum().clamp(min=1)
-        terms["gate_outside"] = (gate * (1 - area)).sum() / (1 - area).sum().clamp(min=1)
-        return {**terms, "loss": loss}
+        gate, inside = kept[0], corrupted[0]
+        areas = {"gate_inside": inside, "gate_outside": 1 - inside}
+        self.report({k: (gate * area).sum() / area.sum().clamp(min=1) for k, area in areas.items()})
+        return terms
 
     def forward(self, image: Tensor) -> Prediction:
         """Scores images; see the base class."""
@@ -160,12 +160,10 @@ class CMAAE(Method):
 
     # ------------------------------------------------------------------------- segmentation
 
-    @torch.no_grad()
-    def on_validation_start(self) -> None:
-        """Takes mean and deviation of the maps of held-out normal images."""
-        with torch.autocast(self.device.type, enabled=False):
-            batches = self.normal_batches("holdout", THRESHOLD_IMAGES)
-            maps = [self(batch["image"]).anomaly_map.flatten(1) for batch in batches]
+    def calibrate(self) -> None:
+        """Take mean and deviation of the maps of held-out normal images."""
+        batches = self.normal_batches("holdout", THRESHOLD_IMAGES)
+        maps = [self(batch["image"]).anomaly_map.flatten(1) for batch in batches]
         if maps:
             values = torch.cat(maps)
             moments = torch.stack([values.mean(), values.square().mean()])
@@ -183,7 +181,8 @@ class CMAAE(Method):
         return opened
 
     def on_test_start(self) -> None:
-        """Asks once whether there is a threshold."""
+        """Ask once whether there is a threshold."""
+        super().on_test_start()
         self.has_threshold = bool(self.map_mean.isfinite())
 
     def test_step(self, batch: Batch, batch_idx: int) -> Prediction:  # type: ignore[override]
@@ -191,6 +190,7 @@ class CMAAE(Method):
         prediction = super().test_step(batch, batch_idx)
         if self.has_threshold:
             known = ~batch["label"] | batch["gt_mask"].flatten(1).any(dim=1)  # masks may be absent
+            assert prediction.anomaly_map is not None
             found = self.segment(prediction.anomaly_map)[known]
             self.segmentation.update(found.flatten().int(), batch["gt_mask"][known].flatten().int())
             self.log_dict(self.segmentation, on_step=False, on_epoch=True)

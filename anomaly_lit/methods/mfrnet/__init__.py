@@ -76,7 +76,6 @@ class MFRNet(Method):
     hidden: Tensor
     low: Tensor
     high: Tensor
-    placed: Tensor
     spread: Tensor
 
     def __init__(
@@ -120,7 +119,6 @@ class MFRNet(Method):
         self.groups = [channels] if restoration == "joint" else list(backbone.channels)
         self.register_buffer("low", torch.zeros(channels, 1, 1))
         self.register_buffer("high", torch.ones(channels, 1, 1))
-        self.register_buffer("placed", torch.tensor(False))
         self.register_buffer("spread", torch.ones(2))  # of the pixel and of the structural map
         self.fill = nn.Parameter(torch.zeros(channels, 1, 1))
         self.restoration = nn.ModuleList(
@@ -158,8 +156,7 @@ class MFRNet(Method):
         """Distance of the restored map to the features."""
         target = self.scaled(self.features(self.backbone, batch))
         hidden = self.mask(len(target), *self.grid, self.generator())
-        terms = loss_terms(self.loss, self.restore(target, hidden), target)
-        return {**terms, "loss": torch.stack(list(terms.values())).sum()}
+        return loss_terms(self.loss, self.restore(target, hidden), target)
 
     def differences(self, image: Tensor) -> Tensor:
         """Pixel and structural map, (passes, 2, B, h, w), one pass for each cell size."""
@@ -184,20 +181,16 @@ class MFRNet(Method):
 
     # ------------------------------------------------------------- what is taken of the data
 
-    def on_fit_start(self) -> None:
-        """Places each channel between its 0.1 and 99.9 % values, unless a checkpoint did."""
-        if self.placed:
-            return
-        self.placed.fill_(True)
+    def learn(self) -> None:
+        """Place each channel between its 0.1 and 99.9 % values."""
         generator = self.generator()
         values = []
-        with torch.no_grad():
-            for batch in self.normal_batches("train"):
-                maps = self.scaled(self.features(self.backbone, batch)).flatten(2)  # (B, C, h * w)
-                place = torch.randint(
-                    maps.shape[2], (SAMPLED,), generator=generator, device=maps.device
-                )
-                values.append(maps[..., place].transpose(0, 1).flatten(1).cpu())
+        for batch in self.normal_batches("train"):
+            maps = self.scaled(self.features(self.backbone, batch)).flatten(2)  # (B, C, h * w)
+            place = torch.randint(
+                maps.shape[2], (SAMPLED,), generator=generator, device=maps.device
+            )
+            values.append(maps[..., place].transpose(0, 1).flatten(1).cpu())
         ordered = torch.cat(values, dim=1).sort(dim=1).values  # (C, positions)
         last = ordered.shape[1] - 1
         low, high = ordered[:, round(0.001 * last)], ordered[:, round(0.999 * last)]
@@ -205,12 +198,11 @@ class MFRNet(Method):
         # a channel that never changes keeps its scale
         self.high.copy_(torch.where(high > low, high, low + 1).view(-1, 1, 1))
 
-    def on_validation_start(self) -> None:
-        """Takes the spread of both maps over held-out images, for the present weights."""
-        with torch.autocast(self.device.type, enabled=False), torch.no_grad():
-            maps = [
-                self.differences(batch["image"]).transpose(0, 1).flatten(1)
-                for batch in self.normal_batches("holdout")
-            ]
+    def calibrate(self) -> None:
+        """Take the spread of both maps over held-out images."""
+        maps = [
+            self.differences(batch["image"]).transpose(0, 1).flatten(1)
+            for batch in self.normal_batches("holdout")
+        ]
         if maps:  # without held-out images both maps count as they are
             self.spread.copy_(torch.cat(maps, dim=1).std(dim=1).clamp(min=1e-12))
