@@ -43,7 +43,6 @@ class Method(pl.LightningModule):
     needs: ClassVar[frozenset[str]] = frozenset()
     localises: bool = True
     oracle: str = ""
-    localises: bool = True
 
     def __init__(
         self,
