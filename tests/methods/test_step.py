@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from anomaly_lit.callbacks import FastStep, StepSeeds
 from anomaly_lit.callbacks import step as module
 from anomaly_lit.callbacks.step import ON, compile_error, networks
+from anomaly_lit.methods import files
 from anomaly_lit.methods.base import Method
 from anomaly_lit.runs.folder import state_of
 from anomaly_lit.types import Batch, UserError
 
-SMALL = [
-    "ami_net_small", "cma_ae_small", "dsr_small", "fastflow_small", "mfrnet_small", "onenip_small",
-    "rstpm_small", "uniad_small",
-]  # fmt: skip
+METHODS = sorted(set(files().values()))
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*"),
     pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training.*"),
@@ -75,7 +73,7 @@ def losses_of(fit: Callable[..., Any], make_batch: Callable[..., Any]) -> Callab
     return train
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", METHODS)
 def test_layout_and_fused_optimiser_change_losses_by_rounding_alone(
     name: str, small_method: Callable[..., Any], losses_of: Callable[..., Any]
 ) -> None:
@@ -94,7 +92,7 @@ def test_layout_and_fused_optimiser_change_losses_by_rounding_alone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fastflow_small", "uniad_small"])
+@pytest.mark.parametrize("name", ["fastflow", "uniad"])
 def test_compiled_networks_change_losses_by_rounding_alone(
     name: str, small_method: Callable[..., Any], losses_of: Callable[..., Any]
 ) -> None:
