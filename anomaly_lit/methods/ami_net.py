@@ -9,12 +9,17 @@ that difference is the anomaly map, and its standard deviation over the image is
 
 Follows the authors' published code where the paper leaves a choice open. Differs from it:
 
-- ``jitter`` is the norm of the noise relative to the token's; the code's factor 20 belongs to
+- `jitter` is the norm of the noise relative to the token's; the code's factor 20 belongs to
   its width of 768 (20 / sqrt(768) = 0.72) and would grow with a narrower network.
 - The distances between a centre and itself are left out of the cluster loss rather than summed
   as zeros: same value, and no gradient of a norm at zero.
-- ``average=False``, ``normalise=True`` and ``score="max"`` are the code's variants for other
+- `average=False`, `normalise=True` and `score="max"` are the code's variants for other
   backbones and the customary score of the field.
+
+Paper: Luo, Yao, Yu, Li: Adaptive Mask Inpainting Network for Industrial Anomaly Detection and
+Localization. IEEE T-ASE 22, 2024, arXiv:2412.11802.
+Status: works; measured small (experiments/ami_net), not yet at the paper's size.
+Note: the authors' code is MIT; written anew from its description.
 """
 
 from __future__ import annotations
@@ -65,7 +70,7 @@ class AMINet(Method):
         average: Mean over 3 x 3 neighbours of each resized stage (WideResNet-50-2 in the code).
         normalise: Unit length of each stage's channel vectors (ResNet-101 in the code).
         smoothing: Standard deviation of the Gaussian filter on both maps, in pixels.
-        score: ``std`` (the paper's code) or ``max`` of the map.
+        score: `std` (the paper's code) or `max` of the map.
 
     Raises:
         UserError: The patch does not divide the grid, or the heads the width.
@@ -122,7 +127,7 @@ class AMINet(Method):
         self.clustering = ClusterBranch(token_dim, dim, heads, cluster_depth, clusters, positions)
 
     def tokens(self, features: Sequence[Tensor]) -> Tensor:
-        """Aggregates the stages and cuts the map into patches: (B, N, C * patch^2)."""
+        """Aggregate the stages and cuts the map into patches: (B, N, C * patch^2)."""
         if self.normalise:
             features = [F.normalize(feature, dim=1) for feature in features]
         aggregated = aggregate(features, self.grid, self.average)
@@ -151,7 +156,7 @@ class AMINet(Method):
         return terms
 
     def forward(self, image: Tensor) -> Prediction:
-        """Scores images; see the base class."""
+        """Score images; see the base class."""
         target = self.tokens(self.backbone(image))
         hidden = torch.zeros(target.shape[:2], dtype=torch.bool, device=target.device)
         if self.adaptive_mask:
@@ -245,7 +250,7 @@ def cluster_loss(tokens: Tensor, centres: Tensor) -> Tensor:
 
 
 def adaptive_mask(distance: Tensor, sigma: float) -> Tensor:
-    """Hides the patches that lie far from their centre, cluster by cluster.
+    """Hide the patches that lie far from their centre, cluster by cluster.
 
     A patch belongs to its nearest centre. In a cluster of two or more, those at or beyond mean +
     sigma * standard deviation (unbiased) of the cluster's distances are hidden; a cluster whose

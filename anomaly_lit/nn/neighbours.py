@@ -117,7 +117,7 @@ class NeighbourEncoder(nn.Module):
 
 
 def silence(head: nn.Linear) -> None:
-    """Makes a new head answer zero; ``answer_with_mean`` then makes that the mean feature.
+    """Make a new head answer zero; `answer_with_mean` then makes that the mean feature.
 
     At a learning rate far above the papers' 1e-4, a post-norm transformer behind a head with
     random weights forgets its input: for some twenty steps every image asks for the same, smaller

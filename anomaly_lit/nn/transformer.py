@@ -16,7 +16,7 @@ class TransformerBlock(nn.Module):
     Args:
         dim: Width of a token.
         heads: Number of heads.
-        mlp_ratio: Width of the hidden layer over ``dim``.
+        mlp_ratio: Width of the hidden layer over `dim`.
         eps: Added to the variance in both layer norms.
     """
 
@@ -36,7 +36,7 @@ class TransformerBlock(nn.Module):
 
 
 def add_jitter(tokens: Tensor, relative_norm: float) -> Tensor:
-    """Gaussian noise whose norm is about ``relative_norm`` times the token's norm (UniAD).
+    """Gaussian noise whose norm is about `relative_norm` times the token's norm (UniAD).
 
     Args:
         tokens: (B, N, dim).
@@ -49,7 +49,7 @@ def add_jitter(tokens: Tensor, relative_norm: float) -> Tensor:
 
 
 def init_linear(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases, for ``Module.apply``."""
+    """Xavier-uniform weights and zero biases, for `Module.apply`."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

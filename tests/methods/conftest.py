@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from pytorch_lightning.callbacks import Checkpoint
 from torch.utils.data import DataLoader
 
 from anomaly_lit.config.build import instantiate, nodes
@@ -106,12 +107,13 @@ def fit() -> Callable[..., pl.Trainer]:
         callbacks: Any = (),
         ckpt_path: Any = None,
     ) -> pl.Trainer:
+        kept = any(isinstance(callback, Checkpoint) for callback in callbacks)
         trainer = pl.Trainer(
             accelerator="cpu",
             precision=precision,
             max_steps=steps,
             logger=False,
-            enable_checkpointing=False,
+            enable_checkpointing=kept,
             enable_progress_bar=False,
             enable_model_summary=False,
             callbacks=list(callbacks),

@@ -32,7 +32,7 @@ class ClearMemory(nn.Module):
         channels: C of the encoding.
         items: Vectors in the memory.
         temperature: Of the softmax.
-        gates: See ``CMAAE``.
+        gates: See `CMAAE`.
     """
 
     def __init__(self, channels: int, items: int, temperature: float, gates: str) -> None:

@@ -11,12 +11,18 @@ Follows the authors' published code. Differs from it:
 
 - The first stage is part of the run, on the normal images and textures at hand, mirrored at random
   but not cropped; the authors trained it on ImageNet, and no weights of theirs are assumed. Expect
-  less: a local codebook. It serves other categories too: ``latent_weights`` takes it from a
+  less: a local codebook. It serves other categories too: `latent_weights` takes it from a
   checkpoint and leaves the stage out. Codes that nothing takes are replaced.
 - Batches come from the data module, where an epoch was 8000 draws with replacement.
 - Pixel metrics are of the whole frame, not of its central 224 x 224.
 
 38 million parameters, 36 of them the category's own.
+
+Paper: Zavrtanik, Kristan, Skočaj: DSR – A dual subspace re-projection network for surface anomaly
+detection. ECCV 2022, arXiv:2208.01521.
+Status: works; measured small (experiments/dsr), too short to compare.
+Note: the authors' code is Apache-2.0; written anew from its description, with a first stage on the
+images at hand in place of ImageNet.
 """
 
 from __future__ import annotations
@@ -231,7 +237,7 @@ class DSR(Method):
         return specific, general, logits.softmax(dim=1)
 
     def forward(self, image: Tensor) -> Prediction:
-        """Scores images; see the base class. A map's values lie in [0, 1]."""
+        """Score images; see the base class. A map's values lie in [0, 1]."""
         height, width = image.shape[-2:]
         if height % 32 or width % 32:
             raise UserError(f"image_size={height} x {width}: DSR needs multiples of 32")

@@ -25,7 +25,7 @@ class Codebook(nn.Module):
     """Vectors of which every position takes the nearest; they follow what is assigned to them.
 
     Moving averages of what each vector got, and of how often (decay 0.99, Laplace smoothing 1e-5),
-    are their quotient; a vector that nothing took for ``reseed`` moves starts anew at an encoding.
+    are their quotient; a vector that nothing took for `reseed` moves starts anew at an encoding.
 
     Args:
         count: Vectors K.
@@ -57,13 +57,13 @@ class Codebook(nn.Module):
         return F.embedding(number, self.vectors).permute(0, 3, 1, 2)
 
     def forward(self, z: Tensor) -> Tensor:
-        """(B, D, h, w) to the nearest vectors; the gradient passes through as if to ``z``."""
+        """(B, D, h, w) to the nearest vectors; the gradient passes through as if to `z`."""
         nearest = self.look_up(self.nearest(z.detach())).to(z.dtype)
         return z + (nearest - z).detach()
 
     @torch.no_grad()
     def start(self, z: Tensor) -> None:
-        """Takes vectors from (B, D, h, w) encodings, at random."""
+        """Take vectors from (B, D, h, w) encodings, at random."""
         rows = tokens(z)
         self._replace(torch.ones_like(self.idle, dtype=torch.bool), rows)
 
@@ -84,7 +84,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def move(self, assigned: Tensor, z: Tensor) -> None:
-        """One step of the averages; what is idle for long is replaced by encodings of ``z``."""
+        """One step of the averages; what is idle for long is replaced by encodings of `z`."""
         self.sums.lerp_(assigned[:, :-1], 1 - self.decay)
         self.uses.lerp_(assigned[:, -1], 1 - self.decay)
         total = self.uses.sum()
@@ -133,7 +133,7 @@ class LatentModel(nn.Module):
         hidden: Channels, and length of the vectors.
         residual: Channels inside residual blocks.
         codes: Vectors of each level.
-        reseed: See ``Codebook``.
+        reseed: See `Codebook`.
     """
 
     def __init__(self, hidden: int, residual: int, codes: int, reseed: int) -> None:
@@ -282,6 +282,6 @@ class ObjectDecoder(nn.Sequential):
 
 
 def init_gaussian(module: nn.Module) -> None:
-    """Weights of conv3 from N(0, 0.02^2)."""
+    """Draw weights of convolutions from N(0, 0.02^2)."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)

@@ -9,16 +9,21 @@ the remaining error into a sharp map.
 Follows the second version of the authors' published code (the first one's decoder never let the
 image look at the prompt). Differs from it:
 
-- The prompt of a test image is the first of ``prompts`` training images of its category, whose
+- The prompt of a test image is the first of `prompts` training images of its category, whose
   frozen features are kept in the checkpoint; the code draws any training image at random.
 - The constant that brings the refiner's map to the scale of the error's is taken from training
-  images and corrupted ones, not from the test set (``fusion="test"``, the paper's protocol).
+  images and corrupted ones, not from the test set (`fusion="test"`, the paper's protocol).
 - AUROC is never mirrored when it falls below one half.
 - Features of clean images and prompts come from the cache where there is one, so that only the
   corrupted images pass through the backbone in a step.
 
 With EfficientNet-B4 there are 8.373 million trainable parameters at 224 x 224, 0.593 of them the
 refiner's. Positions are learned, so a checkpoint is tied to its image size.
+
+Paper: Gao: Learning to Detect Multi-class Anomalies with Just One Normal Image Prompt. ECCV 2024,
+arXiv:2505.09264.
+Status: works; measured small (experiments/onenip), not yet at the paper's size.
+Note: the authors' code has no licence; written anew from its description, second version.
 """
 
 from __future__ import annotations
@@ -66,9 +71,9 @@ class OneNIP(Method):
         feedforward: Width of the hidden layers.
         encoder_depth: Layers of the encoder.
         decoder_depth: Layers of the decoder.
-        head: How the last layer starts: ``random`` as published, or ``mean``, which answers with
+        head: How the last layer starts: `random` as published, or `mean`, which answers with
             the mean training feature: at a learning rate far above the published one, only that
-            keeps the tokens from forgetting the image (see ``nn.neighbours.silence``).
+            keeps the tokens from forgetting the image (see `nn.neighbours.silence`).
         dropout: Share dropped of attention weights, the encoder's hidden layers and residuals.
         window: Side of the neighbourhood that attention leaves out, in positions; None is half of
             the map's side (7, 9 and 11 positions at 224, 256 and 320 pixels), 0 leaves out none.
@@ -78,13 +83,13 @@ class OneNIP(Method):
         dice_factor: 1 as in the code, 2 as dice is usually written.
         stop_gradient: Keep the refiner's gradient out of the reconstruction.
         prompts: Training images per category kept as prompts.
-        prompt: Which of them a scored image gets: ``fixed`` (number ``prompt_index`` of its
-            category), ``random`` (any of its category) or ``nearest`` (the one of all categories
+        prompt: Which of them a scored image gets: `fixed` (number `prompt_index` of its
+            category), `random` (any of its category) or `nearest` (the one of all categories
             with the most similar mean feature: needs no category). An image of unknown category
-            gets the nearest under ``fixed`` too.
-        prompt_index: From 0 to ``prompts`` - 1.
-        fusion: Where the constant that scales the refiner's map comes from: ``train`` images, or
-            the ``test`` set as in the paper.
+            gets the nearest under `fixed` too.
+        prompt_index: From 0 to `prompts` - 1.
+        fusion: Where the constant that scales the refiner's map comes from: `train` images, or
+            the `test` set as in the paper.
         pool: Side of the window whose greatest mean is the score, in pixels.
 
     Raises:

@@ -39,7 +39,7 @@ class StoredPrompts(Bank):
         self.fill(features[rows])
 
     def rows(self, categories: Sequence[str], index: int | Sequence[int]) -> list[int]:
-        """Rows of prompt number ``index`` of each named category.
+        """Rows of prompt number `index` of each named category.
 
         Raises:
             UserError: A category has no prompt.
