@@ -178,20 +178,24 @@ def test_stages_follow_the_shares(small_method: Build) -> None:
     ],
 )
 def test_each_stage_has_gradients_for_its_own_parts_alone(
-    done: float, moving: set[str], small_method: Build, make_batch: Build
+    done: float,
+    moving: set[str],
+    small_method: Build,
+    make_batch: Build,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     method = small_method("dsr").train()
-    method.done = done
+    monkeypatch.setattr(type(method), "done", done)
     total(method.losses(make_batch(4))).backward()
     found = {name.split(".")[0] for name, p in method.named_parameters() if p.grad is not None}
     assert found == moving
 
 
 def test_the_detector_s_loss_reaches_nothing_but_the_detector(
-    small_method: Build, make_batch: Build
+    small_method: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = small_method("dsr").train()
-    method.done = 0.5
+    monkeypatch.setattr(type(method), "done", 0.5)
     method.losses(make_batch(4))["detection"].backward()
     found = {name.split(".")[0] for name, p in method.named_parameters() if p.grad is not None}
     assert found == {"detector"}
