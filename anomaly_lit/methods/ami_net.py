@@ -120,7 +120,7 @@ class AMINet(Method):
         self.normalise = normalise
         self.smoothing = smoothing
         self.score = score
-        rows, columns = (side // patch for side in self.grid)
+        self.cells = rows, columns = self.grid[0] // patch, self.grid[1] // patch
         token_dim = sum(backbone.channels) * patch**2
         positions = sincos_positions(dim, rows, columns)
         self.inpainting = InpaintingNetwork(token_dim, dim, heads, depth, positions)
@@ -135,8 +135,7 @@ class AMINet(Method):
 
     def map_of(self, tokens: Tensor) -> Tensor:
         """Channels of whole patches, (B, C * patch^2, h, w), from tokens."""
-        rows, columns = (side // self.patch for side in self.grid)
-        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+        return tokens.transpose(1, 2).unflatten(2, self.cells)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Inpainting over all patches, hidden and visible alike, and the cluster loss.
@@ -145,8 +144,7 @@ class AMINet(Method):
         has no lower bound at zero, so the total may turn negative.
         """
         target = self.tokens(self.features(self.backbone, batch))
-        rows, columns = (side // self.patch for side in self.grid)
-        hidden = self.mask(len(target), rows, columns, self.generator())  # (n, B, rows, columns)
+        hidden = self.mask(len(target), *self.cells, self.generator())  # (n, B, rows, columns)
         jitter = self.jitter if self.training else 0.0
         whole = target.repeat(len(hidden), 1, 1)  # (n * B, N, C * patch^2)
         prediction = self.inpainting(whole, hidden.flatten(2).flatten(0, 1), jitter).float()

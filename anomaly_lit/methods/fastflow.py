@@ -104,14 +104,13 @@ class FastFlow(Method):
         """Return each stage's negative log likelihood; per value it is logged as `stage<i>`."""
         features = self.features(self.backbone, batch)
         flows = self.flows if self.training else self.scoring_flows()
-        terms, per_value = {}, {}
+        terms = {}
         with torch.autocast(self.device.type, enabled=False):  # sums of up to 1e6
             for number, (flow, map_) in enumerate(zip(flows, features, strict=True)):
                 noise, log_det = flow(map_.float())
-                likelihood = 0.5 * noise.square().sum(dim=(1, 2, 3)) - log_det
-                terms[f"likelihood{number}"] = likelihood.mean()
-                per_value[f"stage{number}"] = likelihood.mean() / noise[0].numel()
-        self.report(per_value)
+                likelihood = (0.5 * noise.square().sum(dim=(1, 2, 3)) - log_det).mean()
+                terms[f"likelihood{number}"] = likelihood
+                self.report({f"stage{number}": likelihood / noise[0].numel()})
         return terms
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
