@@ -1,8 +1,8 @@
-"""Losses: ``loss(prediction, target)`` on two (B, C, H, W) maps gives a scalar.
+"""Losses: `loss(prediction, target)` on two (B, C, H, W) maps gives a scalar.
 
-A loss of several terms has ``terms``, which gives them weighted: they sum to the loss.
-``dice_loss`` and ``focal_loss`` compare a probability with a truth and belong to methods that
-segment; they are no options of the group ``loss``.
+A loss of several terms has `terms`, which gives them weighted: they sum to the loss.
+`dice_loss` and `focal_loss` compare a probability with a truth and belong to methods that
+segment; they are no options of the group `loss`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,29 @@ from anomaly_lit.types import UserError
 
 
 def loss_terms(loss: nn.Module, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """The weighted terms of a loss by name; one, ``reconstruction``, where it has no names."""
+    """The weighted terms of a loss by name; one, `reconstruction`, where it has no names."""
     terms: Any = getattr(loss, "terms", None)
     if terms is not None:
         return terms(prediction, target)
     return {"reconstruction": loss(prediction, target)}
 
 
+def total(terms: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum of the terms of a loss.
+
+    Raises:
+        UserError: One of them is called `loss`, the name of the sum.
+    """
+    if "loss" in terms:
+        raise UserError(
+            f"losses returns 'loss' beside {', '.join(sorted(set(terms) - {'loss'})) or 'nothing'}:"
+            " return the terms alone under other names, they are added up and logged as train/loss"
+        )
+    return torch.stack(list(terms.values())).sum()
+
+
 class SumOfTerms(nn.Module):
-    """A loss that is the sum of its ``terms``."""
+    """A loss that is the sum of its `terms`."""
 
     def terms(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Weighted scalars by name."""
@@ -62,7 +76,7 @@ class MSECosineLoss(SumOfTerms):
         self.direction = CosineLoss()
 
     def terms(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """``distance`` and the weighted ``direction``."""
+        """`distance` and the weighted `direction`."""
         return {
             "distance": F.mse_loss(prediction, target),
             "direction": self.direction_weight * self.direction(prediction, target),
@@ -100,7 +114,7 @@ class HybridLoss(SumOfTerms):
 
     Args:
         structure_weight: Weight of the structural term.
-        window: See ``SSIMLoss``.
+        window: See `SSIMLoss`.
         sigma: See there.
         data_range: See there.
     """
@@ -117,7 +131,7 @@ class HybridLoss(SumOfTerms):
         self.structure = SSIMLoss(window, sigma, data_range)
 
     def terms(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """``pixel`` and the weighted ``structure``."""
+        """`pixel` and the weighted `structure`."""
         return {
             "pixel": F.mse_loss(prediction, target),
             "structure": self.structure_weight * self.structure(prediction, target),

@@ -1,7 +1,7 @@
 """Masks: what a network may not see. True where a position is hidden.
 
-Every mask is a callable ``mask(batch, height, width, generator)`` that returns ``(n, B, h, w)``
-bool: n sets of hidden positions per image, n = 1 unless said otherwise. ``for_scoring`` gives the
+Every mask is a callable `mask(batch, height, width, generator)` that returns `(n, B, h, w)`
+bool: n sets of hidden positions per image, n = 1 unless said otherwise. `for_scoring` gives the
 sets under which a method that hides positions at test time, too, should look at an image.
 """
 
@@ -86,7 +86,7 @@ class FixedRatioMask(Mask):
 class CrossedMasks(Mask):
     """Sets of square cells that together hide every position exactly once (MFRNet).
 
-    The cells of a grid are dealt at random, image by image, to ``sets`` sets of nearly equal
+    The cells of a grid are dealt at random, image by image, to `sets` sets of nearly equal
     size; two sets are strict complements. Cells at the lower and right border are smaller where
     the side of a cell does not divide the map.
 
@@ -94,7 +94,7 @@ class CrossedMasks(Mask):
         sizes: Sides of a cell, in positions; each call draws one of those that give the map at
             least as many cells as there are sets.
         sets: Number of sets, at least 2.
-        score_sizes: Sides used in scoring, one after the other; None takes all of ``sizes``.
+        score_sizes: Sides used in scoring, one after the other; None takes all of `sizes`.
 
     Raises:
         UserError: A number is out of range, or, when called, no side gives enough cells.
@@ -124,7 +124,7 @@ class CrossedMasks(Mask):
         return torch.stack(drawn).index_select(0, pick)[0]  # without waiting for the device
 
     def for_scoring(self, height: int, width: int, generator: torch.Generator) -> list[Tensor]:
-        """One partition (sets, 1, h, w) for each of ``score_sizes`` that gives enough cells."""
+        """One partition (sets, 1, h, w) for each of `score_sizes` that gives enough cells."""
         sizes = self._fitting(self.score_sizes, height, width)
         return [self._partition(size, 1, height, width, generator) for size in sizes]
 
@@ -149,7 +149,7 @@ class CrossedMasks(Mask):
 
 
 def _hide(share: Tensor, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Hides floor(share * positions) positions of each image; share is (B, 1)."""
+    """Hide floor(share * positions) positions of each image; share is (B, 1)."""
     positions = height * width
     noise = torch.rand(len(share), positions, generator=generator, device=generator.device)
     rank = noise.argsort(dim=1).argsort(dim=1)

@@ -12,7 +12,7 @@ from anomaly_lit.types import UserError
 
 
 class Cosine:
-    """Rises linearly over ``warmup``, then falls along half a cosine to ``end``.
+    """Rises linearly over `warmup`, then falls along half a cosine to `end`.
 
     Args:
         warmup: Share of training, in [0, 1).
@@ -29,7 +29,7 @@ class Cosine:
         self.end = end
 
     def __call__(self, done: float) -> float:
-        """Factor at the share ``done`` of training."""
+        """Factor at the share `done` of training."""
         if done < self.warmup:
             return done / self.warmup
         fall = (min(done, 1.0) - self.warmup) / (1 - self.warmup)
@@ -37,7 +37,7 @@ class Cosine:
 
 
 class Step:
-    """Rises linearly over ``warmup``, stays, then is lower by one factor.
+    """Rises linearly over `warmup`, stays, then is lower by one factor.
 
     Args:
         at: Share of training after which the rate is lower, in [0, 1].
@@ -56,7 +56,7 @@ class Step:
         self.warmup = warmup
 
     def __call__(self, done: float) -> float:
-        """Factor at the share ``done`` of training."""
+        """Factor at the share `done` of training."""
         if done < self.warmup:
             return done / self.warmup
         return self.factor if done >= self.at else 1.0
@@ -80,5 +80,5 @@ class Decay:
         self.times = times
 
     def __call__(self, done: float) -> float:
-        """Factor at the share ``done`` of training."""
+        """Factor at the share `done` of training."""
         return self.factor ** min(int(done * self.times), self.times - 1)

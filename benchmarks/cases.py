@@ -23,6 +23,7 @@ from anomaly_lit.callbacks.run import StepSeeds
 from anomaly_lit.config.build import instantiate
 from anomaly_lit.config.hydra import config_dir, plain
 from anomaly_lit.data import DiskCache, HostCache, MVTecAD
+from anomaly_lit.losses import total
 from anomaly_lit.methods.base import Method
 from anomaly_lit.types import Batch, Prediction
 
@@ -115,7 +116,7 @@ class Brightness(Method):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return any loss."""
-        return {"loss": (self.weight * batch["image"].mean()).square()}
+        return {"brightness": (self.weight * batch["image"].mean()).square()}
 
     def forward(self, image: Tensor) -> Prediction:
         """Return the mean of the channels as the map."""
@@ -243,7 +244,7 @@ def stepper(method: Any, batch: dict[str, Any]) -> Callable[[], None]:
     def step() -> None:
         method.train()
         optimizer.zero_grad()
-        method.losses(batch)["loss"].backward()
+        total(method.losses(batch)).backward()
         optimizer.step()
 
     return step

@@ -33,11 +33,18 @@ import numpy as np
 import torch
 from PIL import Image
 
+from anomaly_lit.config.hydra import config_dir
 from anomaly_lit.data import DeviceCache, DiskCache, HostCache, MVTecAD
 from anomaly_lit.files import environment
 
 SIDE = 1024
 PLAIN = "decoded each time"
+
+
+def small_presets() -> list[str]:
+    """Return the methods' presets for CPUs, as ``method=`` takes them."""
+    folder = Path(config_dir()) / "method"
+    return sorted(path.stem for path in folder.glob("*_small.yaml"))
 
 
 def make_pictures(root: Path, count: int) -> None:

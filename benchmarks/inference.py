@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 import peers
 import torch
-from data import as_table, make_pictures, spread
+from data import as_table, make_pictures, small_presets, spread
 from engines import EAGER, VARIANTS, Engines, MissingError, furthest
 from stages import STAGES, as_batch, stages_of, timed, trained
 
@@ -49,8 +49,7 @@ from anomaly_lit import load
 from anomaly_lit.data.images import read_image
 from anomaly_lit.files import environment
 
-METHODS = ["ami_net_small", "mfrnet_small", "onenip_small", "uniad_small", "fastflow_small",
-           "rstpm_small", "cma_ae_small", "dsr_small"]  # fmt: skip
+METHODS = small_presets()
 AROUND = ("decode", "resize", "verdict")  # what no variant changes
 PAYS = 1.05
 ANOTHER = ", another result"

@@ -30,13 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import as_table, finish, make_pictures, spread
+from data import as_table, finish, make_pictures, small_presets, spread
 from training import WARM_UP, compose, train
 
 from anomaly_lit.callbacks.step import FastStep
 from anomaly_lit.files import environment
 
-DEFAULTS = ["fastflow_small", "ami_net_small", "uniad_small", "rstpm_small"]
+DEFAULTS = small_presets()
 SWITCHES = ["channels_last", "fused", "bf16", "compile"]
 PLAIN = "none"
 PAYS = 1.05

@@ -197,7 +197,7 @@ class StopAtNaN(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Keeps the loss, and looks at it where it is time."""
-        self.loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        self.loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         self.paths = batch["path"]
         if trainer.global_step % self.every_steps == 0:
             self._look(trainer)

@@ -1,36 +1,41 @@
-"""Methods, one file each; imported when first asked for, so that the package stays light."""
+"""Methods, one file or folder each; found by a look at the files, imported when asked for."""
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anomaly_lit.methods.ami_net import AMINet
     from anomaly_lit.methods.base import Method
-    from anomaly_lit.methods.cma_ae import CMAAE
-    from anomaly_lit.methods.dsr import DSR
-    from anomaly_lit.methods.fastflow import FastFlow
-    from anomaly_lit.methods.mfrnet import MFRNet
-    from anomaly_lit.methods.onenip import OneNIP
-    from anomaly_lit.methods.rstpm import RSTPM
-    from anomaly_lit.methods.uniad import UniAD
 
-__all__ = ["CMAAE", "DSR", "RSTPM", "AMINet", "FastFlow", "MFRNet", "Method", "OneNIP", "UniAD"]
-FILES = {
-    "AMINet": "ami_net",
-    "CMAAE": "cma_ae",
-    "DSR": "dsr",
-    "FastFlow": "fastflow",
-    "MFRNet": "mfrnet",
-    "Method": "base",
-    "OneNIP": "onenip",
-    "RSTPM": "rstpm",
-    "UniAD": "uniad",
-}
+    __all__ = ["Method"]
+
+CLASS = re.compile(r"^class (\w+)\(Method\):$", re.MULTILINE)
+
+
+@cache
+def files() -> dict[str, str]:
+    """Return the name of the file or folder of each method's class, without importing any."""
+    folder = Path(__file__).parent
+    found = {}
+    for path in sorted([*folder.glob("*.py"), *folder.glob("*/__init__.py")]):
+        own = path.parent if path.name == "__init__.py" else path
+        if own != folder and own.stem != "base":
+            found |= dict.fromkeys(CLASS.findall(path.read_text(encoding="utf-8")), own.stem)
+    return found
 
 
 def __getattr__(name: str) -> Any:
-    if name not in FILES:
+    if name == "__all__":
+        return sorted({*files(), "Method"})
+    file = "base" if name == "Method" else files().get(name)
+    if file is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{FILES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{file}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *files(), "Method"]

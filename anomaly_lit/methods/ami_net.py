@@ -9,12 +9,17 @@ that difference is the anomaly map, and its standard deviation over the image is
 
 Follows the authors' published code where the paper leaves a choice open. Differs from it:
 
-- ``jitter`` is the norm of the noise relative to the token's; the code's factor 20 belongs to
+- `jitter` is the norm of the noise relative to the token's; the code's factor 20 belongs to
   its width of 768 (20 / sqrt(768) = 0.72) and would grow with a narrower network.
 - The distances between a centre and itself are left out of the cluster loss rather than summed
   as zeros: same value, and no gradient of a norm at zero.
-- ``average=False``, ``normalise=True`` and ``score="max"`` are the code's variants for other
+- `average=False`, `normalise=True` and `score="max"` are the code's variants for other
   backbones and the customary score of the field.
+
+Paper: Luo, Yao, Yu, Li: Adaptive Mask Inpainting Network for Industrial Anomaly Detection and
+Localization. IEEE T-ASE 22, 2024, arXiv:2412.11802.
+Status: works; measured small (experiments/ami_net), not yet at the paper's size.
+Note: the authors' code is MIT; written anew from its description.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from anomaly_lit.losses import loss_terms
 from anomaly_lit.masks import Mask
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import aggregate, resize, smooth
+from anomaly_lit.nn.attention import init_as_one
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.transformer import (
     TransformerBlock,
@@ -64,7 +70,7 @@ class AMINet(Method):
         average: Mean over 3 x 3 neighbours of each resized stage (WideResNet-50-2 in the code).
         normalise: Unit length of each stage's channel vectors (ResNet-101 in the code).
         smoothing: Standard deviation of the Gaussian filter on both maps, in pixels.
-        score: ``std`` (the paper's code) or ``max`` of the map.
+        score: `std` (the paper's code) or `max` of the map.
 
     Raises:
         UserError: The patch does not divide the grid, or the heads the width.
@@ -114,14 +120,14 @@ class AMINet(Method):
         self.normalise = normalise
         self.smoothing = smoothing
         self.score = score
-        rows, columns = (side // patch for side in self.grid)
+        self.cells = rows, columns = self.grid[0] // patch, self.grid[1] // patch
         token_dim = sum(backbone.channels) * patch**2
         positions = sincos_positions(dim, rows, columns)
         self.inpainting = InpaintingNetwork(token_dim, dim, heads, depth, positions)
         self.clustering = ClusterBranch(token_dim, dim, heads, cluster_depth, clusters, positions)
 
     def tokens(self, features: Sequence[Tensor]) -> Tensor:
-        """Aggregates the stages and cuts the map into patches: (B, N, C * patch^2)."""
+        """Aggregate the stages and cuts the map into patches: (B, N, C * patch^2)."""
         if self.normalise:
             features = [F.normalize(feature, dim=1) for feature in features]
         aggregated = aggregate(features, self.grid, self.average)
@@ -129,8 +135,7 @@ class AMINet(Method):
 
     def map_of(self, tokens: Tensor) -> Tensor:
         """Channels of whole patches, (B, C * patch^2, h, w), from tokens."""
-        rows, columns = (side // self.patch for side in self.grid)
-        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+        return tokens.transpose(1, 2).unflatten(2, self.cells)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Inpainting over all patches, hidden and visible alike, and the cluster loss.
@@ -139,18 +144,17 @@ class AMINet(Method):
         has no lower bound at zero, so the total may turn negative.
         """
         target = self.tokens(self.features(self.backbone, batch))
-        rows, columns = (side // self.patch for side in self.grid)
-        hidden = self.mask(len(target), rows, columns, self.generator())  # (n, B, rows, columns)
+        hidden = self.mask(len(target), *self.cells, self.generator())  # (n, B, rows, columns)
         jitter = self.jitter if self.training else 0.0
         whole = target.repeat(len(hidden), 1, 1)  # (n * B, N, C * patch^2)
         prediction = self.inpainting(whole, hidden.flatten(2).flatten(0, 1), jitter).float()
         terms = loss_terms(self.loss, self.map_of(prediction), self.map_of(whole))
         tokens, centres = self.clustering(target, jitter)
         terms["clusters"] = self.cluster_weight * cluster_loss(tokens, centres)
-        return {**terms, "loss": torch.stack(list(terms.values())).sum()}
+        return terms
 
     def forward(self, image: Tensor) -> Prediction:
-        """Scores images; see the base class."""
+        """Score images; see the base class."""
         target = self.tokens(self.backbone(image))
         hidden = torch.zeros(target.shape[:2], dtype=torch.bool, device=target.device)
         if self.adaptive_mask:
@@ -186,7 +190,7 @@ class InpaintingNetwork(nn.Module):
         self.blocks = nn.Sequential(*[TransformerBlock(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, token_dim)
-        self.apply(init_linear)
+        self.apply(init_linear).apply(init_as_one)
 
     def forward(self, tokens: Tensor, hidden: Tensor, jitter: float = 0.0) -> Tensor:
         """(B, N, token_dim) and (B, N) bool to (B, N, token_dim)."""
@@ -210,7 +214,7 @@ class ClusterBranch(nn.Module):
         self.centres = nn.Parameter(0.02 * torch.randn(clusters, dim))
         self.blocks = nn.Sequential(*[TransformerBlock(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
-        self.blocks.apply(init_linear)
+        self.blocks.apply(init_linear).apply(init_as_one)
 
     def forward(self, tokens: Tensor, jitter: float = 0.0) -> tuple[Tensor, Tensor]:
         """(B, N, token_dim) to embedded patches (B, N, dim) and centres (B, K, dim).
@@ -244,7 +248,7 @@ def cluster_loss(tokens: Tensor, centres: Tensor) -> Tensor:
 
 
 def adaptive_mask(distance: Tensor, sigma: float) -> Tensor:
-    """Hides the patches that lie far from their centre, cluster by cluster.
+    """Hide the patches that lie far from their centre, cluster by cluster.
 
     A patch belongs to its nearest centre. In a cluster of two or more, those at or beyond mean +
     sigma * standard deviation (unbiased) of the cluster's distances are hidden; a cluster whose

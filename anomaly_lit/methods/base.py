@@ -1,8 +1,9 @@
-"""What every method shares: prediction steps, logging of losses, the optimiser."""
+"""What every method shares: its hooks, the sum of its losses, optimisers, prediction steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from anomaly_lit.losses import total
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.types import Batch, Prediction, UserError
 
@@ -19,23 +21,28 @@ ScheduleFn = Callable[[float], float]
 
 
 class Method(pl.LightningModule):
-    """Base of all methods. A method writes ``losses`` and ``forward``; the rest is optional.
+    """Base of all methods. A method writes `losses` and `forward`; the rest is optional.
 
     Args:
         optimizer: Builds the optimiser from the trainable parameters.
         schedule: Factor of the learning rate at a share of training, in [0, 1]; None keeps it.
-        gradient_clip: Greatest norm of all gradients together, where a method cannot do without;
-            ``trainer.gradient_clip_val`` has precedence.
+        gradient_clip: Largest norm of all gradients together, for methods that cannot do without
+            clipping; `trainer.gradient_clip_val` has precedence.
 
     Attributes:
-        needs: Keys of the batch that training reads although not every batch has them:
-            ``corrupted`` (with ``corruption``) and ``prompt``.
-        oracle: What scoring takes from the test set, to be said in every table; empty is nothing.
+        needs: Keys of a training batch that the method reads besides the image: `corrupted` (with
+            `corruption`), `prompt`.
+        localises: Whether predictions have an anomaly map; False for methods that only score
+            whole images.
+        oracle: What scoring takes from the test set, shown in every results table; empty for
+            nothing.
+        learned: Whether `learn` has run; part of the state dict.
+        calibrated: Whether `calibrate` has run with the present weights; part of the state dict.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    oracle: str = ""
     localises: bool = True
+    oracle: str = ""
 
     def __init__(
         self,
@@ -47,31 +54,63 @@ class Method(pl.LightningModule):
         self.optimizer = optimizer
         self.schedule = schedule
         self.gradient_clip = gradient_clip
+        self.learned = False
+        self.calibrated = False
+
+    # ------------------------------------------------------------------ what a method writes
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """The terms of the loss, each a scalar; ``loss`` is what training lowers."""
+        """Return the terms of the loss, each a scalar; training lowers their sum.
+
+        No term in training means: skip this batch (on every rank). Figures that are not part of
+        the sum go to `report`.
+        """
         raise NotImplementedError
 
     def forward(self, image: Tensor) -> Prediction:
-        """Scores images, (B, 3, H, W) in [0, 1]; the one place that computes anomaly maps."""
+        """Score images, (B, 3, H, W) in [0, 1]; the only place that computes anomaly maps."""
         raise NotImplementedError
 
+    def learn(self) -> None:
+        """Take from normal images what training starts from: statistics, first codes, a bank.
+
+        Runs once in a new run, before the first step, without gradients, in evaluation mode and
+        in the precision of training. Keep the result in parameters, buffers or a `Bank`: a
+        checkpoint restores it, and a resumed run does not learn again.
+        """
+
+    def calibrate(self) -> None:
+        """Take from normal images what scoring needs of the present weights.
+
+        Runs before every validation, after training where no images are held out, and before a
+        test if the weights have changed since; without gradients, in evaluation mode and in
+        float32, as scores are. Keep the result as `learn` does.
+        """
+
     def predict_batch(self, batch: Batch) -> Prediction:
-        """Scores a batch; a method that needs more than the image overrides this."""
+        """Score a batch; a method that needs more than the image overrides this."""
         return self(batch["image"])
 
-    def setup(self, stage: str) -> None:
-        """Reads the weights of backbones that have none yet."""
-        for module in self.modules():
-            if isinstance(module, Backbone):
-                module.load_weights()
-
     def training_backbones(self) -> dict[str, Backbone]:
-        """Backbones whose features of clean images training reads, by attribute path.
+        """Return the backbones whose features of clean images training reads, by attribute path.
 
-        All of them; a method that asks one only when it scores overrides this.
+        All of them; a method that uses one only for scoring overrides this.
         """
         return {name: m for name, m in self.named_modules() if isinstance(m, Backbone)}
+
+    # ----------------------------------------------------------------- what a method may ask
+
+    @property
+    def done(self) -> float:
+        """Share of training that is done, in [0, 1]; 1 outside of training.
+
+        Counts optimiser steps; with several optimisers, those of the first.
+        """
+        trainer = self._trainer
+        if trainer is None or trainer.state.fn != "fit":
+            return 1.0
+        steps = trainer.estimated_stepping_batches
+        return min(trainer.global_step / steps, 1.0) if steps else 1.0
 
     def features(
         self,
@@ -80,33 +119,29 @@ class Method(pl.LightningModule):
         name: str = "backbone",
         of: Literal["image", "prompt"] = "image",
     ) -> list[Tensor]:
-        """Features of the batch's clean images or prompts: from the cache where there is one.
+        """Return features of the batch's clean images or prompts, from the cache if there is one.
 
         Args:
             backbone: Computes them otherwise.
             batch: Its images, and what the cache holds of them.
-            name: The backbone's attribute path in this module, such as ``teacher``.
+            name: The backbone's attribute path in this module, such as `teacher`.
             of: Which images.
         """
         cached = batch.get("features", {}) if of == "image" else batch.get("prompt_features", {})
         return cached[name] if name in cached else backbone(batch[of])
 
     def normal_batches(
-        self, split: Literal["train", "holdout"], most: int = 256
+        self, split: Literal["train", "holdout"], most: int | None = 256
     ) -> Iterator[Batch]:
-        """Normal images for statistics of features or maps, on this device, in a fixed order.
+        """Yield normal images for `learn` or `calibrate`, on this device, in a fixed order.
 
-        The same on every rank. To be called from a hook such as ``on_fit_start`` (statistics of
-        ``train``) or ``on_validation_start`` (of ``holdout``, once the weights moved).
-
-        Images of ``train`` bring what the cache holds of their features, for ``features``: those
-        that training reads, so computed in its precision (bfloat16 under ``bf16-mixed``) and
-        rounded where ``dataset.feature_cache.dtype`` says so. Without a cache the backbone computes
-        them in float32, unless the caller asks for autocast.
+        The same on every rank. Images of `train` bring what the cache holds of their features
+        (see `features`): those that training reads, so computed in its precision and rounded
+        where `dataset.feature_cache.dtype` says so.
 
         Args:
             split: What is trained on, or what is held out.
-            most: Images to give at most, as many of each category (at least one).
+            most: Images to give at most, as many of each category (at least one); None gives all.
 
         Raises:
             UserError: The trainer has no data module to ask.
@@ -124,60 +159,126 @@ class Method(pl.LightningModule):
             yield datamodule.corrupt(moved) if "corrupted" in self.needs else moved
 
     def generator(self) -> torch.Generator:
-        """A generator on this module's device, seeded by torch's global state."""
+        """Return a generator on this module's device, seeded by torch's global state."""
         seed = int(torch.randint(2**62, ()))
         return torch.Generator(self.device).manual_seed(seed)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Logs every term as ``train/<term>``; not with ``prog_bar``, which waits in each step."""
-        losses = self.losses(batch)
-        for name, value in losses.items():
-            self.log(f"train/{name}", value, batch_size=len(batch["image"]))
-        return losses["loss"]
+    def report(self, figures: Mapping[str, Tensor]) -> None:
+        """Log figures that are no terms of the loss as `train/<name>`; only in a training step."""
+        if self._trainer is not None and self._trainer.training and self.training:
+            self.log_dict({f"train/{name}": value.detach() for name, value in figures.items()})
 
-    def validation_step(  # type: ignore[override]
-        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> Prediction:
-        """Logs ``val/loss``, the training loss on held-out normal images.
+    # ----------------------------------------------------------------------------- training
 
-        Further data loaders, such as the test set of ``selection=oracle``, are predicted only.
+    def setup(self, stage: str) -> None:
+        """Read the weights of backbones that have none yet.
+
+        Raises:
+            UserError: The method clips gradients, and nobody would.
         """
-        if dataloader_idx == 0:
-            self.log(
-                "val/loss",
-                self.losses(batch)["loss"],
-                prog_bar=True,
-                sync_dist=True,
-                batch_size=len(batch["image"]),
-                add_dataloader_idx=False,
+        for module in self.modules():
+            if isinstance(module, Backbone):
+                module.load_weights()
+        if stage == "fit" and not self.automatic_optimization and self.gradient_clip is not None:
+            raise UserError(
+                f"method.gradient_clip={self.gradient_clip} cannot act, since "
+                f"{type(self).__name__} steps its optimisers itself: set it to null"
             )
-        return self.score_batch(batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Prediction:  # type: ignore[override]
-        """Predicts; the ``Evaluation`` callback scores what comes back."""
-        return self.score_batch(batch)
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Refuse settings of the trainer that could not act; the first hook that knows it.
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
-        """Predicts."""
-        return self.score_batch(batch)
+        Raises:
+            UserError: The trainer is to clip or accumulate gradients, and the method steps its
+                optimisers itself.
+        """
+        if not self.automatic_optimization and self.trainer.state.fn == "fit":
+            settings = {"gradient_clip_val": None, "accumulate_grad_batches": 1}
+            for name, off in settings.items():
+                value = getattr(self.trainer, name)
+                if value and value != off:
+                    raise UserError(
+                        f"trainer.{name}={value} cannot act, since {type(self).__name__} steps "
+                        f"its optimisers itself: set it to {'null' if off is None else off}"
+                    )
+        return []
 
-    def score_batch(self, batch: Batch) -> Prediction:
-        """Predicts in float32, whatever precision training has, so that thresholds carry over."""
-        with torch.autocast(self.device.type, enabled=False):
-            return self.predict_batch(batch)
+    def on_fit_start(self) -> None:
+        """Learn once; a method without trainable parameters is then ready."""
+        if not self.learned:
+            with self._evaluating(), self.trainer.precision_plugin.forward_context():
+                self.learn()
+            self.learned = True
+        if not any(p.requires_grad for p in self.parameters()):
+            if self.trainer.is_global_zero:
+                print(f"{type(self).__name__} has no trainable parameters: no step is taken")
+            self.trainer.fit_loop.epoch_loop.max_steps = 0
+            self._calibrate()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Note that weights are about to change; an override calls this one."""
+        self.calibrated = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """Return the loss; None skips the batch."""
+        return self.log_terms(self.losses(batch), batch)
+
+    def log_terms(self, terms: dict[str, Tensor], batch: Batch) -> Tensor | None:
+        """Log terms as `train/<term>` and their sum as `train/loss`; return the sum, if any."""
+        if not terms:
+            return None
+        loss = total(terms)
+        for name, value in {**terms, "loss": loss}.items():  # prog_bar=True would wait each step
+            self.log(f"train/{name}", value, batch_size=len(batch["image"]))
+        return loss
+
+    def descend(self, optimizer: Any, loss: Tensor) -> None:
+        """Take one step of one of several optimisers, and move its learning rate.
+
+        For a `training_step` with `automatic_optimization` off.
+
+        Args:
+            optimizer: One of `self.optimizers()`.
+            loss: A scalar; what it gives parameters of other optimisers is forgotten when these
+                take their step.
+        """
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        for scheduler in self.trainer.lr_scheduler_configs:
+            if scheduler.scheduler.optimizer is optimizer.optimizer:
+                scheduler.scheduler.step()
 
     def configure_optimizers(self) -> Any:
-        """One optimiser over all parameters that take a gradient, with its schedule if any."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        schedule = self.schedule
-        if schedule is None:
-            return optimizer
-        total = self.trainer.estimated_stepping_batches
-        scheduler = LambdaLR(optimizer, lambda step: schedule(step / total))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        """Return one optimiser over all parameters that take a gradient, with its schedule."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return self.scheduled(self.optimizer(parameters)) if parameters else None
+
+    def scheduled(
+        self, optimizer: Optimizer, factors: ScheduleFn | Sequence[ScheduleFn] | None = None
+    ) -> dict[str, Any]:
+        """Pair an optimiser with factors of its learning rates at a share of training.
+
+        Args:
+            optimizer: One of those that `configure_optimizers` returns, as a list if several.
+            factors: One for all groups of parameters, or one for each; None is the schedule.
+        """
+        factors = self.schedule if factors is None else factors
+        if factors is None:
+            return {"optimizer": optimizer}
+        total_steps = self.trainer.estimated_stepping_batches
+        several = factors if isinstance(factors, Sequence) else [factors]
+        by_step = [_by_step(factor, total_steps) for factor in several]
+        by_step *= len(optimizer.param_groups) // len(several)
+        scheduler = {"scheduler": LambdaLR(optimizer, by_step), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        """Return the optimiser, or all; steps of the first alone count as steps of training."""
+        found = super().optimizers(use_pl_optimizer)
+        for other in found[1:] if isinstance(found, list) and use_pl_optimizer else []:
+            other._on_before_step = other._on_after_step = _nothing  # type: ignore[union-attr]
+        return found
 
     def configure_gradient_clipping(
         self,
@@ -185,6 +286,93 @@ class Method(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips at the trainer's value, else at the method's."""
+        """Clip at the trainer's value, else at the method's."""
         limit = gradient_clip_val or self.gradient_clip
         self.clip_gradients(optimizer, limit, gradient_clip_algorithm or "norm")
+
+    def on_train_end(self) -> None:
+        """Calibrate the last weights if no validation does; an override calls this one."""
+        if not sum(self.trainer.num_val_batches):
+            self._calibrate()
+
+    # -------------------------------------------------------------------------------- scoring
+
+    def on_validation_start(self) -> None:
+        """Calibrate; an override calls this one."""
+        self._calibrate()
+
+    def validation_step(  # type: ignore[override]
+        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> Prediction:
+        """Log `val/loss`, the training loss on held-out normal images.
+
+        Further data loaders, such as the test set of `selection=oracle`, are predicted only.
+        """
+        if dataloader_idx == 0:
+            terms = self.losses(batch)
+            if terms:
+                self.log(
+                    "val/loss",
+                    total(terms),
+                    prog_bar=True,
+                    sync_dist=True,
+                    batch_size=len(batch["image"]),
+                    add_dataloader_idx=False,
+                )
+        return self.score_batch(batch)
+
+    def on_test_start(self) -> None:
+        """Calibrate weights that are not; an override calls this one."""
+        self._calibrate()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Prediction:  # type: ignore[override]
+        """Predict; the `Evaluation` callback scores what comes back."""
+        return self.score_batch(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
+        """Predict."""
+        return self.score_batch(batch)
+
+    def score_batch(self, batch: Batch) -> Prediction:
+        """Predict in float32, whatever precision training has, so that thresholds carry over."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.predict_batch(batch)
+
+    # ---------------------------------------------------------------------------------- state
+
+    def get_extra_state(self) -> dict[str, bool]:
+        """Return which hooks have run."""
+        return {"learned": self.learned, "calibrated": self.calibrated}
+
+    def set_extra_state(self, state: dict[str, bool]) -> None:
+        """Take what `get_extra_state` gave."""
+        self.learned, self.calibrated = state["learned"], state["calibrated"]
+
+    def _calibrate(self) -> None:
+        """Calibrate, unless the present weights are calibrated."""
+        if self.calibrated:
+            return
+        with self._evaluating(), torch.autocast(self.device.type, enabled=False):
+            self.calibrate()
+        self.calibrated = True
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients; afterwards each part is in the mode it had."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            with torch.inference_mode(False), torch.no_grad():  # what is kept may be trained on
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def _by_step(factor: ScheduleFn, steps: float) -> Callable[[int], float]:
+    """Turn a function of the share of training into one of the step."""
+    return lambda step: factor(step / steps)
+
+
+def _nothing() -> None:
+    """Do nothing."""

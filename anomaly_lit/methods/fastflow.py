@@ -6,16 +6,21 @@ an image is unlikely, the image is anomalous.
 
 The authors published no code; the text and the public re-implementations were followed. Differs:
 
-- Maps are normalised as a whole before the flow, without weights of their own (``affine``): needed
+- Maps are normalised as a whole before the flow, without weights of their own (`affine`): needed
   to match the published results, and steadier without weights.
-- The weights that score are a moving average of the trained ones (``average``), and the learning
+- The weights that score are a moving average of the trained ones (`average`), and the learning
   rate falls: re-implementations at a constant rate lose a point of pixel AUROC from their best
   epoch to their last, and only the last is reported here.
-- A transformer's maps pass its last layer normalisation (the backbone's ``final_norm``).
+- A transformer's maps pass its last layer normalisation (the backbone's `final_norm`).
 
 With WideResNet-50-2, eight steps and alternating kernels there are 41.3 million parameters. For
 the paper's transformers the steps described have 7.1 million, not the published 14.8;
-``double_coupling`` gives 14.1, which may be what was meant.
+`double_coupling` gives 14.1, which may be what was meant.
+
+Paper: Yu et al.: FastFlow: Unsupervised Anomaly Detection and Localization via 2D Normalizing
+Flows. arXiv:2111.07677.
+Status: works; measured small (experiments/fastflow), not yet at the paper's size.
+Note: no code by the authors; written from the text and facts of public re-implementations.
 """
 
 from __future__ import annotations
@@ -43,9 +48,9 @@ class FastFlow(Method):
         optimizer: Builds the optimiser.
         schedule: Factor of the learning rate over training.
         gradient_clip: Greatest norm of the gradients; their norm grows with the size of the maps.
-        image_size: Height and width of the images, or one number; read only where ``affine``.
+        image_size: Height and width of the images, or one number; read only where `affine`.
         steps: Coupling steps of each flow.
-        kernels: ``3-1`` alternates kernels of 3 x 3 and 1 x 1; ``3-3`` has the former only.
+        kernels: `3-1` alternates kernels of 3 x 3 and 1 x 1; `3-3` has the former only.
         hidden_ratio: Hidden channels of a step over the channels it reads.
         double_coupling: Whether a step changes both halves of the channels, not one.
         affine: Whether the normalisation before a flow has weights, one for each value of a map.
@@ -54,7 +59,7 @@ class FastFlow(Method):
         smoothing: Standard deviation of a Gaussian filter on the map, in pixels.
 
     Raises:
-        UserError: A stage has one channel only, or ``average`` is out of range.
+        UserError: A stage has one channel only, or `average` is out of range.
     """
 
     def __init__(
@@ -96,20 +101,20 @@ class FastFlow(Method):
             self.averaged.requires_grad_(False)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Negative log likelihood: summed over values in ``loss``, per value in ``stage<i>``."""
+        """Return each stage's negative log likelihood; per value it is logged as `stage<i>`."""
         features = self.features(self.backbone, batch)
         flows = self.flows if self.training else self.scoring_flows()
-        terms, total = {}, []
+        terms = {}
         with torch.autocast(self.device.type, enabled=False):  # sums of up to 1e6
             for number, (flow, map_) in enumerate(zip(flows, features, strict=True)):
                 noise, log_det = flow(map_.float())
-                likelihood = 0.5 * noise.square().sum(dim=(1, 2, 3)) - log_det
-                total.append(likelihood.mean())
-                terms[f"stage{number}"] = total[-1].detach() / noise[0].numel()
-        return {**terms, "loss": torch.stack(total).sum()}
+                likelihood = (0.5 * noise.square().sum(dim=(1, 2, 3)) - log_det).mean()
+                terms[f"likelihood{number}"] = likelihood
+                self.report({f"stage{number}": likelihood / noise[0].numel()})
+        return terms
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Moves the average with the weights, before a checkpoint is written."""
+        """Move the average with the weights, before a checkpoint is written."""
         super().optimizer_step(*args, **kwargs)
         if self.averaged is not None:
             self.averaged.update_parameters(self.flows)
@@ -122,7 +127,7 @@ class FastFlow(Method):
         return self.averaged.module
 
     def forward(self, image: Tensor) -> Prediction:
-        """Scores images; see the base class. A map's values lie in [0, 1]."""
+        """Score images; see the base class. A map's values lie in [0, 1]."""
         maps = []
         for flow, features in zip(self.scoring_flows(), self.backbone(image), strict=True):
             noise, _ = flow(features.float())
@@ -146,7 +151,7 @@ class MovingAverage:
     def __call__(
         self, averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int
     ) -> None:
-        """Moves ``averaged`` in place; ``count`` is the number of moves so far."""
+        """Move `averaged` in place; `count` is the number of moves so far."""
         early = (1 + count) / (10 + count)
         decay = torch.as_tensor(early, device=averaged[0].device).clamp(max=self.decay)
         for old, new in zip(averaged, current, strict=True):
@@ -159,7 +164,7 @@ class Flow(nn.Module):
     Args:
         channels: Channels C of the map.
         kernels: Side of the kernels of each step.
-        hidden_ratio: See ``FastFlow``.
+        hidden_ratio: See `FastFlow`.
         double_coupling: See there.
         affine: (C, h, w) for weights in the normalisation; None for none.
     """
@@ -210,7 +215,7 @@ class CouplingStep(nn.Module):
     Args:
         channels: Channels C of the map, at least 2.
         kernel: Side of the kernels.
-        hidden_ratio: See ``FastFlow``.
+        hidden_ratio: See `FastFlow`.
         double_coupling: See there.
     """
 
@@ -245,7 +250,7 @@ class CouplingStep(nn.Module):
         return y[:, self.permutation], log_det
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Takes ``forward`` back."""
+        """Take `forward` back."""
         y = (y[:, self.permutation.argsort()] - self.offset) / self._scale()
         kept, changed = y.split(self.halves, dim=1)
         if self.other_subnet is not None:

@@ -10,13 +10,19 @@ multiplied over scales, are the anomaly map.
 
 There is no code by the authors; the text and an unofficial code's behaviour were followed. Differs:
 
-- The gate is (1 + a) x at both stages (``attention=residual``); that code has a x at the coarsest.
+- The gate is (1 + a) x at both stages (`attention=residual`); that code has a x at the coarsest.
 - The second student starts at a rate that rises over the first hundredth of training, and its
   gradient is clipped: a rate of 0.4 is fragile on its transposed convolutions.
-- ``width`` makes the second student narrower, with a 1 x 1 convolution to the teacher's channels.
+- `width` makes the second student narrower, with a 1 x 1 convolution to the teacher's channels.
 - The discriminative network of the follow-up paper (arXiv:2210.07548) is not part of it.
 
 With ResNet-18 and ResNet-50 the students have 2.8 and 101 million parameters.
+
+Paper: Yamada, Hotta: Reconstruction Student with Attention for Student-Teacher Pyramid Matching.
+arXiv:2111.15376.
+Status: works; measured small (experiments/rstpm), not yet with the paper's teachers.
+Note: no code by the authors; `backbone@method.teacher=` and `backbone@method.second_teacher=`
+choose its two teachers.
 """
 
 from __future__ import annotations
@@ -30,7 +36,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import smooth
@@ -47,7 +52,7 @@ class RSTPM(Method):
         optimizer: Builds the one optimiser of both students.
         schedule: Factor of the learning rate over training.
         gradient_clip: Greatest norm of all gradients together.
-        attention: ``residual``: (1 + a) x; ``mul``: a x; ``none``.
+        attention: `residual`: (1 + a) x; `mul`: a x; `none`.
         width: Channels inside the second student, over those of the second teacher.
         second_warmup: Share of training in which the second student's rate rises to the full.
         second_clip: Greatest norm of the second student's gradients; None does not clip.
@@ -83,23 +88,18 @@ class RSTPM(Method):
         )
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Mean of 1 - cosine, summed over stages: ``first`` and ``second`` pair."""
+        """Mean of 1 - cosine, summed over stages: `first` and `second` pair."""
         first = self.features(self.teacher, batch, "teacher")
         second = self.features(self.second_teacher, batch, "second_teacher")
         students = self.student(batch["image"]), self.second_student(first[-1], second)
-        terms = {
-            name: torch.stack(
-                [distance(t, s).mean() for t, s in zip(teacher, student, strict=True)]
-            )
-            for name, teacher, student in zip(
-                ("first", "second"), (first[:-1], second), students, strict=True
-            )
+        pairs = {"first": (first[:-1], students[0]), "second": (second, students[1])}
+        return {
+            name: torch.stack([distance(t, s).mean() for t, s in zip(*pair, strict=True)]).sum()
+            for name, pair in pairs.items()
         }
-        sums = {name: levels.sum() for name, levels in terms.items()}
-        return {**sums, "loss": sums["first"] + sums["second"]}
 
     def forward(self, image: Tensor) -> Prediction:
-        """Scores images; see the base class."""
+        """Score images; see the base class."""
         first, second = self.teacher(image), self.second_teacher(image)
         pairs = [
             zip(first[:-1], self.student(image), strict=True),
@@ -114,15 +114,11 @@ class RSTPM(Method):
         """One optimiser; the second student's rate rises first."""
         students: list[Any] = [self.student, self.second_student]
         optimizer = self.optimizer([{"params": list(s.parameters())} for s in students])
-        total = self.trainer.estimated_stepping_batches
+        step = 1 / self.trainer.estimated_stepping_batches
         schedule = self.schedule or (lambda done: 1.0)
-        warmup = max(self.second_warmup * total, 1)
-        factors = [
-            lambda step: schedule(step / total),
-            lambda step: schedule(step / total) * min((step + 1) / warmup, 1.0),
-        ]
-        scheduler = {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        warmup = max(self.second_warmup, step)
+        rising = lambda done: schedule(done) * min((done + step) / warmup, 1.0)  # noqa: E731
+        return self.scheduled(optimizer, [schedule, rising])
 
     def configure_gradient_clipping(
         self,
@@ -130,7 +126,7 @@ class RSTPM(Method):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the second student's gradients, then all as the base class does."""
+        """Clip the second student's gradients, then all as the base class does."""
         if self.second_clip is not None:
             nn.utils.clip_grad_norm_(self.second_student.parameters(), self.second_clip)
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -168,7 +164,7 @@ class ReconstructionStudent(nn.Module):
     Args:
         bottleneck: Channels of the map it sees.
         channels: Channels of the maps it gives, finest first.
-        width: See ``RSTPM``.
+        width: See `RSTPM`.
         attention: See there.
     """
 
@@ -205,7 +201,7 @@ class ReconstructionStudent(nn.Module):
         self.gates = nn.ModuleList(SpatialAttention(count) for count in gated)
 
     def forward(self, bottleneck: Tensor, teacher: Sequence[Tensor]) -> list[Tensor]:
-        """Maps in the order and shapes of ``teacher``, each taken before its gate.
+        """Maps in the order and shapes of `teacher`, each taken before its gate.
 
         Args:
             bottleneck: (B, C, h, w).
@@ -283,7 +279,7 @@ def at_size(map_: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def check_strides(teacher: Backbone, second_teacher: Backbone) -> None:
-    """Raises ``UserError`` unless the maps to be matched double in size and share their strides."""
+    """Raise `UserError` unless the maps to be matched double in size and share their strides."""
     first, second = teacher.strides, second_teacher.strides
     doubling = all(2 * fine == coarse for fine, coarse in pairwise(first))
     if len(first) < 2 or first[:-1] != second or not doubling:

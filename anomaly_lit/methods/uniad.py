@@ -8,16 +8,21 @@ query of their own. The distance between rebuilt and given features is the anoma
 Follows the authors' published code. Differs from it:
 
 - AUROC is never mirrored when it falls below one half.
-- The map need not be square, and ``window=0`` takes the neighbour mask away, for ablations.
+- The map need not be square, and `window=0` takes the neighbour mask away, for ablations.
 
 With EfficientNet-B4 at 224 x 224 there are 7.717 million trainable parameters. The queries belong
 to positions, so a checkpoint is tied to its image size.
+
+Paper: You et al.: A Unified Model for Multi-class Anomaly Detection. NeurIPS 2022,
+arXiv:2206.03687.
+Status: works; measured small (experiments/uniad), not yet at the paper's size.
+Note: the authors' code is Apache-2.0; written anew from its description.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -26,9 +31,9 @@ from torch import Tensor, nn
 from anomaly_lit.losses import loss_terms
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import aggregate, grid_of, pooled_maximum, resize
+from anomaly_lit.nn.attention import Attention
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.neighbours import (
-    Attention,
     LearnedPositions,
     NeighbourEncoder,
     answer_with_mean,
@@ -56,15 +61,15 @@ class UniAD(Method):
         feedforward: Width of the hidden layers.
         encoder_depth: Layers of the encoder.
         decoder_depth: Layers of the decoder.
-        head: How the last layer starts: ``random`` as published, or ``mean``, which answers with
+        head: How the last layer starts: `random` as published, or `mean`, which answers with
             the mean training feature: at a learning rate far above the published one, only that
-            keeps the tokens from forgetting the image (see ``nn.neighbours.silence``).
+            keeps the tokens from forgetting the image (see `nn.neighbours.silence`).
         dropout: Share dropped of attention weights, hidden layers and residuals.
         window: Side of the neighbourhood that attention leaves out, in positions; 0 for none.
         jitter: Standard deviation of the noise on a channel, in norms of the token divided by its
             number of channels (the paper's alpha).
-        score: ``max`` (of the map after ``pool``), ``std`` or ``mean`` of the map.
-        pool: Side of the window whose mean counts in ``max``, in pixels.
+        score: `max` (of the map after `pool`), `std` or `mean` of the map.
+        pool: Side of the window whose mean counts in `max`, in pixels.
 
     Raises:
         UserError: The stride does not divide the image, the heads the width, or the window covers
@@ -124,23 +129,19 @@ class UniAD(Method):
         decoded = self.head(self.decoder(encoded, positions, self.allowed))
         return decoded.float().transpose(1, 2).unflatten(2, self.grid)
 
-    def on_fit_start(self) -> None:
-        """Starts the head at the mean feature where that is asked for."""
+    def learn(self) -> None:
+        """Start the head at the mean feature where that is asked for."""
         if self.head_start == "mean":
-            answer_with_mean(self.head, self._training_maps)
-
-    def _training_maps(self) -> Iterator[Tensor]:
-        for batch in self.normal_batches("train"):
-            yield aggregate(self.features(self.backbone, batch), self.grid)
+            features = (self.features(self.backbone, b) for b in self.normal_batches("train"))
+            answer_with_mean(self.head, (aggregate(maps, self.grid) for maps in features))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Distance of what is rebuilt from jittered features to the clean ones."""
         target = aggregate(self.features(self.backbone, batch), self.grid).float()
-        terms = loss_terms(self.loss, self.reconstruct(target), target)
-        return {**terms, "loss": torch.stack(list(terms.values())).sum()}
+        return loss_terms(self.loss, self.reconstruct(target), target)
 
     def forward(self, image: Tensor) -> Prediction:
-        """Scores images; see the base class."""
+        """Score images; see the base class."""
         features = aggregate(self.backbone(image), self.grid).float()
         distance = (self.reconstruct(features) - features).norm(dim=1, keepdim=True)
         anomaly_map = resize(distance, image.shape[-2:])  # (B, 1, H, W)
@@ -163,7 +164,7 @@ class QueryDecoder(nn.Module):
         heads: Attention heads.
         feedforward: Width of the hidden layers.
         depth: Number of layers.
-        dropout: See ``QueryDecoderLayer``.
+        dropout: See `QueryDecoderLayer`.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from anomaly_lit.types import UserError
 
 
 def aggregate(features: Sequence[Tensor], grid: Sequence[int], average: bool = False) -> Tensor:
-    """Brings every stage to one grid and joins the channels.
+    """Bring every stage to one grid and joins the channels.
 
     Args:
         features: Maps (B, C_i, h_i, w_i), finest first.
@@ -33,14 +33,14 @@ def aggregate(features: Sequence[Tensor], grid: Sequence[int], average: bool = F
 
 
 def resize(anomaly_map: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear resizing with aligned corners of a (B, C, h, w) map to ``size``."""
+    """Bilinear resizing with aligned corners of a (B, C, h, w) map to `size`."""
     return F.interpolate(anomaly_map, (size[0], size[1]), mode="bilinear", align_corners=True)
 
 
 def shrink(feature: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear resizing of a (B, C, h, w) map that takes the mean over what it leaves out.
 
-    That of ``F.interpolate(..., antialias=True)``, as two products with matrices: OpenVINO 2026.4
+    That of `F.interpolate(..., antialias=True)`, as two products with matrices: OpenVINO 2026.4
     reads the flag and ignores it. In the map's precision, under autocast too.
     """
     rows, columns = (
@@ -57,7 +57,7 @@ def shrink(feature: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def smooth(anomaly_map: Tensor, sigma: float) -> Tensor:
-    """Gaussian filter that equals ``scipy.ndimage.gaussian_filter`` (cut at 4 sigma, reflected).
+    """Gaussian filter that equals `scipy.ndimage.gaussian_filter` (cut at 4 sigma, reflected).
 
     Args:
         anomaly_map: (B, C, H, W) float.
@@ -80,7 +80,7 @@ def smooth(anomaly_map: Tensor, sigma: float) -> Tensor:
 
 
 def grid_of(image_size: int | Sequence[int], stride: int) -> tuple[int, int]:
-    """Rows and columns of a map with one position every ``stride`` pixels.
+    """Rows and columns of a map with one position every `stride` pixels.
 
     Raises:
         UserError: The stride does not divide the image.

@@ -24,17 +24,17 @@ class Backbone(nn.Module):
     mode the surrounding module is put in. The backbone owns the normalisation of its input.
 
     The constructor builds the network with random weights and reaches for no file;
-    ``load_weights`` reads them, once, unless a state dict was loaded before.
+    `load_weights` reads them, once, unless a state dict was loaded before.
 
     Args:
-        name: timm's name with the tag of the weights, such as ``resnet18.tv_in1k``.
+        name: timm's name with the tag of the weights, such as `resnet18.tv_in1k`.
         out_indices: Stages to return, counted as timm counts them.
-        weights: ``pretrained`` (the folder in ``ANOMALY_LIT_WEIGHTS``, else timm's hub),
-            ``random``, or a file with a timm state dict (``.safetensors`` or ``.pth``).
+        weights: `pretrained` (the folder in `ANOMALY_LIT_WEIGHTS`, else timm's hub),
+            `random`, or a file with a timm state dict (`.safetensors` or `.pth`).
         file_stem: Name under which that folder holds the file; default: the architecture.
         mean: Mean of each channel, for pixels in [0, 1]; default: that of the weights.
         std: Standard deviation likewise.
-        options: More arguments for ``timm.create_model``.
+        options: More arguments for `timm.create_model`.
         final_norm: Whether the maps of a transformer pass its last layer normalisation.
 
     Attributes:
@@ -108,7 +108,7 @@ class Backbone(nn.Module):
         return FeatureGetterNet(network, out_indices=self.out_indices, norm=True)
 
     def load_weights(self) -> None:
-        """Reads the weights; a second call, or one after a state dict was loaded, does nothing.
+        """Read the weights; a second call, or one after a state dict was loaded, does nothing.
 
         Raises:
             UserError: No weights are in reach, or they do not fit the requested stages.
@@ -175,7 +175,7 @@ class Backbone(nn.Module):
         }
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stays in evaluation mode, so that no buffer moves."""
+        """Stay in evaluation mode, so that no buffer moves."""
         return super().train(False)
 
     def forward(self, image: Tensor) -> list[Tensor]:

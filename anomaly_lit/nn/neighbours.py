@@ -5,12 +5,12 @@ Tokens are (B, N, dim) with N = rows * columns, row by row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from anomaly_lit.nn.attention import Attention
 from anomaly_lit.types import UserError
 
 
@@ -61,37 +61,6 @@ class LearnedPositions(nn.Module):
         column = self.column.expand(rows, -1, -1)
         row = self.row[:, None].expand(-1, columns, -1)
         return torch.cat([column, row], dim=-1).flatten(0, 1)
-
-
-class Attention(nn.Module):
-    """Multi-head attention whose queries, keys and values may come from different tokens.
-
-    Args:
-        dim: Width of a token; a multiple of ``heads``.
-        heads: Number of heads.
-        dropout: Share of attention weights dropped in training.
-    """
-
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.heads = heads
-        self.dropout = dropout
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.output = nn.Linear(dim, dim)
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None
-    ) -> Tensor:
-        """(B, N, dim), (B, M, dim), (B, M, dim) and (N, M) bool or None to (B, N, dim)."""
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, dim / heads)
-            for part in (self.query(query), self.key(key), self.value(value))
-        )
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, allowed, dropout)
-        return self.output(mixed.transpose(1, 2).flatten(2))
 
 
 class NeighbourEncoderLayer(nn.Module):
@@ -148,7 +117,7 @@ class NeighbourEncoder(nn.Module):
 
 
 def silence(head: nn.Linear) -> None:
-    """Makes a new head answer zero; ``answer_with_mean`` then makes that the mean feature.
+    """Make a new head answer zero; `answer_with_mean` then makes that the mean feature.
 
     At a learning rate far above the papers' 1e-4, a post-norm transformer behind a head with
     random weights forgets its input: for some twenty steps every image asks for the same, smaller
@@ -161,15 +130,13 @@ def silence(head: nn.Linear) -> None:
 
 
 @torch.no_grad()
-def answer_with_mean(head: nn.Linear, maps: Callable[[], Iterable[Tensor]]) -> None:
-    """Sets the bias of a silenced head to the mean feature, unless training has moved its weights.
+def answer_with_mean(head: nn.Linear, maps: Iterable[Tensor]) -> None:
+    """Set the bias of a silenced head to the mean feature.
 
     Args:
         head: Answers with C channels.
-        maps: Gives the (B, C, h, w) feature maps of normal images; not asked if not needed.
+        maps: The (B, C, h, w) feature maps of normal images.
     """
-    if head.weight.any():
-        return
-    means = [(len(part), part.float().mean(dim=(0, 2, 3))) for part in maps()]
+    means = [(len(part), part.float().mean(dim=(0, 2, 3))) for part in maps]
     total = sum(count for count, _ in means)
     head.bias.copy_(torch.stack([mean * (count / total) for count, mean in means]).sum(dim=0))

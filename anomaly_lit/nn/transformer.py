@@ -6,30 +6,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-
-class Attention(nn.Module):
-    """Multi-head self-attention with a bias on queries, keys and values.
-
-    Args:
-        dim: Width of a token; a multiple of ``heads``.
-        heads: Number of heads.
-    """
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, dim) to (B, N, dim)."""
-        batch, length, dim = tokens.shape
-        qkv = self.qkv(tokens).view(batch, length, 3, self.heads, dim // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, dim / heads)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, length, dim))
+from anomaly_lit.nn.attention import Attention
 
 
 class TransformerBlock(nn.Module):
@@ -38,7 +16,7 @@ class TransformerBlock(nn.Module):
     Args:
         dim: Width of a token.
         heads: Number of heads.
-        mlp_ratio: Width of the hidden layer over ``dim``.
+        mlp_ratio: Width of the hidden layer over `dim`.
         eps: Added to the variance in both layer norms.
     """
 
@@ -52,12 +30,13 @@ class TransformerBlock(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, dim) to (B, N, dim)."""
-        tokens = tokens + self.attention(self.norm1(tokens))
+        normed = self.norm1(tokens)
+        tokens = tokens + self.attention(normed, normed, normed)
         return tokens + self.mlp(self.norm2(tokens))
 
 
 def add_jitter(tokens: Tensor, relative_norm: float) -> Tensor:
-    """Gaussian noise whose norm is about ``relative_norm`` times the token's norm (UniAD).
+    """Gaussian noise whose norm is about `relative_norm` times the token's norm (UniAD).
 
     Args:
         tokens: (B, N, dim).
@@ -70,7 +49,7 @@ def add_jitter(tokens: Tensor, relative_norm: float) -> Tensor:
 
 
 def init_linear(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases, for ``Module.apply``."""
+    """Xavier-uniform weights and zero biases, for `Module.apply`."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -22,14 +22,14 @@ def find_weights(
     """The file to read, or None where the weights are random or come from the hub.
 
     Args:
-        name: timm's name with its tag, such as ``resnet18.tv_in1k``.
-        weights: ``pretrained``, ``random``, ``demo`` (the file in this package) or a path.
-        stem: The name of the option, which a file of the folder in ``ANOMALY_LIT_WEIGHTS``
+        name: timm's name with its tag, such as `resnet18.tv_in1k`.
+        weights: `pretrained`, `random`, `demo` (the file in this package) or a path.
+        stem: The name of the option, which a file of the folder in `ANOMALY_LIT_WEIGHTS`
             bears; by default the architecture's name.
         key: What to set, for the error's text.
 
     Raises:
-        UserError: A named file is absent, two files of the folder fit, or ``pretrained``
+        UserError: A named file is absent, two files of the folder fit, or `pretrained`
             weights are neither in the folder, nor in the hub's cache, nor in reach.
     """
     if weights == "random":

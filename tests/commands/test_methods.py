@@ -1,4 +1,4 @@
-"""Methods beside AMI-Net through the commands: train, test, predict, stop and go on."""
+"""Every method through the commands: train, test, predict, stop and go on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from hydra import compose, initialize_config_dir
+
+from anomaly_lit.config.build import nodes
+from anomaly_lit.config.hydra import config_dir, plain
+from anomaly_lit.methods import files
 
 Run = Callable[..., Any]
 COMMON = (
@@ -20,18 +26,8 @@ TRANSFORMER = (
     "method.backbone.weights=random", "method.dim=32", "method.heads=2", "method.feedforward=32",
     "method.encoder_depth=1", "method.decoder_depth=1", "method.window=1",
 )  # fmt: skip
-METHODS = {
-    "uniad": TRANSFORMER,
-    "onenip": (*TRANSFORMER, "method.refiner_dim=8"),
-    "mfrnet": ("method.backbone.weights=random", "method.grid=8", "method.dims=[16,16]",
-               "method.depths=[1,1]", "method.head_dim=8", "method.pools=[1,2]"),
-    "fastflow": ("method.backbone.weights=random", "method.steps=2"),
-    "rstpm": ("backbone@method.second_teacher=resnet18", "method.teacher.weights=random",
-              "backbone@method.teacher=resnet18", "method.second_teacher.weights=random"),
-    "cma_ae": ("method.backbone.weights=random", "method.channels=[8,16,16]", "method.items=10"),
-    "dsr": ("method.hidden=8", "method.residual=4", "method.codes=32", "method.restriction=8",
-            "method.object_width=8", "method.detector=[8,8]", "method.shares=[1,1,1]"),
-}  # fmt: skip
+METHODS = sorted(set(files().values()))
+TINY = Path(__file__).parents[1] / "methods" / "tiny"
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +36,24 @@ def root(mvtec_folder: Path) -> str:
 
 
 def of_method(name: str) -> tuple[str, ...]:
-    return f"method={name}_small", *METHODS[name], *COMMON
+    """A command line for a method's small preset with tiny numbers and random weights."""
+    preset = f"method={name}_small"
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        config = plain(compose("train", [preset, "output_dir=unused"]))["method"]
+    frozen = [
+        f"{path}.weights=random"
+        for path, node in nodes(config, "method")
+        if node["_target_"] == "anomaly_lit.nn.backbone.Backbone"
+    ]
+    numbers = yaml.safe_load((TINY / f"{name}.yaml").read_text())
+    return preset, *frozen, *(f"method.{key}={value}" for key, value in numbers.items()), *COMMON
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", METHODS)
 def test_trains_tests_and_predicts(
     name: str, root: str, run_here: Run, mvtec_folder: Path, tmp_path: Path
 ) -> None:
@@ -72,16 +78,8 @@ def test_trains_tests_and_predicts(
     assert len((tmp_path / "found" / "predictions.csv").read_text().splitlines()) == 3
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "onenip",
-        "dsr",
-        pytest.param("fastflow", marks=pytest.mark.slow),
-        pytest.param("rstpm", marks=pytest.mark.slow),
-        pytest.param("cma_ae", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 def test_killed_run_ends_with_the_same_weights(
     name: str, root: str, run_command: Run, start_command: Run, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-OWN = Path(__file__).resolve().parent.parent / "own_method"
+OWN = Path(__file__).resolve().parents[2] / "examples" / "own_method"
 
 
 @pytest.fixture

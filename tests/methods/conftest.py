@@ -9,38 +9,17 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
+from pytorch_lightning.callbacks import Checkpoint
 from torch.utils.data import DataLoader
 
 from anomaly_lit.config.build import instantiate, nodes
 from anomaly_lit.config.hydra import config_dir, plain
+from anomaly_lit.methods import files
 from anomaly_lit.types import Batch
 
-NUMBERS = {
-    "grid": 8,
-    "dim": 32,
-    "heads": 2,
-    "depth": 1,
-    "patch": 2,
-    "smoothing": 1.0,
-    "feedforward": 32,
-    "encoder_depth": 1,
-    "decoder_depth": 1,
-    "window": 3,
-    "refiner_dim": 8,
-    "dims": [16, 16],
-    "depths": [1, 1],
-    "head_dim": 8,
-    "pools": [1, 2],
-    "steps": 2,
-    "items": 10,
-    "hidden": 8,
-    "residual": 4,
-    "codes": 32,
-    "restriction": 8,
-    "object_width": 8,
-    "detector": [8, 8],
-}
+TINY = Path(__file__).parent / "tiny"  # <method>.yaml: numbers that make a test fast
 
 
 def compose_published(name: str, image_size: int) -> dict[str, Any]:
@@ -51,11 +30,10 @@ def compose_published(name: str, image_size: int) -> dict[str, Any]:
 
 
 def compose_method(name: str) -> dict[str, Any]:
-    """The ``method`` node of ``method=NAME``, small where the method has such a key."""
+    """The ``method`` node of ``method=NAME`` with its method's tiny numbers."""
     config = compose_published(name, 64)
-    if config["_target_"].endswith("CMAAE"):
-        config["channels"] = [8, 16, 16]
-    config |= {key: value for key, value in NUMBERS.items() if key in config}
+    file = files()[config["_target_"].rpartition(".")[2]]
+    config |= yaml.safe_load((TINY / f"{file}.yaml").read_text())
     for _, node in nodes(config):
         if node["_target_"] == "anomaly_lit.nn.backbone.Backbone":
             shrink_backbone(node)
@@ -129,12 +107,13 @@ def fit() -> Callable[..., pl.Trainer]:
         callbacks: Any = (),
         ckpt_path: Any = None,
     ) -> pl.Trainer:
+        kept = any(isinstance(callback, Checkpoint) for callback in callbacks)
         trainer = pl.Trainer(
             accelerator="cpu",
             precision=precision,
             max_steps=steps,
             logger=False,
-            enable_checkpointing=False,
+            enable_checkpointing=kept,
             enable_progress_bar=False,
             enable_model_summary=False,
             callbacks=list(callbacks),

@@ -27,7 +27,7 @@ class Steep(Method):
         self.weight = nn.Parameter(torch.zeros(()))
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
-        return {"loss": -8 * self.weight}
+        return {"steep": -8 * self.weight}
 
 
 @pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*")
@@ -55,7 +55,7 @@ def test_gradients_are_clipped_at_the_trainer_s_norm_else_the_method_s(
 @pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*")
 def test_statistics_need_a_data_module() -> None:
     class Curious(Steep):
-        def on_fit_start(self) -> None:
+        def learn(self) -> None:
             list(self.normal_batches("train"))
 
     trainer = pl.Trainer(
@@ -93,6 +93,7 @@ def test_statistics_of_training_images_read_the_feature_cache(
             str(mvtec_folder), image_size=64, batch_size=2, cache=HostCache(), feature_cache=cache
         )
         method = small_method(name)
+        monkeypatch.setattr(type(method), "calibrate", lambda self: None)  # which asks it, too
         trainer = pl.Trainer(
             accelerator="cpu",
             max_steps=1,

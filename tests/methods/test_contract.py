@@ -1,4 +1,4 @@
-"""What holds for every method, whatever it does: one run per file in ``conf/method``."""
+"""What holds for every method, whatever it does, with its tiny numbers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from anomaly_lit.callbacks.run import ResumeCheckpoint, StepSeeds
 from anomaly_lit.config.hydra import config_dir
+from anomaly_lit.losses import total
+from anomaly_lit.methods import files
 from anomaly_lit.nn.backbone import Backbone
 
-FOLDER = Path(config_dir()) / "method"
-METHODS = sorted(
-    path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml")
-)
-MakeBatch = Callable[..., Any]
-Fit = Callable[[Any, Any, int], None]
+METHODS = sorted(set(files().values()))
+Build = MakeBatch = Fit = Callable[..., Any]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*"),
     pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training.*"),
@@ -44,21 +44,35 @@ def loss_of(method: Any, batch: Any) -> float:
     torch.manual_seed(7)
     method.train()
     with torch.no_grad():
-        return float(method.losses(batch)["loss"])
+        return float(total(method.losses(batch)))
 
 
 def test_there_are_methods() -> None:
-    assert "ami_net" in METHODS
+    """Each has a configuration, numbers for a CPU, tiny ones and a test."""
+    assert len(METHODS) >= 8
+    folder = Path(__file__).parent
+    for name in METHODS:
+        for file in (
+            Path(config_dir(), "method", f"{name}.yaml"),
+            Path(config_dir(), "method", f"{name}_small.yaml"),
+            Path(config_dir(), "experiment", f"{name}.yaml"),
+            folder / "tiny" / f"{name}.yaml",
+            folder / f"test_{name}.py",
+        ):
+            assert file.is_file(), file
 
 
 def test_prediction_has_the_shapes_of_the_interface(method: Any, make_batch: MakeBatch) -> None:
     with torch.inference_mode():
         anomaly_map, score = method.eval().score_batch(make_batch(3))
-    assert anomaly_map.shape == (3, 1, 64, 64)
     assert score.shape == (3,)
-    assert anomaly_map.dtype == score.dtype == torch.float32
-    assert anomaly_map.isfinite().all()
+    assert score.dtype == torch.float32
     assert score.isfinite().all()
+    assert (anomaly_map is not None) == method.localises
+    if anomaly_map is not None:
+        assert anomaly_map.shape == (3, 1, 64, 64)
+        assert anomaly_map.dtype == torch.float32
+        assert anomaly_map.isfinite().all()
 
 
 def test_score_of_an_image_ignores_its_batch(method: Any, make_batch: MakeBatch) -> None:
@@ -190,10 +204,52 @@ def test_trains_in_bfloat16(
 def test_nobody_writes_into_a_batch(method: Any, make_batch: MakeBatch) -> None:
     batch = make_batch()
     kept = copy.deepcopy(batch)
-    method.train().losses(batch)["loss"].backward()
+    total(method.train().losses(batch)).backward()
     with torch.inference_mode():
         method.eval().score_batch(batch)
     assert batch.keys() == kept.keys()
     for key, value in kept.items():
         same = torch.equal(batch[key], value) if isinstance(value, Tensor) else batch[key] == value
         assert same, key
+
+
+class Stop(pl.Callback):
+    """Ends training before a batch, as a failing machine would."""
+
+    def on_train_batch_start(self, trainer: Any, method: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 4:
+            raise ConnectionError
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_interrupted_run_ends_with_the_same_weights_to_the_bit(
+    name: str, small_method: Build, fit: Fit, make_batch: MakeBatch, tmp_path: Path
+) -> None:
+    """All else that a method keeps included; what it learned is not learned again."""
+
+    def run(folder: Path, *more: pl.Callback, resume: bool = False) -> dict[str, Any]:
+        callbacks = [StepSeeds(0), ResumeCheckpoint(str(folder), every_steps=3), *more]
+        method, path = small_method(name), folder / "last.ckpt"
+        fit(method, make_batch(), 6, callbacks=callbacks, ckpt_path=path if resume else None)
+        return method.state_dict()
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(ConnectionError):
+        run(tmp_path / "cut", Stop())
+    again = run(tmp_path / "cut", resume=True)
+    assert whole.keys() == again.keys()
+    tensors = [key for key, value in whole.items() if isinstance(value, Tensor)]
+    assert [key for key in tensors if not torch.equal(whole[key], again[key])] == []
+
+
+def test_hooks_run_again_once_weights_have_moved(
+    method: Any, fit: Fit, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which fails where a method overrides a hook and forgets the base's."""
+    ran: list[str] = []
+    monkeypatch.setattr(method, "learn", lambda: ran.append("learn"))
+    monkeypatch.setattr(method, "calibrate", lambda: ran.append("calibrate"))
+    assert method.learned
+    assert method.calibrated
+    fit(method, make_batch(), 2)
+    assert ran == ["calibrate"]

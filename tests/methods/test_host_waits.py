@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from anomaly_lit.config.build import instantiate
 from anomaly_lit.config.hydra import config_dir, plain
+from anomaly_lit.methods import files
 
 CONF = Path(config_dir())
-METHODS, SYNTHESES = (
-    sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in ("method", "synthesis")
-)
+METHODS = sorted(set(files().values()))
+SYNTHESES = sorted(path.stem for path in (CONF / "synthesis").glob("*.yaml"))
 METHOD_CALLS = {
     "item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__",
     "__array__", "__contains__",
@@ -38,7 +38,7 @@ DEVICE: dict[Any, bool] = {Tensor.is_cuda.__get__: True, Tensor.is_cpu.__get__: 
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 # The positions that are made to differ are chosen by a mask, and only these are sorted among
 # thousands of codes: all of them would take some GB.
-KNOWN = {"dsr": {"nonzero"}, "dsr_small": {"nonzero"}}
+KNOWN = {"dsr": {"nonzero"}}
 
 
 class Calls(TorchFunctionMode):
@@ -102,10 +102,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, method: Any, name: str, found: set[st
 
 @pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*")
 @pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training.*")
-@pytest.mark.parametrize(
-    "name",
-    [n if n.endswith("_small") else pytest.param(n, marks=pytest.mark.slow) for n in METHODS],
-)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_training_step_waits_for_nothing(
     name: str,
     small_method: Callable[..., Any],
@@ -120,7 +117,7 @@ def test_a_training_step_waits_for_nothing(
     watch(monkeypatch, _LoggerConnector, "on_batch_end", found)  # prog_bar=True would wait
     for part in ("training_step", "backward", "configure_gradient_clipping"):
         watch(monkeypatch, method, part, found)
-    fit(method, batch, 4 if name.startswith("dsr") else 1)  # which has three stages
+    fit(method, batch, 4)  # in several stages, where there are some
     assert found == KNOWN.get(name, set())
 
 

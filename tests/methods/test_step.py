@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from anomaly_lit.callbacks import FastStep, StepSeeds
 from anomaly_lit.callbacks import step as module
 from anomaly_lit.callbacks.step import ON, compile_error, networks
+from anomaly_lit.methods import files
 from anomaly_lit.methods.base import Method
 from anomaly_lit.runs.folder import state_of
 from anomaly_lit.types import Batch, UserError
 
-SMALL = [
-    "ami_net_small", "cma_ae_small", "dsr_small", "fastflow_small", "mfrnet_small", "onenip_small",
-    "rstpm_small", "uniad_small",
-]  # fmt: skip
+SMALL = sorted(f"{name}_small" for name in set(files().values()))
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*"),
     pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training.*"),
@@ -47,7 +45,7 @@ class Paint(Method):
         )
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": (self.network(batch["image"]) - batch["image"]).square().mean()}
+        return {"paint": (self.network(batch["image"]) - batch["image"]).square().mean()}
 
 
 class Moody(nn.Sequential):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from anomaly_lit.losses import total
 from anomaly_lit.methods.uniad import QueryDecoder
 from anomaly_lit.nn.aggregate import aggregate
 from anomaly_lit.nn.backbone import Backbone
@@ -170,7 +171,7 @@ def test_constant_features_give_a_finite_map(method: Any) -> None:
 
 
 def test_gradient_does_not_reach_the_backbone(method: Any, make_batch: Callable[..., Any]) -> None:
-    method.losses(make_batch())["loss"].backward()
+    total(method.losses(make_batch())).backward()
     assert all(parameter.grad is None for parameter in method.backbone.parameters())
 
 
@@ -203,11 +204,9 @@ def test_a_head_that_starts_at_the_mean_answers_with_it(
     fit(method, batch, 1)  # at a rate of zero: only the start is left
     maps = aggregate(method.backbone(batch["image"]), method.grid)
     torch.testing.assert_close(method.head.bias, maps.mean(dim=(0, 2, 3)))
-    trained = small_method(name, head="mean", optimizer=lambda p: torch.optim.SGD(p, lr=1e-3))
-    trained.head.weight.data.fill_(0.1)  # as a checkpoint would
-    before = trained.head.bias.clone()
-    fit(trained, batch, 1)
-    assert (trained.head.bias - before).abs().max() < 1e-2
+    method.head.bias.data.zero_()
+    fit(method, batch, 1)  # it has learned once
+    assert not method.head.bias.any()
 
 
 def test_a_head_that_starts_at_the_mean_keeps_the_tokens_of_images_apart(
@@ -222,7 +221,7 @@ def test_a_head_that_starts_at_the_mean_keeps_the_tokens_of_images_apart(
         place = torch.rand(1, channels, *method.grid, generator=generator)
         maps = 0.2 * own + place
         if head == "mean":
-            answer_with_mean(method.head, lambda: [maps])
+            answer_with_mean(method.head, [maps])
         optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=3e-3)
         method.train()
         for _ in range(40):

@@ -4,23 +4,45 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anomaly_lit.nn.transformer import Attention, TransformerBlock, sincos_positions
+from anomaly_lit.nn.attention import Attention, init_as_one
+from anomaly_lit.nn.transformer import TransformerBlock, init_linear, sincos_positions
 
 
-def test_attention_equals_torch_s() -> None:
+def joined(attention: Attention, kind: str) -> Tensor:
+    """Queries', keys' and values' weights or biases, as torch keeps them."""
+    parts = (attention.query, attention.key, attention.value)
+    return torch.cat([getattr(part, kind) for part in parts])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_equals_torch_s(masked: bool) -> None:
     torch.manual_seed(0)
     attention, reference = Attention(24, 3), nn.MultiheadAttention(24, 3, batch_first=True)
     with torch.no_grad():
-        reference.in_proj_weight.copy_(attention.qkv.weight)
-        reference.in_proj_bias.copy_(attention.qkv.bias)
-        reference.out_proj.weight.copy_(attention.proj.weight)
-        reference.out_proj.bias.copy_(attention.proj.bias)
-    tokens = torch.randn(2, 7, 24)
-    expected, _ = reference(tokens, tokens, tokens, need_weights=False)
-    torch.testing.assert_close(attention(tokens), expected, rtol=1e-5, atol=1e-6)
+        reference.in_proj_weight.copy_(joined(attention, "weight"))
+        reference.in_proj_bias.copy_(joined(attention, "bias"))
+        reference.out_proj.weight.copy_(attention.output.weight)
+        reference.out_proj.bias.copy_(attention.output.bias)
+    query, key, value = torch.randn(2, 7, 24), torch.randn(2, 5, 24), torch.randn(2, 5, 24)
+    allowed = torch.rand(7, 5) < 0.7 if masked else None
+    hidden = None if allowed is None else ~allowed  # torch names what must not be looked at
+    expected, _ = reference(query, key, value, need_weights=False, attn_mask=hidden)
+    found = attention(query, key, value, allowed)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_starts_as_one_projection_would() -> None:
+    """Which is what torch's own layer has: one matrix of three times as many rows."""
+    torch.manual_seed(0)
+    attention = Attention(16, 2).apply(init_linear).apply(init_as_one)
+    torch.manual_seed(0)
+    whole = nn.Linear(16, 48)
+    nn.Linear(16, 16)
+    nn.init.xavier_uniform_(whole.weight)
+    torch.testing.assert_close(joined(attention, "weight"), whole.weight)
 
 
 def test_block_equals_torch_s_pre_norm_layer() -> None:
@@ -30,10 +52,10 @@ def test_block_equals_torch_s_pre_norm_layer() -> None:
         16, 2, 64, dropout=0.0, activation=F.gelu, batch_first=True, norm_first=True
     )
     pairs = {
-        "self_attn.in_proj_weight": block.attention.qkv.weight,
-        "self_attn.in_proj_bias": block.attention.qkv.bias,
-        "self_attn.out_proj.weight": block.attention.proj.weight,
-        "self_attn.out_proj.bias": block.attention.proj.bias,
+        "self_attn.in_proj_weight": joined(block.attention, "weight"),
+        "self_attn.in_proj_bias": joined(block.attention, "bias"),
+        "self_attn.out_proj.weight": block.attention.output.weight,
+        "self_attn.out_proj.bias": block.attention.output.bias,
         "linear1.weight": block.mlp[0].weight,
         "linear1.bias": block.mlp[0].bias,
         "linear2.weight": block.mlp[2].weight,

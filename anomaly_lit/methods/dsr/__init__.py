@@ -11,12 +11,18 @@ Follows the authors' published code. Differs from it:
 
 - The first stage is part of the run, on the normal images and textures at hand, mirrored at random
   but not cropped; the authors trained it on ImageNet, and no weights of theirs are assumed. Expect
-  less: a local codebook. It serves other categories too: ``latent_weights`` takes it from a
+  less: a local codebook. It serves other categories too: `latent_weights` takes it from a
   checkpoint and leaves the stage out. Codes that nothing takes are replaced.
 - Batches come from the data module, where an epoch was 8000 draws with replacement.
 - Pixel metrics are of the whole frame, not of its central 224 x 224.
 
 38 million parameters, 36 of them the category's own.
+
+Paper: Zavrtanik, Kristan, Skočaj: DSR – A dual subspace re-projection network for surface anomaly
+detection. ECCV 2022, arXiv:2208.01521.
+Status: works; measured small (experiments/dsr), too short to compare.
+Note: the authors' code is Apache-2.0; written anew from its description, with a first stage on the
+images at hand in place of ImageNet.
 """
 
 from __future__ import annotations
@@ -24,13 +30,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 
 from anomaly_lit.losses import focal_loss
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
@@ -39,17 +44,17 @@ from anomaly_lit.methods.dsr.network import (
     LatentModel,
     ObjectDecoder,
     Restriction,
-    UNet,
     corrupt_codes,
     init_gaussian,
 )
+from anomaly_lit.nn.stages import Stages
+from anomaly_lit.nn.unet import UNet
 from anomaly_lit.synthesis.augment import rotate
 from anomaly_lit.synthesis.perlin import PerlinMask
 from anomaly_lit.synthesis.textures import TextureFolder, procedural_textures
 from anomaly_lit.types import Batch, Prediction, UserError
 
-Stage = Literal["latent", "detection", "upsampling"]
-STAGES: tuple[Stage, ...] = ("latent", "detection", "upsampling")
+STAGES = ("latent", "detection", "upsampling")
 
 
 class DSR(Method):
@@ -78,7 +83,6 @@ class DSR(Method):
     """
 
     needs = frozenset({"corrupted"})
-    started: Tensor
 
     def __init__(
         self,
@@ -113,11 +117,8 @@ class DSR(Method):
         self.latent_weights = latent_weights
         self.window = window
         first = 0.0 if latent_weights else shares[0]
-        total = first + shares[1] + shares[2]
-        self.ends = (first / total, (first + shares[1]) / total)
-        self.done = 1.0  # share of training
+        self.stages = Stages(dict(zip(STAGES, [first, *shares[1:]], strict=True)))
         self.latent = LatentModel(hidden, residual, codes, reseed)
-        self.register_buffer("started", torch.tensor(False))
         self.restrict_low = Restriction(hidden, restriction)
         self.restrict_high = Restriction(hidden, restriction)
         self.object_decoder = ObjectDecoder(hidden, residual, object_width)
@@ -130,13 +131,6 @@ class DSR(Method):
 
     # ------------------------------------------------------------------------------- stages
 
-    def stage_at(self, done: float) -> tuple[Stage, float]:
-        """The stage at a share of training, and the share of that stage, both in [0, 1]."""
-        bounds = (0.0, *self.ends, 1.0)
-        number = sum(done >= end for end in self.ends)
-        length = bounds[number + 1] - bounds[number]
-        return STAGES[number], min((done - bounds[number]) / length, 1.0)
-
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Terms of the present stage; in evaluation of all, so that one number spans training."""
         makers = {
@@ -144,11 +138,11 @@ class DSR(Method):
             "detection": self.detection_losses,
             "upsampling": self.upsampling_losses,
         }
-        stage, _ = self.stage_at(self.done)
+        stage, _ = self.stages.at(self.done)
         terms: dict[str, Tensor] = {}
         for name in [stage] if self.training else STAGES:
             terms |= makers[name](batch)
-        return {**terms, "loss": torch.stack(list(terms.values())).sum()}
+        return terms
 
     def latent_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Reconstruction of anything through the codes, and the encodings' way to them."""
@@ -243,7 +237,7 @@ class DSR(Method):
         return specific, general, logits.softmax(dim=1)
 
     def forward(self, image: Tensor) -> Prediction:
-        """Scores images; see the base class. A map's values lie in [0, 1]."""
+        """Score images; see the base class. A map's values lie in [0, 1]."""
         height, width = image.shape[-2:]
         if height % 32 or width % 32:
             raise UserError(f"image_size={height} x {width}: DSR needs multiples of 32")
@@ -263,7 +257,7 @@ class DSR(Method):
     # -------------------------------------------------------------------------------- hooks
 
     def on_fit_start(self) -> None:
-        """Takes the latent model from a checkpoint, or its first codes from normal images."""
+        """Refuse to leave parameters unused where a strategy does not expect it."""
         strategy: Any = self.trainer.strategy
         if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get(
             "find_unused_parameters"
@@ -272,26 +266,21 @@ class DSR(Method):
                 "each stage of DSR leaves the others' parameters unused: set "
                 "trainer.strategy=ddp_find_unused_parameters_true"
             )
-        self.total_steps = self.trainer.estimated_stepping_batches
-        if self.started:
-            return
+        super().on_fit_start()
+
+    def learn(self) -> None:
+        """Take the latent model from a checkpoint, or its first codes from normal images."""
         if self.latent_weights:
             self.latent.load_state_dict(read_latent(self.latent_weights))
-        else:
-            with torch.no_grad():
-                for batch in self.normal_batches("train", 16):
-                    features, z_low = self.latent.encode(batch["image"])
-                    self.latent.low.start(z_low)
-                    low = self.latent.low(z_low)
-                    self.latent.high.start(self.latent.encoding_high(features, low))
-                    break
-        self.started.fill_(True)
+            return
+        for batch in self.normal_batches("train", 16):
+            features, z_low = self.latent.encode(batch["image"])
+            self.latent.low.start(z_low)
+            low = self.latent.low(z_low)
+            self.latent.high.start(self.latent.encoding_high(features, low))
+            break
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Tells the share of training."""
-        self.done = self.trainer.global_step / self.total_steps
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """The base class's; in the first stage it also moves the codebooks."""
         self.encodings = None
         loss = super().training_step(batch, batch_idx)
@@ -313,14 +302,12 @@ class DSR(Method):
     def configure_optimizers(self) -> Any:
         """One optimiser; in the second stage its rate follows the schedule."""
         optimizer = self.optimizer(list(self.parameters()))
-        total = self.trainer.estimated_stepping_batches
 
-        def factor(step: int) -> float:
-            stage, done = self.stage_at(step / total)
-            return self.schedule(done) if self.schedule and stage == "detection" else 1.0
+        def factor(done: float) -> float:
+            stage, within = self.stages.at(done)
+            return self.schedule(within) if self.schedule and stage == "detection" else 1.0
 
-        scheduler = {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return self.scheduled(optimizer, factor)
 
 
 def odds(logits: Tensor) -> Tensor:

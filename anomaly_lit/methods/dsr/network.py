@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROWS = 4096  # distances to all codes are computed for so many vectors at a time
+from anomaly_lit.nn.bank import nearest_rows, partial_distances
+from anomaly_lit.nn.unet import conv3, doubled
+
+ROWS = 4096  # distances to all codes are sorted for so many vectors at a time
 
 
 class Codes(NamedTuple):
@@ -24,7 +25,7 @@ class Codebook(nn.Module):
     """Vectors of which every position takes the nearest; they follow what is assigned to them.
 
     Moving averages of what each vector got, and of how often (decay 0.99, Laplace smoothing 1e-5),
-    are their quotient; a vector that nothing took for ``reseed`` moves starts anew at an encoding.
+    are their quotient; a vector that nothing took for `reseed` moves starts anew at an encoding.
 
     Args:
         count: Vectors K.
@@ -49,21 +50,20 @@ class Codebook(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """(B, D, h, w) to (B, h, w) numbers of the nearest vectors (squared distance)."""
-        rows = [distances(part, self.vectors).argmin(dim=1) for part in tokens(z).split(ROWS)]
-        return torch.cat(rows).view(len(z), *z.shape[2:])
+        return nearest_rows(tokens(z), self.vectors).view(len(z), *z.shape[2:])
 
     def look_up(self, number: Tensor) -> Tensor:
         """(B, h, w) numbers to (B, D, h, w)."""
         return F.embedding(number, self.vectors).permute(0, 3, 1, 2)
 
     def forward(self, z: Tensor) -> Tensor:
-        """(B, D, h, w) to the nearest vectors; the gradient passes through as if to ``z``."""
+        """(B, D, h, w) to the nearest vectors; the gradient passes through as if to `z`."""
         nearest = self.look_up(self.nearest(z.detach())).to(z.dtype)
         return z + (nearest - z).detach()
 
     @torch.no_grad()
     def start(self, z: Tensor) -> None:
-        """Takes vectors from (B, D, h, w) encodings, at random."""
+        """Take vectors from (B, D, h, w) encodings, at random."""
         rows = tokens(z)
         self._replace(torch.ones_like(self.idle, dtype=torch.bool), rows)
 
@@ -84,7 +84,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def move(self, assigned: Tensor, z: Tensor) -> None:
-        """One step of the averages; what is idle for long is replaced by encodings of ``z``."""
+        """One step of the averages; what is idle for long is replaced by encodings of `z`."""
         self.sums.lerp_(assigned[:, :-1], 1 - self.decay)
         self.uses.lerp_(assigned[:, -1], 1 - self.decay)
         total = self.uses.sum()
@@ -99,18 +99,12 @@ def tokens(z: Tensor) -> Tensor:
     return z.float().permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def distances(rows: Tensor, vectors: Tensor) -> Tensor:
-    """(n, K) squared distances of (n, D) to (K, D), less the square of each row."""
-    with torch.autocast(rows.device.type, enabled=False):
-        return vectors.square().sum(dim=1) - 2 * rows @ vectors.T
-
-
 class ResidualStack(nn.Module):
     """Two residual blocks, then ReLU.
 
     Args:
         channels: In and out.
-        hidden: Between the convolutions of a block.
+        hidden: Between the conv3 of a block.
     """
 
     def __init__(self, channels: int, hidden: int) -> None:
@@ -139,7 +133,7 @@ class LatentModel(nn.Module):
         hidden: Channels, and length of the vectors.
         residual: Channels inside residual blocks.
         codes: Vectors of each level.
-        reseed: See ``Codebook``.
+        reseed: See `Codebook`.
     """
 
     def __init__(self, hidden: int, residual: int, codes: int, reseed: int) -> None:
@@ -215,7 +209,7 @@ def corrupt_codes(
     first = count // 20
     rank = first + (share * (last[image] - first)).long()
     found = [
-        distances(rows, book.vectors).argsort(dim=1).gather(1, ranks[:, None])[:, 0]
+        partial_distances(rows, book.vectors).argsort(dim=1).gather(1, ranks[:, None])[:, 0]
         for rows, ranks in zip(
             z.detach().permute(0, 2, 3, 1)[image, row, column].float().split(ROWS),
             rank.split(ROWS),
@@ -226,18 +220,6 @@ def corrupt_codes(
     if found:
         changed[image, row, column] = book.vectors[torch.cat(found)].to(changed.dtype)
     return changed.permute(0, 3, 1, 2)
-
-
-def _convs(*channels: int) -> nn.Sequential:
-    """3 x 3 convolutions, each with instance normalisation and ReLU."""
-    layers: list[nn.Module] = []
-    for given, made in pairwise(channels):
-        layers += [nn.Conv2d(given, made, 3, padding=1), nn.InstanceNorm2d(made), nn.ReLU()]
-    return nn.Sequential(*layers)
-
-
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
 
 
 class Restriction(nn.Module):
@@ -252,9 +234,13 @@ class Restriction(nn.Module):
         super().__init__()
         w = width
         self.down = nn.ModuleList(
-            [_convs(dim, w, w), _convs(w, 2 * w, 2 * w), _convs(2 * w, 4 * w, 4 * w)]
+            [
+                conv3(dim, w, w),
+                conv3(w, 2 * w, 2 * w),
+                conv3(2 * w, 4 * w, 4 * w),
+            ]
         )
-        self.up = nn.ModuleList([_convs(4 * w, 2 * w, 2 * w, 2 * w), _convs(2 * w, w, w, w)])
+        self.up = nn.ModuleList([conv3(4 * w, 2 * w, 2 * w, 2 * w), conv3(2 * w, w, w, w)])
         self.out = nn.Conv2d(w, dim, 3, padding=1)
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -262,7 +248,7 @@ class Restriction(nn.Module):
         for number, stage in enumerate(self.down):
             codes = stage(F.max_pool2d(codes, 2) if number else codes)
         for stage in self.up:
-            codes = stage(_double(codes))
+            codes = stage(doubled(codes))
         return self.out(codes)
 
 
@@ -278,9 +264,9 @@ class ObjectDecoder(nn.Sequential):
     def __init__(self, dim: int, residual: int, width: int) -> None:
         w, thin = width, width // 4
         super().__init__(
-            _convs(2 * dim, w, 2 * w),
+            conv3(2 * dim, w, 2 * w),
             nn.MaxPool2d(2),
-            _convs(2 * w, 2 * w, 4 * w),
+            conv3(2 * w, 2 * w, 4 * w),
             nn.MaxPool2d(2),
             nn.Conv2d(4 * w, thin, 1),
             nn.ConvTranspose2d(thin, thin, 4, 2, 1),
@@ -295,37 +281,7 @@ class ObjectDecoder(nn.Sequential):
         )
 
 
-class UNet(nn.Module):
-    """Encoder-decoder with shortcuts; two classes a pixel.
-
-    Args:
-        channels: Of the input.
-        widths: Channels of the stages, finest first.
-    """
-
-    def __init__(self, channels: int, widths: Sequence[int]) -> None:
-        super().__init__()
-        before = [channels, *widths[:-1]]
-        self.down = nn.ModuleList(
-            _convs(given, made, made) for given, made in zip(before, widths, strict=True)
-        )
-        fine_last = list(reversed(widths))
-        self.shrink = nn.ModuleList(_convs(coarse, fine) for coarse, fine in pairwise(fine_last))
-        self.up = nn.ModuleList(_convs(2 * fine, fine, fine) for fine in fine_last[1:])
-        self.out = nn.Conv2d(widths[0], 2, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to logits (B, 2, H, W)."""
-        stages: list[Tensor] = []
-        for number, stage in enumerate(self.down):
-            x = stage(F.max_pool2d(x, 2) if number else x)
-            stages.append(x)
-        for shrink, up, shortcut in zip(self.shrink, self.up, stages[-2::-1], strict=True):
-            x = up(torch.cat([shrink(_double(x)), shortcut], dim=1))
-        return self.out(x)
-
-
 def init_gaussian(module: nn.Module) -> None:
-    """Weights of convolutions from N(0, 0.02^2)."""
+    """Draw weights of convolutions from N(0, 0.02^2)."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)

@@ -13,16 +13,23 @@ attention and a convolutional feed-forward network, and the hybrid loss for trai
 All numbers here are our own choice. So are the answers to what remains open; these are options:
 
 - masks hide all scales jointly and every copy is restored by one network
-  (``restoration="joint"``), or each stage of the backbone has a network (``"per_stage"``);
-- ``mask.sets`` 3, or 2 for strict complements; ``mask.sizes`` 2, 4 and 8, all used in scoring;
+  (`restoration="joint"`), or each stage of the backbone has a network (`"per_stage"`);
+- `mask.sets` 3, or 2 for strict complements; `mask.sizes` 2, 4 and 8, all used in scoring;
 - pixel and structural maps are added, each over its spread on held-out images
-  (``combine="sum"``), or multiplied (``"product"``);
+  (`combine="sum"`), or multiplied (`"product"`);
 - values are cut to [0, 1] for the structural map of the score;
 - hidden positions are filled with a learned vector, features are scaled to [0, 1] channel by
   channel between percentiles of the training images, and SSIM is taken channel by channel.
 
 Do not call results of it MFRNet as published. With VGG16 at a 64 x 64 map there are 17.03 million
 trainable parameters.
+
+Paper: Wang et al.: Multi-feature Reconstruction Network using Crossed-mask Restoration for
+Unsupervised Industrial Anomaly Detection. arXiv:2404.13273.
+Status: works; measured small (experiments/mfrnet).
+Note: no code was published; what the paper leaves open to us is an option and said in the
+docstring. **Patent** CN117372720B (Nanjing University of Aeronautics and Astronautics, listed as
+active): have it checked before commercial use in China.
 """
 
 from __future__ import annotations
@@ -49,7 +56,7 @@ class MFRNet(Method):
 
     Args:
         backbone: Frozen feature extractor; the paper takes VGG16.
-        mask: Hides positions of the map; ``crossed`` covers all of them. Positions that no set
+        mask: Hides positions of the map; `crossed` covers all of them. Positions that no set
             hides are restored in sight, as the mean over the sets.
         loss: Reconstruction loss on (B, C, h, w) maps in about [0, 1]. Scoring always takes both
             pixel and structural similarity.
@@ -60,12 +67,12 @@ class MFRNet(Method):
             2^(levels - 1).
         dims: Channels of each level of the restoration network.
         depths: Hybrid blocks of each level.
-        head_dim: Channels of an attention head; divides ``dims``.
+        head_dim: Channels of an attention head; divides `dims`.
         pools: Sides of the pooled maps that attention looks at; the first level adds 16 where
             the map is larger.
-        restoration: One network for all stages (``joint``) or one for each (``per_stage``).
+        restoration: One network for all stages (`joint`) or one for each (`per_stage`).
         structure_weight: Weight of the structural map in the score.
-        combine: ``sum`` or ``product`` of the two maps.
+        combine: `sum` or `product` of the two maps.
         smoothing: Standard deviation of the Gaussian filter on the map, in pixels.
         mask_seed: Decides the masks in scoring.
 
@@ -76,7 +83,6 @@ class MFRNet(Method):
     hidden: Tensor
     low: Tensor
     high: Tensor
-    placed: Tensor
     spread: Tensor
 
     def __init__(
@@ -120,7 +126,6 @@ class MFRNet(Method):
         self.groups = [channels] if restoration == "joint" else list(backbone.channels)
         self.register_buffer("low", torch.zeros(channels, 1, 1))
         self.register_buffer("high", torch.ones(channels, 1, 1))
-        self.register_buffer("placed", torch.tensor(False))
         self.register_buffer("spread", torch.ones(2))  # of the pixel and of the structural map
         self.fill = nn.Parameter(torch.zeros(channels, 1, 1))
         self.restoration = nn.ModuleList(
@@ -135,7 +140,7 @@ class MFRNet(Method):
         return (torch.cat(maps, dim=1) - self.low) / (self.high - self.low)
 
     def restore(self, features: Tensor, hidden: Tensor) -> Tensor:
-        """Restores every position without its own cell.
+        """Restore every position without its own cell.
 
         Args:
             features: (B, C, h, w), scaled.
@@ -158,8 +163,7 @@ class MFRNet(Method):
         """Distance of the restored map to the features."""
         target = self.scaled(self.features(self.backbone, batch))
         hidden = self.mask(len(target), *self.grid, self.generator())
-        terms = loss_terms(self.loss, self.restore(target, hidden), target)
-        return {**terms, "loss": torch.stack(list(terms.values())).sum()}
+        return loss_terms(self.loss, self.restore(target, hidden), target)
 
     def differences(self, image: Tensor) -> Tensor:
         """Pixel and structural map, (passes, 2, B, h, w), one pass for each cell size."""
@@ -173,7 +177,7 @@ class MFRNet(Method):
         return torch.stack(passes)
 
     def forward(self, image: Tensor) -> Prediction:
-        """Scores images; see the base class."""
+        """Score images; see the base class."""
         pixel, structure = (self.differences(image) / self.spread.view(2, 1, 1, 1)).unbind(1)
         if self.combine == "sum":
             combined = (pixel + self.structure_weight * structure).mean(dim=0)
@@ -184,20 +188,16 @@ class MFRNet(Method):
 
     # ------------------------------------------------------------- what is taken of the data
 
-    def on_fit_start(self) -> None:
-        """Places each channel between its 0.1 and 99.9 % values, unless a checkpoint did."""
-        if self.placed:
-            return
-        self.placed.fill_(True)
+    def learn(self) -> None:
+        """Place each channel between its 0.1 and 99.9 % values."""
         generator = self.generator()
         values = []
-        with torch.no_grad():
-            for batch in self.normal_batches("train"):
-                maps = self.scaled(self.features(self.backbone, batch)).flatten(2)  # (B, C, h * w)
-                place = torch.randint(
-                    maps.shape[2], (SAMPLED,), generator=generator, device=maps.device
-                )
-                values.append(maps[..., place].transpose(0, 1).flatten(1).cpu())
+        for batch in self.normal_batches("train"):
+            maps = self.scaled(self.features(self.backbone, batch)).flatten(2)  # (B, C, h * w)
+            place = torch.randint(
+                maps.shape[2], (SAMPLED,), generator=generator, device=maps.device
+            )
+            values.append(maps[..., place].transpose(0, 1).flatten(1).cpu())
         ordered = torch.cat(values, dim=1).sort(dim=1).values  # (C, positions)
         last = ordered.shape[1] - 1
         low, high = ordered[:, round(0.001 * last)], ordered[:, round(0.999 * last)]
@@ -205,12 +205,11 @@ class MFRNet(Method):
         # a channel that never changes keeps its scale
         self.high.copy_(torch.where(high > low, high, low + 1).view(-1, 1, 1))
 
-    def on_validation_start(self) -> None:
-        """Takes the spread of both maps over held-out images, for the present weights."""
-        with torch.autocast(self.device.type, enabled=False), torch.no_grad():
-            maps = [
-                self.differences(batch["image"]).transpose(0, 1).flatten(1)
-                for batch in self.normal_batches("holdout")
-            ]
+    def calibrate(self) -> None:
+        """Take the spread of both maps over held-out images."""
+        maps = [
+            self.differences(batch["image"]).transpose(0, 1).flatten(1)
+            for batch in self.normal_batches("holdout")
+        ]
         if maps:  # without held-out images both maps count as they are
             self.spread.copy_(torch.cat(maps, dim=1).std(dim=1).clamp(min=1e-12))

@@ -5,48 +5,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anomaly_lit.nn.neighbours import (
-    Attention,
-)
+from anomaly_lit.nn.attention import Attention
+from anomaly_lit.nn.bank import Bank
 from anomaly_lit.types import UserError
 
 
-class StoredPrompts(nn.Module):
-    """The frozen features of a few normal images of each category; part of the state dict.
+class StoredPrompts(Bank):
+    """The frozen features of a few normal images of each category, (C, h, w) each.
 
-    Args:
-        channels: C of the feature maps.
-        grid: Their height and width.
+    Those of one category lie side by side in `items`.
 
     Attributes:
         categories: Names, in order.
-        features: (categories * count, C, h, w), the prompts of one category side by side.
+        count: Prompts of each category.
     """
 
-    features: Tensor
-
-    def __init__(self, channels: int, grid: tuple[int, int]) -> None:
-        super().__init__()
+    def __init__(self, *shape: int) -> None:
+        super().__init__(*shape)
         self.categories: list[str] = []
         self.count = 0
-        self.register_buffer("features", torch.zeros(0, channels, *grid), persistent=False)
 
-    def fill(self, features: Tensor, categories: Sequence[str], count: int) -> None:
-        """Keeps ``count`` of the (n, C, h, w) maps of each category, again from the first."""
+    def keep(self, features: Tensor, categories: Sequence[str], count: int) -> None:
+        """Keep `count` of the (n, C, h, w) maps of each category, again from the first."""
         self.categories = list(dict.fromkeys(categories))
         self.count = count
         rows: list[int] = []
         for name in self.categories:
             own = [row for row, category in enumerate(categories) if category == name]
             rows += [own[number % len(own)] for number in range(count)]
-        self.features = features[rows]
+        self.fill(features[rows])
 
     def rows(self, categories: Sequence[str], index: int | Sequence[int]) -> list[int]:
-        """Rows of prompt number ``index`` of each named category.
+        """Rows of prompt number `index` of each named category.
 
         Raises:
             UserError: A category has no prompt.
@@ -61,33 +54,24 @@ class StoredPrompts(nn.Module):
         places = [self.categories.index(name) * self.count for name in categories]
         return [place + number for place, number in zip(places, numbers, strict=True)]
 
-    def slices(self, rows: Sequence[int]) -> Tensor:
-        """(n, C, h, w), the features of some rows.
-
-        Cut out and not indexed: a linear layer upon constant rows of a constant comes out wrong
-        from OpenVINO 2026.4.
-        """
-        return torch.cat([self.features[row : row + 1] for row in rows])
-
-    def nearest(self, features: Tensor) -> Tensor:
-        """(B,) rows of the prompts whose mean feature points most in the direction of the image's.
+    def most_similar(self, features: Tensor) -> Tensor:
+        """Return the (B,) rows of the prompts whose mean feature has the largest cosine.
 
         Raises:
             UserError: There is no prompt.
         """
         if not self.categories:
             raise UserError("OneNIP has no prompts yet: train it first, or load a checkpoint")
-        means = [F.normalize(maps.mean(dim=(2, 3)), dim=1) for maps in (features, self.features)]
+        means = [F.normalize(maps.mean(dim=(2, 3)), dim=1) for maps in (features, self.items)]
         return (means[0] @ means[1].mT).argmax(dim=1)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Prompts, as plain data and a tensor."""
-        return {"categories": self.categories, "count": self.count, "features": self.features}
+        """Return the categories, as plain data."""
+        return {"categories": self.categories, "count": self.count}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes what ``get_extra_state`` gave."""
+        """Take what `get_extra_state` gave."""
         self.categories, self.count = list(state["categories"]), state["count"]
-        self.features = state["features"].to(self.features.device)
 
 
 class BidirectionalDecoder(nn.Module):

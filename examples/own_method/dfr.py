@@ -1,4 +1,4 @@
-"""DFR: deep feature reconstruction (Yang et al., 2020, arXiv:2012.07122).
+"""DFR: deep feature reconstruction (Yang, Shi, Qi, 2020, arXiv:2012.07122).
 
 A frozen backbone describes each position by a stack of features. A 1 x 1 convolutional
 auto-encoder learns to rebuild the stacks of normal images; the squared error of a stack is its
@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from anomaly_lit.losses import loss_terms
-from anomaly_lit.methods import Method
+from anomaly_lit.methods.base import Method, OptimizerFn
 from anomaly_lit.nn.aggregate import aggregate, resize
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.types import Batch, Prediction
@@ -30,7 +30,12 @@ class DFR(Method):
     """
 
     def __init__(
-        self, backbone: Backbone, loss: nn.Module, optimizer, grid: int = 32, latent_dim: int = 64
+        self,
+        backbone: Backbone,
+        loss: nn.Module,
+        optimizer: OptimizerFn,
+        grid: int = 32,
+        latent_dim: int = 64,
     ) -> None:
         super().__init__(optimizer)
         self.backbone = backbone
@@ -48,13 +53,12 @@ class DFR(Method):
         )
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Error of the rebuilt stacks."""
+        """Return the error of the rebuilt stacks."""
         stacks = aggregate(self.features(self.backbone, batch), self.grid).float()
-        terms = loss_terms(self.loss, self.autoencoder(stacks).float(), stacks)
-        return {**terms, "loss": sum(terms.values())}
+        return loss_terms(self.loss, self.autoencoder(stacks).float(), stacks)
 
     def forward(self, image: Tensor) -> Prediction:
-        """Scores images; see the base class."""
+        """Score images; see the base class."""
         stacks = aggregate(self.backbone(image), self.grid)  # (B, C, h, w)
         error = (self.autoencoder(stacks) - stacks).square().mean(dim=1, keepdim=True)
         anomaly_map = resize(error, image.shape[-2:])  # (B, 1, H, W)

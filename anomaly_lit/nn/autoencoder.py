@@ -1,0 +1,62 @@
+"""A convolutional auto-encoder of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Encoder(nn.Module):
+    """Stages of a 4 x 4 convolution that halves, batch normalisation and leaky ReLU.
+
+    Args:
+        channels: Of the stages, finest first.
+    """
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(given, made, 4, 2, 1, bias=False), nn.BatchNorm2d(made), nn.LeakyReLU(0.2)
+            )
+            for given, made in zip([3, *channels[:-1]], channels, strict=True)
+        )
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) to the maps of all stages, finest first."""
+        maps = []
+        for stage in self.stages:
+            image = stage(image)
+            maps.append(image)
+        return maps
+
+
+class Decoder(nn.Module):
+    """The encoder mirrored; maps handed on are joined where they have their size.
+
+    Args:
+        channels: Of the encoder's stages, coarsest first.
+        given: How many of them are handed on, from the coarsest; 1 is a plain auto-encoder.
+    """
+
+    def __init__(self, channels: Sequence[int], given: int = 1) -> None:
+        super().__init__()
+        made = [*channels[1:], 3]
+        read = [count * (2 if 0 < n < given else 1) for n, count in enumerate(channels)]
+        self.stages = nn.ModuleList(
+            nn.ConvTranspose2d(before, after, 4, 2, 1)
+            for before, after in zip(read, made, strict=True)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(count) for count in made[:-1])
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps, coarsest first, to (B, 3, H, W) in [0, 1]."""
+        x = maps[0]
+        for number, (stage, norm) in enumerate(zip(self.stages[:-1], self.norms, strict=True), 1):
+            x = F.leaky_relu(norm(stage(x)), 0.2)
+            if number < len(maps):
+                x = torch.cat([x, maps[number]], dim=1)
+        return self.stages[-1](x).sigmoid()

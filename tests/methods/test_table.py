@@ -1,0 +1,27 @@
+"""The README's table of methods is what the methods say of themselves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from anomaly_lit.methods import files
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(ROOT / "scripts" / "methods_table.py"), *arguments]
+    return subprocess.run(line, capture_output=True, text=True, encoding="utf-8")
+
+
+def test_it_is_current() -> None:
+    done = run("--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_method_has_a_row() -> None:
+    rows = run().stdout.splitlines()[2:]
+    assert len(rows) == len(set(files().values()))
+    assert all(row.count("|") == 5 for row in rows)
