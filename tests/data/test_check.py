@@ -14,11 +14,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from anomaly_lit.commands.data import Report, check_data
+from anomaly_lit.commands.data import check_data
 from anomaly_lit.config.build import import_target
 from anomaly_lit.config.hydra import config_dir, plain
 from anomaly_lit.config.validate import validate
 from anomaly_lit.data import BTAD, Folder, KolektorSDD2, MVTecAD, VisA
+from anomaly_lit.data.inspect import Report
 
 Write = Callable[..., Path]
 
