@@ -22,7 +22,7 @@ from anomaly_lit.data.images import (
     read_mask,
     read_sample,
 )
-from anomaly_lit.data.layouts.folders import walk_images
+from anomaly_lit.data.layouts.files import walk_images
 from anomaly_lit.types import Sample, UserError
 
 GREY_BITS = 4096  # a 16-bit picture that stays below uses less than 12 of its bits
@@ -86,8 +86,8 @@ def inspect_data(datamodule: AnomalyDataModule, pictures: list[Picture] | None =
     """
     if pictures is None:
         pictures = decode_all(datamodule)
-    name, root, licence = type(datamodule).__name__, str(datamodule.root), datamodule.licence
-    report = Report(name, root, licence, datamodule.counts())
+    layout = datamodule.layout
+    report = Report(layout.name, str(datamodule.root), layout.licence, datamodule.counts())
     for gap in datamodule.find_gaps():
         report.add("error", "incomplete", gap)
     for note in datamodule.notes():
@@ -239,13 +239,13 @@ def _find_duplicates(report: Report, pictures: list[Picture]) -> None:
 
 def _find_unused(report: Report, datamodule: AnomalyDataModule) -> None:
     """List pictures that lie in the data set's folders and belong to no split."""
-    used: set[Path] = set()
+    layout, root = datamodule.layout, Path(str(datamodule.root))
+    used: set[str] = set()
     for category in datamodule.categories:
-        for samples in datamodule.list_category(Path(str(datamodule.root)), category):
-            for sample in samples:
-                used |= {Path(path) for path in (sample.path, sample.mask_path) if path}
-    folders = datamodule.folders()
-    unused = sorted({str(path) for top in folders for path in walk_images(top)} - {*map(str, used)})
+        for samples in layout.list_category(root, category):
+            used |= {path for sample in samples for path in (sample.path, sample.mask_path) if path}
+    folders = layout.folders(root, datamodule.categories)
+    unused = sorted({str(path) for top in folders for path in walk_images(top)} - used)
     if unused:
         report.add(
             "warning", "unused", f"{len(unused)} pictures are neither image nor mask", unused

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
+
+from anomaly_lit.types import Sample
 
 
 class TrainBatches(Sampler[list[int]]):
@@ -67,39 +70,28 @@ class TrainBatches(Sampler[list[int]]):
         return torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
 
 
-class WithPartners(Sampler[list[tuple[int, int]]]):
-    """Adds to every index of a batch that of another member of its group, drawn uniformly.
+def equal_weights(samples: Sequence[Sample]) -> Tensor:
+    """Return a weight for each image, (n,), with which every category is drawn equally often."""
+    counts = Counter(sample.category for sample in samples)
+    return torch.tensor([1 / counts[sample.category] for sample in samples])
 
-    The draw depends on the batches' seed, the step and the index. An index that is alone in its
-    group is its own partner.
+
+class WithSteps(Sampler[list[tuple[int, int]]]):
+    """Adds to every index the number of its batch, from which companions are drawn.
 
     Args:
         batches: Batches of indices.
-        groups: The group of each index.
     """
 
-    def __init__(self, batches: TrainBatches, groups: Sequence[str]) -> None:
+    def __init__(self, batches: TrainBatches) -> None:
         self.batches = batches
-        members: dict[str, list[int]] = {}
-        self.places: list[int] = []  # of each index in its group
-        for index, group in enumerate(groups):
-            self.places.append(len(members.setdefault(group, [])))
-            members[group].append(index)
-        self.members = [members[group] for group in groups]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step, batch in enumerate(self.batches, self.batches.position()):
-            yield [(index, self._partner(step, index)) for index in batch]
-
-    def _partner(self, step: int, index: int) -> int:
-        members, own = self.members[index], self.places[index]
-        if len(members) == 1:
-            return index
-        place = mixed_seed(self.batches.seed, step, index) % (len(members) - 1)
-        return members[place + (place >= own)]  # its own place is stepped over, at any group's size
+            yield [(index, step) for index in batch]
 
 
 class ShardSampler(Sampler[int]):

@@ -65,8 +65,8 @@ def test_every_cache_gives_the_batches_of_none(
     mvtec: Path, folder: Path, kind: str, prompts: bool
 ) -> None:
     caches = {"host": HostCache, "disk": lambda: DiskCache(str(folder)), "device": DeviceCache}
-    plain, cached = ready(mvtec, None), ready(mvtec, caches[kind]())
-    plain.with_prompts = cached.with_prompts = prompts
+    needs = {"prompt"} if prompts else set()
+    plain, cached = ready(mvtec, None, needs=needs), ready(mvtec, caches[kind](), needs=needs)
     same(plain, cached)
 
 

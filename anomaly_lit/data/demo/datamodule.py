@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import nn
 from anomaly_lit.data.caches.features import FeatureCache
 from anomaly_lit.data.caches.memory import ImageCache
 from anomaly_lit.data.demo.products import GOOD, PRODUCTS, picture
-from anomaly_lit.data.layouts.sets import MVTecAD
+from anomaly_lit.data.layouts.mvtec_ad import MVTecAD, MVTecADLayout
 from anomaly_lit.types import UserError
 
 VERSION = 1  # of the drawings; a change of any picture raises it
@@ -28,28 +29,25 @@ MANIFEST = "demo.json"
 CATEGORIES = tuple(PRODUCTS)
 
 
+class DemoLayout(MVTecADLayout):
+    """MVTec AD's layout."""
+
+    licence = "the demo's pictures are drawn by this package and free to use"
+
+
 class Demo(MVTecAD):
     """The demo's data set, made in `prepare_data` where it is not there yet.
+
+    The arguments that are not described here are those of `AnomalyDataModule`.
 
     Args:
         root: Folder for the pictures; absent, empty or already filled by this class.
         categories: Names, or `all`.
         image_size: Height and width that a method sees, or one number; the pictures have 128.
-        batch_size: Images per training step.
-        eval_batch_size: Images per step of validation and test.
-        num_workers: Processes that read images.
-        holdout: Share of the normal training images of each category, kept from training.
-        shots: Train on this many images of each category only.
-        balanced: Draw every category equally often.
-        seed: Chooses the held-out images and the shots, and shuffles.
         drawing_seed: Decides the pictures; another one needs another root.
-        cache: Where decoded images are kept; None decodes them each time.
-        feature_cache: Where features of frozen backbones are kept; None computes them each time.
-        synthesis: Makes anomalies out of training images; None gives plain batches.
-        validate_on_synthesis: Also score held-out images after synthesis.
     """
 
-    licence = "the demo's pictures are drawn by this package and free to use"
+    layout_class = DemoLayout
 
     def __init__(
         self,
@@ -64,10 +62,15 @@ class Demo(MVTecAD):
         balanced: bool = False,
         seed: int = 0,
         drawing_seed: int = 0,
+        outlier_dir: str | None = None,
         cache: ImageCache | None = None,
         feature_cache: FeatureCache | None = None,
         synthesis: nn.Module | None = None,
         validate_on_synthesis: bool = False,
+        needs: Collection[str] = (),
+        validate_on_test: bool = False,
+        pin_memory: bool | None = None,
+        persistent_workers: bool | None = None,
     ) -> None:
         super().__init__(
             root=root,
@@ -80,10 +83,15 @@ class Demo(MVTecAD):
             shots=shots,
             balanced=balanced,
             seed=seed,
+            outlier_dir=outlier_dir,
             cache=cache,
             feature_cache=feature_cache,
             synthesis=synthesis,
             validate_on_synthesis=validate_on_synthesis,
+            needs=needs,
+            validate_on_test=validate_on_test,
+            pin_memory=pin_memory,
+            persistent_workers=persistent_workers,
         )
         self.drawing_seed = drawing_seed
 
