@@ -1,4 +1,4 @@
-"""The command anomaly-data: looks at a data set before anything is trained on it."""
+"""`anomaly-data`: check a data set before training on it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def run(config: DictConfig) -> None:
-    """Check the configured data set, show and write the report; exit with 1 where it is wrong."""
+    """Check the configured data set, show and write the report; exit with 1 if it has errors."""
     from anomaly_lit.config.build import instantiate
     from anomaly_lit.config.hydra import plain
     from anomaly_lit.config.validate import validate
@@ -53,13 +53,12 @@ def clear_cache() -> None:
 
 
 def check_data(datamodule: AnomalyDataModule, output_dir: str | Path, columns: int = 6) -> Report:
-    """Decode every image and mask of a data set and gather what is wrong with it.
+    """Check a data set, and write `report.json` and `sample_grid.png`.
 
-    Writes `report.json` and `sample_grid.png` (rows of `columns` images as a method would see
-    them, truth outlined) into `output_dir`.
+    The grid shows rows of `columns` images as a method would see them, with outlines of the truth.
 
     Raises:
-        UserError: where there is no such data set at all or the folder cannot be written.
+        UserError: The data set does not exist, or `output_dir` cannot be written.
     """
     from anomaly_lit.data.inspect import decode_all, inspect_data, read_resized, sample_rows
     from anomaly_lit.drawing.png import save_image

@@ -1,4 +1,4 @@
-"""One split as a data set that gives whole batches: rows of a cache are taken at once."""
+"""A split as a data set that returns whole batches: rows of a cache are read together."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Images(Dataset[Batch]):
         return cast(Batch, part)
 
     def _read(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """(B, 3, h, w) float32 in [0, 1] and (B, 1, h, w) bool; 8 bits until they lie together."""
+        """Return images (B, 3, h, w) float32 in [0, 1] and masks (B, 1, h, w) bool."""
         image_places, mask_places = self.image_places[rows], self.mask_places[rows]
         size, device = self.resize.size, self._device()
         kept, masked = image_places[:, 0] >= 0, mask_places[:, 0] >= 0
@@ -128,12 +128,13 @@ class Images(Dataset[Batch]):
 
 
 def as_float(images: Tensor) -> Tensor:
-    """(B, h, w, 3) uint8 to (B, 3, h, w) float32 in [0, 1], the same to the bit on every device."""
+    """Convert (B, h, w, 3) uint8 to (B, 3, h, w) float32 in [0, 1], identically on every device."""
     pixels = images.permute(0, 3, 1, 2)
     pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-    return pixels.div_(torch.tensor(255.0, device=images.device))  # a number would be inverted
+    # CUDA multiplies by the rounded inverse of a Python number
+    return pixels.div_(torch.tensor(255.0, device=images.device))
 
 
 def as_it_is(batch: Any) -> Any:
-    """Give the batch, which the data set has put together already, to the loader."""
+    """Return the batch unchanged: the data set has already assembled it."""
     return batch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from anomaly_lit.data.caches.memory import in_threads
 from anomaly_lit.data.images import check_sizes, read_header
+from anomaly_lit.data.progress import in_threads
 from anomaly_lit.types import Sample, UserError
 
 

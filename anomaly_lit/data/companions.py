@@ -1,9 +1,9 @@
 """Companions: further images that go beside each image of a training batch.
 
 A method names those that it needs, such as `needs = frozenset({"prompt"})`. A training batch then
-holds `prompt` (B, 3, H, W) and `prompt_path`, and `prompt_features` where the feature cache holds
-them. Which images they are follows from the seed, the number of the batch and the image alone, so
-that a resumed run sees the same ones.
+holds `prompt` (B, 3, H, W) and `prompt_path`, and `prompt_features` if the feature cache has them.
+The choice depends only on the seed, the number of the batch and the image, so that a resumed run
+sees the same ones.
 
 To add one, list its images in `AnomalyDataModule.list_samples`, give it a name in
 `AnomalyDataModule.companions`, and add its keys to `Batch`.
@@ -67,7 +67,7 @@ class Companion(ABC):
 
 
 class Partner(Companion):
-    """Another training image of the same category; the image itself where it is the only one.
+    """Another training image of the same category; the image itself if it is the only one.
 
     Args:
         name: Key in the batch.
@@ -90,7 +90,7 @@ class Partner(Companion):
         if len(members) == 1:
             return index
         place = mixed_seed(self.seed, step, index) % (len(members) - 1)
-        return members[place + (place >= own)]  # its own place is stepped over, at any group's size
+        return members[place + (place >= own)]  # skips its own place without a list of the others
 
 
 class Pool(Companion):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, ClassVar, Literal, cast
 
@@ -13,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from anomaly_lit.data.batches import Images, as_it_is
 from anomaly_lit.data.caches.features import FeatureCache
-from anomaly_lit.data.caches.memory import DeviceCache, ImageCache, tell
+from anomaly_lit.data.caches.memory import DeviceCache, ImageCache
 from anomaly_lit.data.catalogue import Catalogue
 from anomaly_lit.data.checks import check_headers, raise_all, too_small
 from anomaly_lit.data.companions import (
@@ -26,12 +25,13 @@ from anomaly_lit.data.companions import (
 )
 from anomaly_lit.data.images import Resize
 from anomaly_lit.data.layouts.base import Layout
+from anomaly_lit.data.progress import warn_once
 from anomaly_lit.data.sampler import (
     ShardSampler,
     TrainBatches,
     WithSteps,
+    batch_seed,
     equal_weights,
-    mixed_seed,
 )
 from anomaly_lit.types import Batch, Sample, UserError
 
@@ -66,18 +66,17 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
             outliers; searched to any depth.
         cache: Where decoded images are kept; None decodes them each time.
         feature_cache: Where features of frozen backbones are kept; None computes them each time.
-        synthesis: Makes anomalies out of training images, `(image, generator, category)` to
-            `(corrupted, corruption)` with the batch's shapes; None gives plain batches.
+        synthesis: Turns `(image, generator, category)` of training images into `(corrupted,
+            corruption)`, images with synthetic anomalies and their masks; None makes none.
         validate_on_synthesis: Also score held-out images after synthesis, as `val/synthetic_*`.
-        needs: Keys of a training batch that the method reads beyond the image: `prompt` is another
-            training image of the category, `outlier` a picture of `outlier_dir`, `corrupted` what
-            `synthesis` makes.
-        validate_on_test: Also score the test images in each validation, as the last loader: an
+        needs: What the method reads in a training batch besides the image: `prompt` (another
+            training image of the category), `outlier` (a picture of `outlier_dir`), `corrupted`.
+        validate_on_test: Also score the test images in each validation, in its last loader; an
             oracle, for comparison only.
-        pin_memory: Put batches in page-locked memory, from which a GPU copies by itself; None:
-            where there is a GPU.
-        persistent_workers: Keep worker processes from one epoch to the next; None keeps them.
-        layout: How the data set lies on disk; None: the layout of the class.
+        pin_memory: Put batches in page-locked memory, which a GPU copies faster; None: if there is
+            a GPU.
+        persistent_workers: Keep worker processes from one epoch to the next; None: yes.
+        layout: How the data set is laid out on disk; None: the layout of the class.
 
     Raises:
         UserError: An argument is out of range; from `setup`, everything found wrong at once.
@@ -116,7 +115,9 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         geometry = Resize(image_size, resize, center_crop, interpolation)
         if layout is None:
             if self.layout_class is None:
-                raise UserError("dataset.layout is not set; name how the data set lies on disk")
+                raise UserError(
+                    "dataset.layout is not set; name a class like anomaly_lit.data.Layout"
+                )
             layout = self.layout_class()
         Catalogue.__init__(
             self, layout, root, categories, holdout, shots, seed, masks, outlier_dir, geometry
@@ -150,7 +151,7 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
             self.list_samples()
             raise_all(self.find_gaps(stage))
             for note in self.notes():
-                tell(note)
+                warn_once(note)
             raise_all(check_headers([*self.samples(), *self.outlier_samples]))
             self.digest = self.files_digest()
         elif stage in (None, "fit"):
@@ -170,13 +171,13 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return shuffled batches of one size; what does not fill one waits for the next epoch.
 
-        Where a split is smaller than a batch, the batch shrinks to it.
+        If the split is smaller than a batch, the batch shrinks to its size.
         """
         count, (rank, world_size) = len(self.train_samples), self._world()
         batch_size = max(1, min(self.batch_size, count // world_size))
         if batch_size < self.batch_size and not self._shrunk:
             self._shrunk = True
-            tell(
+            warn_once(
                 f"{count} training images do not fill dataset.batch_size={self.batch_size} on "
                 f"{world_size} device(s): batches of {batch_size}"
             )
@@ -221,22 +222,20 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         """
         samples = self.train_samples if split == "train" else self.holdout_samples
         share = len(samples) if most is None else max(1, most // max(1, len(self.categories)))
-        chosen: list[int] = []
-        rows = rows_by_category(samples)
-        for category in self.categories:
-            own = rows.get(category, [])
-            chosen += own[:: max(1, -(-len(own) // share))] if own else []
-        return self._in_batches(samples, chosen)
+        rows: list[int] = []
+        for own in rows_by_category(samples).values():  # in the order of the categories
+            rows += own[:: -(-len(own) // share)]
+        return self._in_batches(samples, rows)
 
     def batches_of(self, samples: list[Sample]) -> Iterator[Batch]:
         """Return batches of some images in order, the same on every rank."""
         return self._in_batches(samples, range(len(samples)))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Add cached features, and corrupted images where there is a synthesis.
+        """Add cached features, and corrupted images if there is a synthesis.
 
-        Only during training and validation. The loader `synthetic` of a validation gives the
-        corrupted images in place of the clean ones, with their truth.
+        Only during training and validation. The validation loader `synthetic` replaces the clean
+        images by corrupted ones, with their truth.
         """
         trainer = self.trainer
         if trainer is None:
@@ -283,9 +282,8 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         """
         if self.synthesis is None:
             raise UserError("corrupted images are asked for, and synthesis=none makes none")
-        image, names = batch["image"], "\n".join(self.name_of(path) for path in batch["path"])
-        seed = mixed_seed(self.seed, step, zlib.crc32(names.encode()))  # no wait for the device
-        generator = torch.Generator(image.device).manual_seed(seed)
+        image, names = batch["image"], [self.name_of(path) for path in batch["path"]]
+        generator = torch.Generator(image.device).manual_seed(batch_seed(self.seed, step, names))
         corrupted, corruption = self.synthesis(image, generator, batch["category"])
         return {**batch, "corrupted": corrupted, "corruption": corruption}
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from anomaly_lit.data.caches.memory import in_threads
+from anomaly_lit.data.progress import in_threads
 from anomaly_lit.data.splits import name_below
 from anomaly_lit.types import Sample
 

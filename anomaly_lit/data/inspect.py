@@ -1,4 +1,4 @@
-"""What is wrong or odd with a data set: every file is decoded and compared with the others."""
+"""Checks of a data set: every file is decoded and compared with the others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from anomaly_lit.data.caches.memory import in_threads
 from anomaly_lit.data.datamodule import AnomalyDataModule
 from anomaly_lit.data.images import (
     Pixels,
@@ -23,15 +22,16 @@ from anomaly_lit.data.images import (
     read_sample,
 )
 from anomaly_lit.data.layouts.files import walk_images
+from anomaly_lit.data.progress import in_threads
 from anomaly_lit.types import Sample, UserError
 
-GREY_BITS = 4096  # a 16-bit picture that stays below uses less than 12 of its bits
-CLASSES = 16  # masks with more values than this are no class indices
-SOFT_SHARE = 0.05  # of a mask's true pixels that may be darker than half of its maximum
+GREY_BITS = 4096  # a 16-bit picture with no larger value uses less than 12 of its bits
+CLASSES = 16  # more different values than this in a mask are not class indices
+SOFT_SHARE = 0.05  # largest share of a mask's true pixels below half of its maximum
 
 
 class Picture(NamedTuple):
-    """What is known of one file after decoding it."""
+    """What decoding one file showed."""
 
     sample: Sample
     split: str  # train, holdout or test
@@ -44,9 +44,9 @@ class Picture(NamedTuple):
 
 @dataclass
 class Finding:
-    """One kind of thing that is wrong or odd, with the files concerned."""
+    """One kind of problem, with the files it concerns."""
 
-    level: str  # error: training or evaluation would be wrong; warning: should be known
+    level: str  # error: training or evaluation would be wrong; warning: worth knowing
     kind: str
     text: str
     paths: list[str] = field(default_factory=list)
@@ -66,23 +66,23 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether a training on this data set would be right."""
+        """Whether training and evaluation on this data set would be right."""
         return all(finding.level != "error" for finding in self.findings)
 
     def add(self, level: str, kind: str, text: str, paths: list[str] | None = None) -> None:
-        """Note a finding."""
+        """Add a finding."""
         self.findings.append(Finding(level, kind, text, paths or []))
 
 
 def inspect_data(datamodule: AnomalyDataModule, pictures: list[Picture] | None = None) -> Report:
-    """Gather what is wrong or odd with a data set.
+    """Check a data set.
 
     Args:
-        datamodule: It is listed here, and need not be set up.
-        pictures: What `decode_all` gave of it; None decodes all files now.
+        datamodule: The data set; `setup` is not needed.
+        pictures: What `decode_all` returned for it; None decodes all files now.
 
     Raises:
-        UserError: where there is no such data set at all.
+        UserError: The data set does not exist.
     """
     if pictures is None:
         pictures = decode_all(datamodule)
@@ -95,15 +95,16 @@ def inspect_data(datamodule: AnomalyDataModule, pictures: list[Picture] | None =
     _describe(report, pictures)
     _gather_problems(report, pictures)
     _find_duplicates(report, pictures)
+    _find_divided_groups(report, pictures)
     _find_unused(report, datamodule)
     return report
 
 
 def decode_all(datamodule: AnomalyDataModule) -> list[Picture]:
-    """List a data set and decode every image and mask of it.
+    """List a data set and decode all its images and masks.
 
     Raises:
-        UserError: where there is no such data set at all.
+        UserError: The data set does not exist.
     """
     datamodule.list_samples()
     splits = {
@@ -162,7 +163,7 @@ def _mask_remarks(sample: Sample, size: tuple[int, int]) -> list[tuple[str, str]
 
 
 def _describe(report: Report, pictures: list[Picture]) -> None:
-    """Count sizes and modes per category; note what a method will not like to see mixed."""
+    """Count sizes and modes per category; warn where a category mixes them."""
     sizes: dict[str, Counter[str]] = defaultdict(Counter)
     modes: dict[str, Counter[str]] = defaultdict(Counter)
     shapes: dict[str, list[float]] = defaultdict(list)
@@ -207,7 +208,7 @@ def _gather_problems(report: Report, pictures: list[Picture]) -> None:
 
 
 def _find_duplicates(report: Report, pictures: list[Picture]) -> None:
-    """Compare decoded pixels, so that a copy in another format is found as well."""
+    """Compare decoded pixels, which finds copies in another format as well."""
     groups: dict[str, list[Picture]] = defaultdict(list)
     for picture in pictures:
         if picture.fingerprint:
@@ -237,8 +238,22 @@ def _find_duplicates(report: Report, pictures: list[Picture]) -> None:
             report.add(level, kind, f"{len(lines)} {text}, by content", lines)
 
 
+def _find_divided_groups(report: Report, pictures: list[Picture]) -> None:
+    """Warn of groups, such as clips, of which training and test both hold images."""
+    sides: dict[tuple[str, str], set[bool]] = defaultdict(set)
+    for picture in pictures:
+        if picture.sample.group:
+            sides[picture.sample.category, picture.sample.group].add(picture.split == "test")
+    divided = [
+        f"{category}: {group}" for (category, group), tested in sides.items() if len(tested) == 2
+    ]
+    if divided:
+        text = f"{len(divided)} groups of images are both in train and in test"
+        report.add("warning", "groups", text, sorted(divided))
+
+
 def _find_unused(report: Report, datamodule: AnomalyDataModule) -> None:
-    """List pictures that lie in the data set's folders and belong to no split."""
+    """Warn of pictures in the data set's folders that belong to no split."""
     layout, root = datamodule.layout, Path(str(datamodule.root))
     used: set[str] = set()
     for category in datamodule.categories:
@@ -273,7 +288,7 @@ def sample_rows(
 
 
 def read_resized(datamodule: AnomalyDataModule, sample: Sample) -> tuple[Pixels, Region | None]:
-    """Read an image as a method would see it; without its mask where that cannot be used."""
+    """Read an image as a method would see it, without its mask if that cannot be used."""
     try:
         return read_sample(sample, datamodule.resize)
     except UserError:  # it is in the report

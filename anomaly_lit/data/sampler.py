@@ -1,7 +1,8 @@
-"""Which images come when: a pure function of seed, step and rank, so that runs resume exactly."""
+"""Which images a batch holds: a function of seed, step and rank, so that runs resume exactly."""
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,20 +14,20 @@ from anomaly_lit.types import Sample
 
 
 class TrainBatches(Sampler[list[int]]):
-    """Batches of shuffled indices, the same at every step whenever a run is resumed.
+    """Batches of shuffled indices, which a resumed run continues where it stopped.
 
-    Training draws from one endless sequence of batches: each pass over the images has its own
-    order, and what does not fill a batch is left to another pass. An iteration begins at
-    ``position()``, the number of batches that training has consumed.
+    Training reads one endless sequence of batches. Each pass over the images has its own order;
+    images that do not fill a batch wait for another pass. An iteration begins at `position()`, the
+    number of batches that training has consumed.
 
     Args:
         count: Images to draw from.
-        batch_size: Images per batch and rank; at most ``count / world_size``.
+        batch_size: Images per batch and rank, at most `count / world_size`.
         seed: Decides every order.
-        position: Batches consumed so far.
-        weights: (count,) float. With them each pass draws ``count`` images with replacement, in
-            proportion to the weights; without, every image once.
-        rank: Which share of each batch is drawn.
+        position: Returns the number of batches consumed so far.
+        weights: (count,) float. With weights, each pass draws `count` images with replacement in
+            proportion to them; without, it draws every image once.
+        rank: The share of each batch to draw.
         world_size: Number of shares.
     """
 
@@ -49,11 +50,11 @@ class TrainBatches(Sampler[list[int]]):
         self.world_size = world_size
 
     def __len__(self) -> int:
-        """Batches of one pass over the images."""
+        """Return the number of batches in one pass over the images."""
         return self.count // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """As many batches as a pass has, from the present position on."""
+        """Yield as many batches as a pass has, starting at the present position."""
         start = self.position()
         order, drawn = self._order(start // len(self)), start // len(self)
         for step in range(start, start + len(self)):
@@ -95,7 +96,7 @@ class WithSteps(Sampler[list[tuple[int, int]]]):
 
 
 class ShardSampler(Sampler[int]):
-    """Every image once over all ranks, in order; unlike PyTorch's, never an image twice."""
+    """Every image once over all ranks, in order; PyTorch's sampler may repeat some."""
 
     def __init__(self, count: int, rank: int = 0, world_size: int = 1) -> None:
         self.indices = range(rank, count, world_size)
@@ -107,10 +108,15 @@ class ShardSampler(Sampler[int]):
         return iter(self.indices)
 
 
+def batch_seed(seed: int, step: int, names: Sequence[str]) -> int:
+    """Return a seed for one batch; names of images take no wait for a device."""
+    return mixed_seed(seed, step, zlib.crc32("\n".join(names).encode()))
+
+
 def mixed_seed(*numbers: int) -> int:
-    """One 63-bit seed from several numbers, such as seed, step and rank; order matters."""
+    """Mix several numbers, such as seed, step and rank, into a 63-bit seed; order matters."""
     mixed = 0x9E3779B97F4A7C15
-    for number in numbers:  # the finaliser of splitmix64, once a number
+    for number in numbers:  # the finaliser of splitmix64, once for each number
         mixed = (mixed ^ number) * 0xBF58476D1CE4E5B9 % 2**64
         mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
         mixed ^= mixed >> 31

@@ -189,7 +189,7 @@ def read_slowly(root: Path, folder: Path, delay: float, said: Connection) -> Non
 
     disk.read_image = slowly  # type: ignore[assignment]
     locks.PATIENCE = 0.1
-    store.tell = said.send  # type: ignore[assignment]
+    store.warn_once = said.send  # type: ignore[assignment]
     torch.set_num_threads(1)
     said.send(pixel_sum(ready(root, DiskCache(str(folder)))))
 

@@ -17,7 +17,7 @@ class Listing(NamedTuple):
 
 
 class Layout:
-    """How a data set lies on disk.
+    """How a data set is laid out on disk.
 
     A new data set defines `find_categories` and `list_category`, and an option file names the
     layout as `dataset.layout`. Nothing is decoded here unless only the pixels tell normal from
