@@ -33,6 +33,7 @@ class Sample(NamedTuple):
     defect_type: str  # "good" for normal images
     label: bool  # true where the image is anomalous
     mask_path: str | None = None  # None: normal image, or no mask was drawn for it
+    group: str = ""  # names what stays on one side of a split, such as a clip; "": the image alone
 
 
 class Batch(TypedDict):
@@ -49,8 +50,11 @@ class Batch(TypedDict):
     corruption: NotRequired[Tensor]  # (B, 1, H, W) bool, true where synthesis changed it
     prompt: NotRequired[Tensor]  # (B, 3, H, W), a normal image of the same category
     prompt_path: NotRequired[list[str]]
+    outlier: NotRequired[Tensor]  # (B, 3, H, W), a picture of something else
+    outlier_path: NotRequired[list[str]]
     features: NotRequired[dict[str, list[Tensor]]]  # cached clean features, by backbone
     prompt_features: NotRequired[dict[str, list[Tensor]]]  # those of the prompts
+    outlier_features: NotRequired[dict[str, list[Tensor]]]  # those of the outliers
 
 
 class Prediction(NamedTuple):

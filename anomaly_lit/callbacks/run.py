@@ -261,7 +261,7 @@ class FillFeatureCache(pl.Callback):
             return
         assert isinstance(pl_module, Method)
         backbones = pl_module.training_backbones()
-        samples = [*datamodule.train_samples, *datamodule.holdout_samples]
+        samples = datamodule.feature_samples()
 
         def batches_of(samples: list[Sample]) -> Iterator[Batch]:
             for batch in datamodule.batches_of(samples):

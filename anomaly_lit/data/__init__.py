@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from anomaly_lit.data.caches.memory import DeviceCache, HostCache
     from anomaly_lit.data.datamodule import AnomalyDataModule
     from anomaly_lit.data.demo.datamodule import Demo
-    from anomaly_lit.data.layouts.sets import BTAD, Folder, KolektorSDD2, MVTecAD, VisA
+    from anomaly_lit.data.layouts.base import Layout, Listing
+    from anomaly_lit.data.layouts.btad import BTAD
+    from anomaly_lit.data.layouts.folder import Folder
+    from anomaly_lit.data.layouts.ksdd2 import KolektorSDD2
+    from anomaly_lit.data.layouts.mvtec_ad import MVTecAD
+    from anomaly_lit.data.layouts.visa import VisA
 
 __all__ = [
     "BTAD",
@@ -28,21 +33,30 @@ __all__ = [
     "Folder",
     "HostCache",
     "KolektorSDD2",
+    "Layout",
+    "Listing",
     "MVTecAD",
     "VisA",
 ]
 FILES = {
+    "BTAD": "layouts.btad",
     "AnomalyDataModule": "datamodule",
     "Demo": "demo.datamodule",
     "DeviceCache": "caches.memory",
     "DiskCache": "caches.disk",
     "DiskFeatureCache": "caches.features_on_disk",
     "FeatureCache": "caches.features",
+    "Folder": "layouts.folder",
     "HostCache": "caches.memory",
+    "KolektorSDD2": "layouts.ksdd2",
+    "Layout": "layouts.base",
+    "Listing": "layouts.base",
+    "MVTecAD": "layouts.mvtec_ad",
+    "VisA": "layouts.visa",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{FILES.get(name, 'layouts.sets')}"), name)
+    return getattr(import_module(f"{__name__}.{FILES[name]}"), name)

@@ -1,9 +1,9 @@
-"""One split as a data set that gives whole batches: rows of a cache are taken at once."""
+"""A split as a data set that returns whole batches: rows of a cache are read together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from anomaly_lit.data.caches.memory import ImageCache, gather
+from anomaly_lit.data.companions import Companion
 from anomaly_lit.data.images import Resize, read_sample
 from anomaly_lit.types import Batch, Sample
 
@@ -18,34 +19,51 @@ Indices = Sequence[int] | Sequence[tuple[int, int]]
 
 
 class Images(Dataset[Batch]):
-    """One split: takes from the cache, or else reads, what belongs to its samples.
+    """The images of one split, taken from the cache, or read where the cache does not hold them.
 
     Args:
-        samples: In order.
+        samples: The split, in order.
         resize: Geometry of what is read.
-        cache: Where the images are that it keeps; None reads all.
+        cache: Holds decoded images; None reads each time.
+        companions: Further images to give with each image; indices then come with their step.
     """
 
-    def __init__(self, samples: list[Sample], resize: Resize, cache: ImageCache | None) -> None:
+    def __init__(
+        self,
+        samples: list[Sample],
+        resize: Resize,
+        cache: ImageCache | None,
+        companions: Sequence[Companion] = (),
+    ) -> None:
         self.samples = samples
         self.resize = resize
         self.cache = cache
         found = (cache or ImageCache()).places(samples)
         self.image_places, self.mask_places = found  # each (n, 2), -1 where it has to be read
+        self.companions = [
+            (companion, self if companion.samples is samples else
+             Images(companion.samples, resize, cache))
+            for companion in companions
+        ]  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Batch:
-        """Give a batch of one."""
+        """Return a batch of one."""
         return self.batch([index])
 
     def __getitems__(self, indices: Indices) -> Batch:
-        """Give a batch; this is how a data loader asks."""
+        """Return a batch; this is how a data loader asks."""
         return self.batch(indices)
 
     def batch(self, indices: Indices) -> Batch:
-        """Give the samples of these indices; of pairs, the second ones' images as prompts."""
+        """Return the samples of these indices.
+
+        Args:
+            indices: Positions in the split, or pairs of a position and the number of the batch,
+                for a batch with companions.
+        """
         rows = [index[0] if isinstance(index, tuple) else index for index in indices]
         samples = [self.samples[row] for row in rows]
         image, gt_mask = self._read(rows)
@@ -58,14 +76,31 @@ class Images(Dataset[Batch]):
             "defect_type": [sample.defect_type for sample in samples],
             "path": [sample.path for sample in samples],
         }
-        partners = [index[1] for index in indices if isinstance(index, tuple)]
-        if partners:
-            batch["prompt"] = self._read(partners)[0]
-            batch["prompt_path"] = [self.samples[row].path for row in partners]
+        draws = [index for index in indices if isinstance(index, tuple)]
+        for companion, images in self.companions if draws else ():
+            drawn = torch.tensor([companion.draw(step, index) for index, step in draws])
+            batch |= images.beside(companion, drawn)
         return batch
 
+    def beside(self, companion: Companion, drawn: Tensor) -> Batch:
+        """Return a companion's part of a batch.
+
+        Args:
+            companion: Whose images these are.
+            drawn: (B,) or (B, n) positions in this split.
+        """
+        rows = drawn.flatten().tolist()
+        image, mask = self._read(rows)
+        part: dict[str, Any] = {
+            companion.name: image.reshape(*drawn.shape, *image.shape[1:]),
+            f"{companion.name}_path": [self.samples[row].path for row in rows],
+        }
+        if companion.masks:
+            part[f"{companion.name}_mask"] = mask.reshape(*drawn.shape, *mask.shape[1:])
+        return cast(Batch, part)
+
     def _read(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """(B, 3, h, w) float32 in [0, 1] and (B, 1, h, w) bool; 8 bits until they lie together."""
+        """Return images (B, 3, h, w) float32 in [0, 1] and masks (B, 1, h, w) bool."""
         image_places, mask_places = self.image_places[rows], self.mask_places[rows]
         size, device = self.resize.size, self._device()
         kept, masked = image_places[:, 0] >= 0, mask_places[:, 0] >= 0
@@ -93,12 +128,13 @@ class Images(Dataset[Batch]):
 
 
 def as_float(images: Tensor) -> Tensor:
-    """(B, h, w, 3) uint8 to (B, 3, h, w) float32 in [0, 1], the same to the bit on every device."""
+    """Convert (B, h, w, 3) uint8 to (B, 3, h, w) float32 in [0, 1], identically on every device."""
     pixels = images.permute(0, 3, 1, 2)
     pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-    return pixels.div_(torch.tensor(255.0, device=images.device))  # a number would be inverted
+    # CUDA multiplies by the rounded inverse of a Python number
+    return pixels.div_(torch.tensor(255.0, device=images.device))
 
 
 def as_it_is(batch: Any) -> Any:
-    """Give the batch, which the data set has put together already, to the loader."""
+    """Return the batch unchanged: the data set has already assembled it."""
     return batch

@@ -23,7 +23,7 @@ FILTERS = {
 }
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange width and height
 
-READING = 1  # raised by a change of the pixels that reading or resizing gives: caches begin anew
+READING = 1  # raise it when reading or resizing gives other pixels: caches are then rebuilt
 
 T = TypeVar("T", bound=np.generic)
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3)
@@ -32,7 +32,7 @@ Map = npt.NDArray[np.float32]  # (H, W)
 
 
 def read_image(path: str | Path | IO[bytes]) -> Pixels:
-    """Read a picture as 8-bit RGB of shape (H, W, 3), as a viewer would show it.
+    """Read a picture as 8-bit RGB of shape (H, W, 3), upright as a viewer shows it.
 
     The EXIF orientation is applied; of several frames the first is read. Bilevel, grey, palette,
     CMYK and YCbCr pictures become RGB; transparency is dropped, never blended. Grey values of 16
@@ -41,7 +41,7 @@ def read_image(path: str | Path | IO[bytes]) -> Pixels:
     largest value.
 
     Raises:
-        UserError: where the file is absent, damaged, no picture, or of an unknown value range.
+        UserError: The file does not exist, is damaged, is no picture, or has unknown values.
     """
     try:
         with Image.open(path) as file:
@@ -52,13 +52,13 @@ def read_image(path: str | Path | IO[bytes]) -> Pixels:
 
 
 def read_mask(path: str | Path) -> Region:
-    """Read a truth mask as bool of shape (H, W): true where the value is above zero.
+    """Read a truth mask as bool of shape (H, W), true where the value is above zero.
 
-    A palette picture counts by its index, a colour picture by any channel; transparency is
-    ignored.
+    In a palette picture the index is the value; in a colour picture any channel may be above zero;
+    transparency is ignored.
 
     Raises:
-        UserError: where the file is absent, damaged or no picture.
+        UserError: The file does not exist, is damaged, or is no picture.
     """
     try:
         with Image.open(path) as file:
@@ -74,10 +74,10 @@ def read_mask(path: str | Path) -> Region:
 
 
 def read_header(path: str | Path) -> tuple[tuple[int, int], str]:
-    """Give the size (H, W) after EXIF orientation and Pillow's mode, without decoding pixels.
+    """Return the size (H, W) after EXIF orientation, and Pillow's mode, without decoding pixels.
 
     Raises:
-        UserError: where the file is absent or no picture.
+        UserError: The file does not exist or is no picture.
     """
     try:
         with Image.open(path) as file:
@@ -93,10 +93,10 @@ def read_header(path: str | Path) -> tuple[tuple[int, int], str]:
 
 
 def read_sample(sample: Sample, resize: Resize) -> tuple[Pixels, Region | None]:
-    """Read one sample's image (h, w, 3) and, where it has one, its mask (h, w), both resized.
+    """Read one sample's image (h, w, 3) and its mask (h, w), if it has one, both resized.
 
     Raises:
-        UserError: where a file cannot be read or the mask has another size than its image.
+        UserError: A file cannot be read, or the mask has another size than its image.
     """
     image = read_image(sample.path)
     if sample.mask_path is None:
@@ -107,7 +107,7 @@ def read_sample(sample: Sample, resize: Resize) -> tuple[Pixels, Region | None]:
 
 
 def check_sizes(sample: Sample, image: tuple[int, ...], mask: tuple[int, ...]) -> None:
-    """Raise UserError where the sizes (H, W) of an image and its mask differ."""
+    """Raise UserError if the sizes (H, W) of an image and its mask differ."""
     if image != mask:
         raise UserError(
             f"{sample.mask_path}: the mask is {mask[1]}x{mask[0]} pixels, "
@@ -116,18 +116,18 @@ def check_sizes(sample: Sample, image: tuple[int, ...], mask: tuple[int, ...]) -
 
 
 class Resize:
-    """Geometry from the original picture to what a method sees, and back.
+    """The geometry that takes the original picture to what a method sees, and maps back.
 
     Args:
         image_size: Height and width, or one number for both.
-        policy: `stretch` takes the whole picture to `image_size` and may change its proportions;
-            `pad` keeps them and fills what remains, on both sides alike, with black.
-        center_crop: Height and width cut from the middle afterwards; None keeps everything.
-            Defects near the border are lost with it.
+        policy: `stretch` resizes the whole picture to `image_size` and may change its proportions;
+            `pad` keeps the proportions and fills both sides equally with black.
+        center_crop: Height and width to cut from the middle afterwards, which loses defects near
+            the border; None keeps everything.
         interpolation: `bilinear`, `bicubic` or `lanczos`, all with antialiasing.
 
     Raises:
-        UserError: where a size is not positive, the crop exceeds the image, or a name is unknown.
+        UserError: A size is not positive, the crop exceeds the image, or a name is unknown.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Resize:
         return f"Resize({list(self.full)}, {self.policy}{crop}, {self.interpolation})"
 
     def image(self, image: Pixels) -> Pixels:
-        """Bring an 8-bit image (H, W, 3) to (h, w, 3)."""
+        """Resize an 8-bit image (H, W, 3) to (h, w, 3)."""
         height, width = self._inner(image.shape[:2])
         if image.shape[:2] != (height, width):
             picture = Image.fromarray(image)
@@ -163,19 +163,19 @@ class Resize:
         return self._cut(self._frame(image, np.uint8(0)))
 
     def mask(self, mask: Region) -> Region:
-        """Bring a truth mask (H, W) to (h, w) without losing a small defect.
+        """Resize a truth mask (H, W) to (h, w) without losing a small defect.
 
-        A pixel is true where at least half of the area it stands for is true. A region (pixels
-        that touch by side or corner, at the original size) which would leave no pixel behind
-        keeps those that it covers at least half as well as the one it covers best. Only a
-        centre crop can remove a region.
+        A pixel is true where at least half of the area it covers is true. A region is a set of
+        pixels that touch by side or corner at the original size. If none of its pixels would
+        remain, it keeps the pixel it covers best and all that it covers at least half as well.
+        Only a centre crop can remove a region.
         """
         return self._cut(self._frame(_shrink_mask(mask, self._inner(mask.shape)), np.False_))
 
     def restore(self, anomaly_map: npt.NDArray[np.floating], size: Sequence[int]) -> Map:
-        """Lay a map (h, w) back over the original picture of `size` (H, W), bilinearly.
+        """Resize a map (h, w) bilinearly to the original picture of `size` (H, W).
 
-        What a centre crop had cut away gets the map's smallest value.
+        Where a centre crop cut the picture away, the result has the map's smallest value.
         """
         lowest = anomaly_map.min()
         whole = np.full(self.full, lowest, dtype=np.float32)
@@ -214,10 +214,10 @@ def _upright(file: Image.Image) -> Image.Image:
 
 
 def as_rgb(picture: Image.Image) -> Pixels:
-    """Give a Pillow image as `read_image` gives the file that it came from.
+    """Convert a Pillow image as `read_image` converts its file.
 
     Raises:
-        UserError: Its values are of an unknown range.
+        UserError: Its values have an unknown range.
     """
     picture = _upright(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
@@ -229,7 +229,7 @@ def as_rgb(picture: Image.Image) -> Pixels:
 
 
 def _to_8_bits(values: npt.NDArray[np.generic], is_float: bool) -> Pixels:
-    """Bring grey values of 16 bits, 32 bits or floating point to 8 bits, shape (H, W)."""
+    """Convert grey values (H, W) of 16 bits, 32 bits or floating point to 8 bits."""
     numbers = values.astype(np.float64)
     low, high = numbers.min(), numbers.max()
     if not (low >= 0 and high <= 65535):  # true for NaN as well
@@ -282,7 +282,7 @@ def _shrink_mask(mask: Region, size: tuple[int, int]) -> Region:
 def _keep_region(
     kept: Region, region: Region, box: tuple[slice, slice], shape: tuple[int, ...]
 ) -> None:
-    """Set the pixels that a region covers best, if `kept` holds none of its pixels."""
+    """Set the pixels that a region covers best if `kept` has none of its pixels."""
     cells, edges = [], []
     for axis in range(2):
         scale = kept.shape[axis] / shape[axis]
@@ -303,7 +303,7 @@ def _edges(length: int, cells: int) -> npt.NDArray[np.float64]:
 def _coverage(
     mask: Region, rows: npt.NDArray[np.float64], columns: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """True share of each cell between consecutive edges; exact, and outside the mask false."""
+    """Return the exact share of each cell between edges that is true; outside the mask is false."""
     by_row = _integrate(mask.astype(np.float64), rows) / np.diff(rows)[:, None]
     by_cell = _integrate(by_row.T, columns) / np.diff(columns)[:, None]
     return by_cell.T + 1e-9  # a half stays a half whatever the rounding
@@ -312,7 +312,7 @@ def _coverage(
 def _integrate(
     values: npt.NDArray[np.float64], edges: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Integral of the step function `values` (n, ...) along its first axis between edges."""
+    """Integrate the step function `values` (n, ...) along its first axis between edges."""
     edges = np.clip(edges, 0, len(values))
     whole = np.minimum(edges.astype(int), len(values) - 1)
     sums = np.concatenate([np.zeros_like(values[:1]), values.cumsum(axis=0)])

@@ -1,29 +1,33 @@
-"""Which images come when: a pure function of seed, step and rank, so that runs resume exactly."""
+"""Which images a batch holds: a function of seed, step and rank, so that runs resume exactly."""
 
 from __future__ import annotations
 
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from anomaly_lit.types import Sample
+
 
 class TrainBatches(Sampler[list[int]]):
-    """Batches of shuffled indices, the same at every step whenever a run is resumed.
+    """Batches of shuffled indices, which a resumed run continues where it stopped.
 
-    Training draws from one endless sequence of batches: each pass over the images has its own
-    order, and what does not fill a batch is left to another pass. An iteration begins at
-    ``position()``, the number of batches that training has consumed.
+    Training reads one endless sequence of batches. Each pass over the images has its own order;
+    images that do not fill a batch wait for another pass. An iteration begins at `position()`, the
+    number of batches that training has consumed.
 
     Args:
         count: Images to draw from.
-        batch_size: Images per batch and rank; at most ``count / world_size``.
+        batch_size: Images per batch and rank, at most `count / world_size`.
         seed: Decides every order.
-        position: Batches consumed so far.
-        weights: (count,) float. With them each pass draws ``count`` images with replacement, in
-            proportion to the weights; without, every image once.
-        rank: Which share of each batch is drawn.
+        position: Returns the number of batches consumed so far.
+        weights: (count,) float. With weights, each pass draws `count` images with replacement in
+            proportion to them; without, it draws every image once.
+        rank: The share of each batch to draw.
         world_size: Number of shares.
     """
 
@@ -46,11 +50,11 @@ class TrainBatches(Sampler[list[int]]):
         self.world_size = world_size
 
     def __len__(self) -> int:
-        """Batches of one pass over the images."""
+        """Return the number of batches in one pass over the images."""
         return self.count // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """As many batches as a pass has, from the present position on."""
+        """Yield as many batches as a pass has, starting at the present position."""
         start = self.position()
         order, drawn = self._order(start // len(self)), start // len(self)
         for step in range(start, start + len(self)):
@@ -67,43 +71,32 @@ class TrainBatches(Sampler[list[int]]):
         return torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
 
 
-class WithPartners(Sampler[list[tuple[int, int]]]):
-    """Adds to every index of a batch that of another member of its group, drawn uniformly.
+def equal_weights(samples: Sequence[Sample]) -> Tensor:
+    """Return a weight for each image, (n,), with which every category is drawn equally often."""
+    counts = Counter(sample.category for sample in samples)
+    return torch.tensor([1 / counts[sample.category] for sample in samples])
 
-    The draw depends on the batches' seed, the step and the index. An index that is alone in its
-    group is its own partner.
+
+class WithSteps(Sampler[list[tuple[int, int]]]):
+    """Adds to every index the number of its batch, from which companions are drawn.
 
     Args:
         batches: Batches of indices.
-        groups: The group of each index.
     """
 
-    def __init__(self, batches: TrainBatches, groups: Sequence[str]) -> None:
+    def __init__(self, batches: TrainBatches) -> None:
         self.batches = batches
-        members: dict[str, list[int]] = {}
-        self.places: list[int] = []  # of each index in its group
-        for index, group in enumerate(groups):
-            self.places.append(len(members.setdefault(group, [])))
-            members[group].append(index)
-        self.members = [members[group] for group in groups]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step, batch in enumerate(self.batches, self.batches.position()):
-            yield [(index, self._partner(step, index)) for index in batch]
-
-    def _partner(self, step: int, index: int) -> int:
-        members, own = self.members[index], self.places[index]
-        if len(members) == 1:
-            return index
-        place = mixed_seed(self.batches.seed, step, index) % (len(members) - 1)
-        return members[place + (place >= own)]  # its own place is stepped over, at any group's size
+            yield [(index, step) for index in batch]
 
 
 class ShardSampler(Sampler[int]):
-    """Every image once over all ranks, in order; unlike PyTorch's, never an image twice."""
+    """Every image once over all ranks, in order; PyTorch's sampler may repeat some."""
 
     def __init__(self, count: int, rank: int = 0, world_size: int = 1) -> None:
         self.indices = range(rank, count, world_size)
@@ -115,10 +108,15 @@ class ShardSampler(Sampler[int]):
         return iter(self.indices)
 
 
+def batch_seed(seed: int, step: int, names: Sequence[str]) -> int:
+    """Return a seed for one batch; names of images take no wait for a device."""
+    return mixed_seed(seed, step, zlib.crc32("\n".join(names).encode()))
+
+
 def mixed_seed(*numbers: int) -> int:
-    """One 63-bit seed from several numbers, such as seed, step and rank; order matters."""
+    """Mix several numbers, such as seed, step and rank, into a 63-bit seed; order matters."""
     mixed = 0x9E3779B97F4A7C15
-    for number in numbers:  # the finaliser of splitmix64, once a number
+    for number in numbers:  # the finaliser of splitmix64, once for each number
         mixed = (mixed ^ number) * 0xBF58476D1CE4E5B9 % 2**64
         mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
         mixed ^= mixed >> 31

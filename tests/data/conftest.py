@@ -114,3 +114,14 @@ def plain(tmp_path: Path, write_image: Write, write_mask: Write) -> Path:
         write_image(root / "bad" / kind / "b0.png")
         write_mask(root / "masks" / kind / "b0.png")
     return root
+
+
+@pytest.fixture
+def outliers(tmp_path: Path, write_image: Write) -> Path:
+    """Five pictures of something else, of two sizes, some in a sub-folder."""
+    root = tmp_path / "elsewhere"
+    for i in range(3):
+        write_image(root / f"{i}.jpg", size=(40, 52))
+    for i in range(2):
+        write_image(root / "more" / f"{i}.png")
+    return root

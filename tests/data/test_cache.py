@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from anomaly_lit.data import HostCache, MVTecAD
-from anomaly_lit.data.caches.memory import in_threads
+from anomaly_lit.data.progress import in_threads
 from anomaly_lit.types import UserError
 
 
@@ -74,8 +74,8 @@ def test_threads_keep_the_order_and_hand_errors_over() -> None:
 
 def test_a_progress_bar_appears_when_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     bars: list[Recorder] = []
-    monkeypatch.setattr("anomaly_lit.data.caches.memory.PATIENCE", 0.05)
-    monkeypatch.setattr("anomaly_lit.data.caches.memory.Progress", lambda **_: Recorder(bars))
+    monkeypatch.setattr("anomaly_lit.data.progress.PATIENCE", 0.05)
+    monkeypatch.setattr("anomaly_lit.data.progress.Progress", lambda **_: Recorder(bars))
     in_threads(lambda _: None, range(4), "Reading quickly")
     assert bars == []
     in_threads(lambda _: time.sleep(0.1), range(8), "Reading slowly")

@@ -14,11 +14,21 @@ import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from anomaly_lit.commands.data import Report, check_data
+from anomaly_lit.commands.data import check_data
 from anomaly_lit.config.build import import_target
 from anomaly_lit.config.hydra import config_dir, plain
 from anomaly_lit.config.validate import validate
-from anomaly_lit.data import BTAD, Folder, KolektorSDD2, MVTecAD, VisA
+from anomaly_lit.data import (
+    BTAD,
+    AnomalyDataModule,
+    Folder,
+    KolektorSDD2,
+    Listing,
+    MVTecAD,
+    VisA,
+)
+from anomaly_lit.data.inspect import Report
+from anomaly_lit.data.layouts.mvtec_ad import MVTecADLayout
 
 Write = Callable[..., Path]
 
@@ -141,6 +151,24 @@ def test_modes_shapes_and_dark_16_bit_files_are_warned_of(mvtec: Path, write_ima
     assert "dark.png: 16 bits, but no value above 900" in details(report, "dark")
 
 
+def test_groups_on_both_sides_are_warned_of(mvtec: Path) -> None:
+    class Photographed(MVTecADLayout):
+        """Pictures of one number show one item."""
+
+        def list_category(self, root: Path, category: str) -> Listing:
+            named = super().list_category(root, category)
+            return Listing(*(
+                [sample._replace(group=Path(sample.path).stem) for sample in samples]
+                for samples in named
+            ))  # fmt: skip
+
+    datamodule = AnomalyDataModule(str(mvtec), "bolt", image_size=32, layout=Photographed())
+    report = check_data(datamodule, mvtec.parent / "report")
+    assert report.ok
+    assert kinds(report, "warning") == ["groups"]
+    assert details(report, "groups").endswith("bolt: 000\nbolt: 001")
+
+
 def test_an_empty_category_is_reported_beside_the_others(mvtec: Path) -> None:
     (mvtec / "empty" / "train" / "good").mkdir(parents=True)
     report = check(mvtec)
@@ -199,7 +227,9 @@ def test_every_option_shows_all_parameters_of_its_class(name: str) -> None:
     validate(config)
     target = import_target(config["dataset"]["_target_"])
     parameters = set(inspect.signature(target).parameters)
-    given_elsewhere = {"cache", "feature_cache", "synthesis"}
+    given_elsewhere = {"cache", "feature_cache", "synthesis"}  # by other groups
+    given_elsewhere |= {"needs", "validate_on_test", "pin_memory", "persistent_workers"}  # by runs
+    given_elsewhere |= {"layout"} if "layout" in parameters else set()  # by the class
     assert set(config["dataset"]) == parameters - given_elsewhere | {"_target_"}
 
 

@@ -160,7 +160,7 @@ def test_every_training_image_comes_once_in_a_pass(mvtec: Path) -> None:
 
 def test_setup_twice_reads_nothing_again(mvtec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datamodule = ready(mvtec, cache=HostCache())
-    monkeypatch.setattr(datamodule, "list_category", None)
+    monkeypatch.setattr(datamodule.layout, "list_category", None, raising=False)
     monkeypatch.setattr("anomaly_lit.data.caches.memory.read_sample", None)
     for stage in ("fit", "validate", "test", None):
         datamodule.setup(stage)
@@ -261,8 +261,8 @@ def test_missing_kinds_of_test_images_are_noted(mvtec: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        ({"holdout": 1.0}, "dataset.holdout=1.0"),
-        ({"batch_size": 0}, "dataset.batch_size=0"),
+        ({"holdout": 1.0}, "dataset.holdout=1.0: it must be at least 0 and less than 1"),
+        ({"batch_size": 0}, "dataset.batch_size=0: it must be a whole number of at least 1"),
         ({"shots": 0}, "dataset.shots=0"),
         ({"masks": "maybe"}, "dataset.masks=maybe"),
     ],
@@ -409,8 +409,7 @@ def test_lightning_trains_validates_and_tests_on_it(mvtec: Path) -> None:
 
 
 def test_the_oracle_validates_on_the_test_images_too(mvtec: Path) -> None:
-    datamodule = ready(mvtec)
-    datamodule.validate_on_test = True
+    datamodule = ready(mvtec, validate_on_test=True)
     held_out, test = datamodule.val_dataloader()
     assert [len(held_out.dataset), len(test.dataset)] == [2, 7]
 
@@ -454,10 +453,9 @@ def test_validation_on_synthesis_gives_held_out_images_with_defects(mvtec: Path)
 
 
 def test_a_prompt_is_another_training_image_of_the_category(mvtec: Path) -> None:
-    datamodule = ready(mvtec)
-    plain = list(datamodule.train_dataloader())
+    plain = list(ready(mvtec).train_dataloader())
     assert "prompt" not in plain[0]
-    datamodule.with_prompts = True
+    datamodule = ready(mvtec, needs={"prompt"})
     batches = list(datamodule.train_dataloader())
     images = {torch.cat([b["index"] for b in batches])[i].item(): image
               for i, image in enumerate(torch.cat([b["image"] for b in batches]))}  # fmt: skip
@@ -478,6 +476,20 @@ def test_statistics_are_taken_of_images_spread_over_a_split(mvtec: Path) -> None
     assert whole == list(range(len(datamodule.train_samples)))
     few = next(datamodule.normal_batches("train", 4))
     assert sorted(few["category"]) == sorted(2 * datamodule.categories)
+    for index, path in zip(few["index"].tolist(), few["path"], strict=True):
+        assert datamodule.train_samples[index].path == path
+    assert few["index"].tolist() != list(range(4))
+
+
+def test_statistics_may_be_taken_of_all_images(mvtec: Path) -> None:
+    datamodule = ready(mvtec, holdout=0.4)
+    for split, samples in (
+        ("train", datamodule.train_samples),
+        ("holdout", datamodule.holdout_samples),
+    ):
+        batches = list(datamodule.normal_batches(split, None))
+        assert [path for batch in batches for path in batch["path"]] == paths(samples)
+        assert [i for batch in batches for i in batch["index"].tolist()] == [*range(len(samples))]
 
 
 def test_a_split_can_be_sent_to_another_process(mvtec: Path) -> None:

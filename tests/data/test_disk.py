@@ -65,8 +65,8 @@ def test_every_cache_gives_the_batches_of_none(
     mvtec: Path, folder: Path, kind: str, prompts: bool
 ) -> None:
     caches = {"host": HostCache, "disk": lambda: DiskCache(str(folder)), "device": DeviceCache}
-    plain, cached = ready(mvtec, None), ready(mvtec, caches[kind]())
-    plain.with_prompts = cached.with_prompts = prompts
+    needs = {"prompt"} if prompts else set()
+    plain, cached = ready(mvtec, None, needs=needs), ready(mvtec, caches[kind](), needs=needs)
     same(plain, cached)
 
 
@@ -189,7 +189,7 @@ def read_slowly(root: Path, folder: Path, delay: float, said: Connection) -> Non
 
     disk.read_image = slowly  # type: ignore[assignment]
     locks.PATIENCE = 0.1
-    store.tell = said.send  # type: ignore[assignment]
+    store.warn_once = said.send  # type: ignore[assignment]
     torch.set_num_threads(1)
     said.send(pixel_sum(ready(root, DiskCache(str(folder)))))
 

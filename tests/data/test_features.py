@@ -190,16 +190,21 @@ def test_a_network_that_does_not_tell_what_it_is_is_refused(
         fill(DiskFeatureCache(str(tmp_path)), samples, teacher=Nameless())
 
 
-def test_a_training_batch_has_the_features_of_its_images_and_prompts(
-    mvtec: Any, make: Make
+def test_a_training_batch_has_the_features_of_its_images_and_companions(
+    mvtec: Any, outliers: Any, make: Make
 ) -> None:
     datamodule = MVTecAD(
-        str(mvtec), image_size=32, batch_size=2, cache=HostCache(), feature_cache=make()
+        str(mvtec),
+        image_size=32,
+        batch_size=2,
+        outlier_dir=str(outliers),
+        cache=HostCache(),
+        feature_cache=make(),
+        needs={"prompt", "outlier"},
     )
     datamodule.setup()
-    datamodule.with_prompts = True
     backbone = Halves()
-    samples = [*datamodule.train_samples, *datamodule.holdout_samples]
+    samples = datamodule.feature_samples()
     assert datamodule.feature_cache is not None
     datamodule.feature_cache.fill(
         {"backbone": backbone}, samples, datamodule.batches_of, datamodule.resize
@@ -213,7 +218,11 @@ def test_a_training_batch_has_the_features_of_its_images_and_prompts(
     datamodule._position = lambda: 0  # type: ignore[method-assign]
     for batch in datamodule.train_dataloader():
         whole = datamodule.on_after_batch_transfer(batch, 0)
-        for key, image in (("features", "image"), ("prompt_features", "prompt")):
+        for key, image in (
+            ("features", "image"),
+            ("prompt_features", "prompt"),
+            ("outlier_features", "outlier"),
+        ):
             for kept, expected in zip(whole[key]["backbone"], backbone(batch[image]), strict=True):
                 assert torch.equal(kept, expected)
         assert "features" not in batch

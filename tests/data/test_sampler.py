@@ -1,6 +1,6 @@
 import torch
 
-from anomaly_lit.data.sampler import ShardSampler, TrainBatches, WithPartners, mixed_seed
+from anomaly_lit.data.sampler import ShardSampler, TrainBatches, WithSteps, mixed_seed
 
 
 def batches(start=0, **changes):
@@ -51,26 +51,9 @@ def test_mixed_seeds_depend_on_order():
     assert len({mixed_seed(0, step, rank) for step in range(1000) for rank in range(4)}) == 4000
 
 
-def with_partners(start=0, groups="aaaaabbbbbc", seed=3):
-    batches = TrainBatches(11, 2, seed, lambda: start)
-    return list(WithPartners(batches, list(groups)))
-
-
-def test_a_partner_is_drawn_from_the_list_of_the_others():
-    """As defined, without building that list for each image: its cost grew with the group."""
-    groups = "abacabbaaca"
-    for step, batch in enumerate(with_partners(groups=groups)):
-        for index, partner in batch:
-            others = [i for i, g in enumerate(groups) if g == groups[index] and i != index]
-            assert partner == others[mixed_seed(3, step, index) % len(others)]
-
-
-def test_partners_are_others_of_the_group_and_resume_with_their_batches():
-    sequence = with_partners(0) + with_partners(5) + with_partners(10)
-    for index, partner in (pair for batch in sequence for pair in batch):
-        assert "aaaaabbbbbc"[index] == "aaaaabbbbbc"[partner]
-        assert index != partner or index == 10  # alone in its group
-    assert with_partners(3) == sequence[3:8]
-    assert with_partners(seed=4) != with_partners()
-    drawn = {p for start in range(0, 100, 5) for b in with_partners(start) for i, p in b if i == 0}
-    assert drawn == {1, 2, 3, 4}
+def test_every_index_comes_with_the_number_of_its_batch():
+    plain = TrainBatches(11, 2, 3, lambda: 7)
+    steps = list(WithSteps(plain))
+    assert len(WithSteps(plain)) == len(steps) == 5
+    assert [[index for index, _ in batch] for batch in steps] == list(plain)
+    assert [{step for _, step in batch} for batch in steps] == [{7 + n} for n in range(5)]

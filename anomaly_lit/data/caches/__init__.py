@@ -1,1 +1,1 @@
-"""Where decoded images and features of frozen backbones are kept."""
+"""Caches of decoded images and of the features of frozen backbones."""

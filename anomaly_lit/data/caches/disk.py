@@ -1,4 +1,4 @@
-"""Decoded images on disk, mapped into memory: decoded once for all runs and sweep jobs."""
+"""A cache of decoded images on disk: each is decoded once for all runs and sweep jobs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from PIL import features
 from torch import Tensor
 
 from anomaly_lit.data.caches.locks import need_locks
-from anomaly_lit.data.caches.memory import ImageCache, Place, checked_gb, in_threads
+from anomaly_lit.data.caches.memory import ImageCache, Place, checked_gb
 from anomaly_lit.data.caches.segments import Column, Draft
 from anomaly_lit.data.caches.store import Store, cache_folder, file_key
 from anomaly_lit.data.images import READING, Resize, check_sizes, read_header, read_image, read_mask
+from anomaly_lit.data.progress import in_threads
 from anomaly_lit.types import Sample, UserError
 
 DECODERS = ("jpg", "jpg_2000", "zlib", "libtiff")
@@ -24,15 +25,15 @@ DECODERS = ("jpg", "jpg_2000", "zlib", "libtiff")
 class DiskCache(ImageCache):
     """Decoded and resized images and masks in files, shared by all processes of a machine.
 
-    A batch reads them from memory-mapped files, so that what the system holds in memory is there
-    once for all processes, and gives way where memory is short. An image is known by its path,
-    size and time of change, by the geometry, and by the versions of what decodes it. Every row
-    is checked when a run opens it. What no longer fits is decoded each time.
+    Batches are read from memory-mapped files: the system holds them in memory once for all
+    processes, and drops them when memory is short. An image is identified by its path, size and
+    modification time, the geometry, and the versions of the libraries that decode it. Every row is
+    checked when a run opens it. Images that do not fit are decoded each time.
 
     Args:
-        folder: Where the files lie; None: that in ANOMALY_LIT_CACHE, else ~/.cache/anomaly_lit.
-        max_gb: Largest size of all images in the folder, in GB (1e9 bytes), those of other data
-            sets included: the least recently used ones that no process uses make room.
+        folder: Folder of the files; None: that in ANOMALY_LIT_CACHE, else ~/.cache/anomaly_lit.
+        max_gb: Largest size of all images in the folder, those of other data sets included, in GB
+            (1e9 bytes). The least recently used ones that no process uses are removed first.
     """
 
     def __init__(self, folder: str | None = None, max_gb: float = 50.0) -> None:
@@ -43,7 +44,7 @@ class DiskCache(ImageCache):
         self._stores: list[Store] = []  # of images and of masks
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the mapped blocks out: a worker process maps the files again."""
+        """Leave out the mapped blocks: a worker process maps the files again."""
         return {**vars(self), "images": [], "masks": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -51,7 +52,7 @@ class DiskCache(ImageCache):
         self._use_blocks()
 
     def fill(self, samples: Sequence[Sample], resize: Resize) -> list[str]:
-        """Decode what no run has decoded before, as far as the disk space allows.
+        """Decode what no run has decoded yet, as far as the disk space allows.
 
         Returns:
             One line for each sample that could not be read.
@@ -87,7 +88,7 @@ class DiskCache(ImageCache):
     def _find(
         self, samples: list[Sample], images: dict[str, bytes], masks: dict[str, bytes]
     ) -> None:
-        """Note the places of samples of which both image and mask are kept."""
+        """Note the places of samples whose image and mask are both in the cache."""
         for sample in samples:
             mask: Place | None = None
             if sample.mask_path is not None:
@@ -112,7 +113,7 @@ class DiskCache(ImageCache):
 
 
 def reading(resize: Resize) -> dict[str, Any]:
-    """What the pixels of a file follow from: geometry, and versions of what reads and resizes."""
+    """Return what pixels depend on besides their file: geometry and versions of libraries."""
     return {
         "reading": READING,
         "size": [*resize.full, *resize.size],
@@ -123,7 +124,7 @@ def reading(resize: Resize) -> dict[str, Any]:
 
 
 def _writer(samples: list[Sample], read: Any) -> Any:
-    """Write rows of a draft in threads; what cannot be read is said."""
+    """Return a function that writes rows of a draft in threads and names unreadable files."""
 
     def write(draft: Draft, chosen: list[int]) -> list[str]:
         def one(item: tuple[int, int]) -> str | None:

@@ -1,4 +1,4 @@
-"""Keeping the features of frozen backbones, which are the same every time an image is seen."""
+"""A cache of the features of frozen backbones, which are the same whenever an image is seen."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from anomaly_lit.data.caches.memory import Place, checked_gb, gather, tell, watched
+from anomaly_lit.data.caches.memory import Place, checked_gb, gather
 from anomaly_lit.data.images import Resize
+from anomaly_lit.data.progress import warn_once, watched
 from anomaly_lit.types import Batch, Sample, UserError
 
 Stored = Literal["float16", "bfloat16"]
@@ -19,25 +20,25 @@ BatchesOf = Callable[[list[Sample]], Iterable[Batch]]
 
 @dataclass
 class Kept:
-    """What is kept of one backbone: blocks of each stage, and where an image's rows are."""
+    """The cached features of one backbone: blocks of each stage, and where an image's rows are."""
 
-    dtypes: list[torch.dtype]  # in which the backbone gives its stages
+    dtypes: list[torch.dtype]  # type of each stage as the backbone returns it
     stages: list[list[Tensor]]  # by stage: blocks (n, C, h, w)
     places: dict[str, Place] = field(default_factory=dict)  # by the image's path
 
 
 class FeatureCache:
-    """Maps of all training and held-out images, computed once, before the first step.
+    """Features of all training and held-out images, computed once before the first step.
 
-    Kept as the backbone gives them: a training step under bfloat16 reads bfloat16. On a GPU they
-    lie there if they take at most a quarter of its free memory, else in main memory. All of them
-    are kept or, where they need more than ``max_gb``, none; either is said.
+    They keep the type that the backbone returns: a training step under bfloat16 reads bfloat16.
+    They are kept on the GPU if they take at most a quarter of its free memory, else in main memory.
+    Either all of them are kept or, if they need more than `max_gb`, none; a message says which.
 
     Args:
         max_gb: Largest main memory to use, in GB (1e9 bytes), for each process. Three stages of
             ResNet-18 at 256 x 256 take 0.0009 GB an image in bfloat16.
-        dtype: Keep them as ``float16`` or ``bfloat16``, which halves what float32 takes and rounds
-            values to 11 or 8 bits (by at most 0.05 % or 0.4 %). Training reads the rounded values
+        dtype: Type to keep them in, `float16` or `bfloat16`: half the size of float32, with values
+            rounded to 11 or 8 bits (by at most 0.05 % or 0.4 %). Training reads the rounded values
             in the backbone's type; scoring never does. None rounds nothing.
     """
 
@@ -48,10 +49,10 @@ class FeatureCache:
                 f"dataset.feature_cache.dtype={dtype}: choose float16, bfloat16 or null"
             )
         self.dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
-        self._kept: dict[str, Kept] = {}  # by the backbone's attribute path
+        self._kept: dict[str, Kept] = {}  # by attribute path of the backbone
 
     def __len__(self) -> int:
-        """Count the images whose features are kept."""
+        """Return the number of images whose features are in the cache."""
         return min((len(kept.places) for kept in self._kept.values()), default=0)
 
     @torch.no_grad()
@@ -62,16 +63,16 @@ class FeatureCache:
         batches_of: BatchesOf,
         resize: Resize,
     ) -> None:
-        """Compute what is not kept yet.
+        """Compute the features that are not in the cache yet.
 
         Args:
-            backbones: Frozen networks by name, each giving a list of maps.
+            backbones: Frozen networks by name; each returns a list of maps.
             samples: The images.
-            batches_of: Gives batches of some of them, in order, on the backbones' device.
+            batches_of: Returns batches of given samples, in order, on the backbones' device.
             resize: Geometry of the images.
 
         Raises:
-            UserError: A value is too large for ``dtype``.
+            UserError: A value is too large for `dtype`.
         """
         if not backbones or len(self) == len(samples):
             return
@@ -91,7 +92,7 @@ class FeatureCache:
             start += len(batch["path"])
 
     def get(self, paths: Sequence[str], device: torch.device) -> dict[str, list[Tensor]] | None:
-        """Give the maps of some images by backbone, finest first; None if one is not kept."""
+        """Return the maps of some images by backbone, finest first; None if any is missing."""
         found: dict[str, list[Tensor]] = {}
         for name, kept in self._kept.items():
             places = [kept.places.get(path) for path in paths]
@@ -105,10 +106,10 @@ class FeatureCache:
         return found or None
 
     def rounded(self, values: Tensor) -> Tensor:
-        """Bring maps to the type in which they are kept.
+        """Convert maps to the type in which they are kept.
 
         Raises:
-            UserError: A value is too large for it.
+            UserError: A value is too large for that type.
         """
         if self.dtype is None:
             return values
@@ -121,16 +122,16 @@ class FeatureCache:
         return rounded
 
     def on_device(self, needed: float, device: torch.device) -> bool:
-        """Whether this many GB are to lie on the device: at most a quarter of a GPU's free memory.
+        """Return whether features belong on the device: at most a quarter of a GPU's free memory.
 
         Args:
-            needed: For all backbones.
-            device: The backbones'.
+            needed: Size of the features of all backbones, in GB (1e9 bytes).
+            device: Device of the backbones.
         """
         return device.type == "cuda" and 4e9 * needed <= torch.cuda.mem_get_info(device)[0]
 
     def _reserve(self, name: str, maps: Sequence[Tensor], count: int, backbones: int) -> bool:
-        """Take the memory for all images; false where there is not enough."""
+        """Allocate memory for all images; return false if there is not enough."""
         dtypes = [self.dtype or stage.dtype for stage in maps]
         sizes = [stage[0].numel() * t.itemsize for stage, t in zip(maps, dtypes, strict=True)]
         needed = backbones * count * sum(sizes) / 1e9
@@ -138,7 +139,7 @@ class FeatureCache:
         if self.on_device(needed, maps[0].device):
             place = maps[0].device
         elif needed > self.max_gb:
-            tell(
+            warn_once(
                 f"the features of {count} images take {needed:.1f} GB, more than "
                 f"dataset.feature_cache.max_gb={self.max_gb:g}: computed in each step"
             )

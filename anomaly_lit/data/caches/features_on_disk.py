@@ -1,4 +1,4 @@
-"""Features of frozen backbones on disk, mapped into memory: computed once for all runs."""
+"""A cache of the features of frozen backbones on disk: computed once for all runs."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from torch import Tensor, nn
 from anomaly_lit.data.caches.disk import reading
 from anomaly_lit.data.caches.features import BatchesOf, FeatureCache, Kept, Stored
 from anomaly_lit.data.caches.locks import need_locks
-from anomaly_lit.data.caches.memory import gather, watched
+from anomaly_lit.data.caches.memory import gather
 from anomaly_lit.data.caches.segments import Column, Draft
 from anomaly_lit.data.caches.store import Store, cache_folder, file_key
 from anomaly_lit.data.images import Resize
+from anomaly_lit.data.progress import watched
 from anomaly_lit.types import Sample, UserError
 
 
 class DiskFeatureCache(FeatureCache):
     """`FeatureCache` in files, shared by all processes of a machine and by later runs.
 
-    Features are known by the image (path, size, time of change, geometry), the backbone (network,
-    stages, normalisation, a hash of its weights) and the precision, layout, device and versions
-    that computed them. A step reads them from memory-mapped files or, where all take at most a
-    quarter of a GPU's free memory, from there. All images of a backbone are kept or none.
+    Features are identified by the image (path, size, modification time, geometry), the backbone
+    (network, stages, normalisation, a hash of its weights), and the precision, memory layout,
+    device and library versions that computed them. A step reads them from memory-mapped files, or
+    from the GPU if all of them take at most a quarter of its free memory. Either all images of a
+    backbone are kept or none.
 
     Args:
-        folder: Where the files lie; None: that in ANOMALY_LIT_CACHE, else ~/.cache/anomaly_lit.
-        max_gb: Largest size of all features in the folder, in GB (1e9 bytes), those of other runs
-            included: the least recently used ones that no process uses make room.
+        folder: Folder of the files; None: that in ANOMALY_LIT_CACHE, else ~/.cache/anomaly_lit.
+        max_gb: Largest size of all features in the folder, those of other runs included, in GB
+            (1e9 bytes). The least recently used ones that no process uses are removed first.
         dtype: As for `FeatureCache`.
     """
 
@@ -50,16 +52,16 @@ class DiskFeatureCache(FeatureCache):
         batches_of: BatchesOf,
         resize: Resize,
     ) -> None:
-        """Compute what no run has computed before, as far as the disk space allows.
+        """Compute what no run has computed yet, as far as the disk space allows.
 
         Args:
-            backbones: Frozen networks by name; each gives a list of maps and has ``identity()``.
+            backbones: Frozen networks by name; each returns a list of maps and has `identity()`.
             samples: The images.
-            batches_of: Gives batches of some of them, in order, on the backbones' device.
+            batches_of: Returns batches of given samples, in order, on the backbones' device.
             resize: Geometry of the images.
 
         Raises:
-            UserError: A backbone does not tell what it is, or a value is too large for ``dtype``.
+            UserError: A backbone has no `identity()`, or a value is too large for `dtype`.
         """
         if not backbones or not samples or len(self) == len(samples):
             return
@@ -130,7 +132,7 @@ class DiskFeatureCache(FeatureCache):
 
 
 def channels_innermost(module: nn.Module) -> bool:
-    """Whether the weights of convolutions are laid out so, as for `step.channels_last`."""
+    """Return whether weights of convolutions have that layout, as with `step.channels_last`."""
     return any(
         p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
         for p in module.parameters()
@@ -138,7 +140,7 @@ def channels_innermost(module: nn.Module) -> bool:
 
 
 def _moved(kept: Kept, device: torch.device, rows: int = 64) -> Kept:
-    """The same in one block a stage on another device, copied a few rows at a time."""
+    """Copy features to another device, a few rows at a time, as one block for each stage."""
     paths = list(kept.places)
     at = torch.tensor(list(kept.places.values()))
     stages = []

@@ -1,4 +1,4 @@
-"""Locks on files, which end with the process that holds them, however it ends."""
+"""File locks, which end with the process that holds them, however it ends."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-PATIENCE = 3.0  # seconds before a wait is told
+PATIENCE = 3.0  # seconds of waiting before a message
 
 
 def need_locks() -> None:
-    """Raise UserError where the system has none of these locks."""
+    """Raise UserError if the system does not have these locks."""
     if fcntl is None:
         raise UserError("cache=disk needs the file locks of Linux or macOS: choose cache=host")
 
 
 def claim(handle: int) -> bool:
-    """Lock an open file for this process alone; false where another one holds it."""
+    """Lock an open file for this process only; return false if another one holds the lock."""
     return _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def share(handle: int) -> None:
-    """Mark an open file as in use, beside others that do."""
+    """Mark an open file as in use; several processes may do so."""
     _lock(handle, fcntl.LOCK_SH)
 
 
 def release(handle: int) -> None:
-    """Give the lock of an open file back."""
+    """Release the lock of an open file."""
     _lock(handle, fcntl.LOCK_UN)
 
 
@@ -53,12 +53,12 @@ def _lock(handle: int, kind: int) -> bool:
 
 
 @contextmanager
-def alone(path: Path, tell: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock file `path`; while another process does, wait, and after seconds say so.
+def alone(path: Path, warn: Callable[[str], None]) -> Iterator[None]:
+    """Hold a lock file; wait while another process holds it, with a message after a while.
 
     Args:
-        path: Made where it is absent, and left.
-        tell: Shows a text.
+        path: The lock file; created if it does not exist, and never removed.
+        warn: Called with the message.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -66,7 +66,7 @@ def alone(path: Path, tell: Callable[[str], None]) -> Iterator[None]:
         while not claim(handle):
             if not told and time.monotonic() - start > PATIENCE:
                 holder = os.pread(handle, 20, 0).decode(errors="replace") or "unknown"
-                tell(f"process {holder} is filling the cache in {path.parent}: waiting for it")
+                warn(f"process {holder} is filling the cache in {path.parent}: waiting for it")
                 told = True
             time.sleep(0.05)
         os.truncate(handle, 0)

@@ -1,41 +1,29 @@
-"""Keeping decoded images, because decoding costs more than training a small method."""
+"""Caches of decoded images in memory: decoding costs more than training a small method."""
 
 from __future__ import annotations
 
-import logging
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from anomaly_lit.data.images import Resize, read_sample
+from anomaly_lit.data.progress import in_threads, warn_once
 from anomaly_lit.types import Sample, UserError
-
-log = logging.getLogger(__name__)
-T = TypeVar("T")
-R = TypeVar("R")
 
 Place = tuple[int, int]  # number of a block, row in it
 NOWHERE = (-1, -1)
-PATIENCE = 2.0  # seconds before a progress bar appears
 
 
 class ImageCache:
-    """What image caches share: blocks of images and masks, and where each file's row is.
+    """Base of the image caches: blocks of images and masks, and where each file's row is.
 
     Attributes:
         images: Blocks (n, h, w, 3) uint8.
         masks: Blocks (n, h, w) bool.
         image_at: Block and row of an image, by the file's path.
         mask_at: Likewise of masks.
-        device: Where the blocks lie.
+        device: The device that holds the blocks.
     """
 
     def __init__(self) -> None:
@@ -46,11 +34,11 @@ class ImageCache:
         self.device = torch.device("cpu")
 
     def __len__(self) -> int:
-        """Count the images and masks that are kept."""
+        """Return the number of images and masks in the cache."""
         return len(self.image_at) + len(self.mask_at)
 
     def fill(self, samples: Sequence[Sample], resize: Resize) -> list[str]:
-        """Decode what is not kept yet, as far as the space allows.
+        """Decode what the cache does not hold yet, as far as the space allows.
 
         Returns:
             One line for each sample that could not be read.
@@ -58,25 +46,25 @@ class ImageCache:
         raise NotImplementedError
 
     def places(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-        """Find samples: (n, 2) block and row of each image, and of each mask; -1 where none is."""
+        """Return block and row of each image, (n, 2), and of each mask; -1 where there is none."""
         images = [self.image_at.get(sample.path, NOWHERE) for sample in samples]
         masks = [self.mask_at.get(sample.mask_path or "", NOWHERE) for sample in samples]
         return torch.tensor(images).view(-1, 2), torch.tensor(masks).view(-1, 2)
 
     def prepare(self, device: torch.device | None, workers: int) -> None:
-        """Make ready for a data loader.
+        """Prepare for a data loader.
 
         Args:
-            device: The trainer's; None where there is no trainer.
-            workers: Processes that will read from here.
+            device: The trainer's device; None where there is no trainer.
+            workers: Number of worker processes that will read from the cache.
         """
 
 
 class HostCache(ImageCache):
     """Decoded and resized images and masks in main memory, as 8-bit values.
 
-    Images that no longer fit are decoded each time they are asked for. Under several processes
-    each keeps its own; data loader workers share that of their process.
+    Images that do not fit are decoded each time they are needed. With several training processes
+    each has its own cache; data loader workers share the cache of their process.
 
     Args:
         max_gb: Largest memory to use, in GB (1e9 bytes). A 256 x 256 image takes 0.0002 GB.
@@ -88,7 +76,7 @@ class HostCache(ImageCache):
         self._bytes = 0
 
     def fill(self, samples: Sequence[Sample], resize: Resize) -> list[str]:
-        """Decode what is not kept yet, as far as the memory allows.
+        """Decode what the cache does not hold yet, as far as the memory allows.
 
         Returns:
             One line for each sample that could not be read.
@@ -117,14 +105,14 @@ class HostCache(ImageCache):
         if not problems and kept:
             self._keep(kept, masked, images, masks)
         if len(kept) < len(fresh):
-            tell(
+            warn_once(
                 f"{len(kept)} of {len(fresh)} images fit into dataset.cache.max_gb={self.max_gb:g}"
                 "; the others are decoded each time"
             )
         return problems
 
     def prepare(self, device: torch.device | None, workers: int) -> None:
-        """Move to shared memory, so that data loader workers started by spawn copy nothing."""
+        """Move the blocks to shared memory, so that spawned workers copy nothing."""
         for block in [*self.images, *self.masks] if workers else ():
             block.share_memory_()
 
@@ -149,23 +137,24 @@ class HostCache(ImageCache):
 
 
 class DeviceCache(HostCache):
-    """All decoded images and masks on the trainer's device, where batches are put together.
+    """All decoded images and masks on the trainer's device, where batches are assembled.
 
-    Nothing crosses the bus in a step. On a machine without a GPU the device is the CPU, and this
-    is `HostCache`, save that it keeps all images or refuses. Each process has its own copy.
+    A step copies no images to the device. On a machine without a GPU the device is the CPU, and
+    this equals `HostCache`, except that it holds all images or raises. Each process has its own
+    copy.
 
     Args:
-        max_gb: Largest memory to use, in GB (1e9 bytes), on the device and, before, on the host.
+        max_gb: Largest memory to use, in GB (1e9 bytes), first on the host, then on the device.
 
     Raises:
-        UserError: from `fill`, where not all images fit.
+        UserError: From `fill`, if not all images fit.
     """
 
     def prepare(self, device: torch.device | None, workers: int) -> None:
-        """Move to the device.
+        """Move the blocks to the device.
 
         Raises:
-            UserError: The images do not fit, or worker processes would have to reach the GPU.
+            UserError: The images do not fit, or worker processes would have to use the GPU.
         """
         if device is None or device == self.device:
             return
@@ -198,7 +187,7 @@ class DeviceCache(HostCache):
 
 
 def gather(blocks: Sequence[Tensor], places: Tensor) -> Tensor:
-    """Take rows out of several blocks: (B, 2) block and row to (B, *shape of a row)."""
+    """Return rows of several blocks, (B, *shape of a row), given block and row of each, (B, 2)."""
     numbers = places[:, 0].unique().tolist()
     device = blocks[numbers[0]].device
     if len(numbers) == 1:
@@ -212,47 +201,7 @@ def gather(blocks: Sequence[Tensor], places: Tensor) -> Tensor:
 
 
 def checked_gb(max_gb: float, setting: str) -> float:
-    """Give it back, or raise UserError where it is no size."""
+    """Return `max_gb`; raise UserError if it is negative or not a number."""
     if not max_gb >= 0:
         raise UserError(f"{setting}.max_gb={max_gb}: give a number of GB, at least 0")
     return max_gb
-
-
-@rank_zero_only
-def tell(text: str) -> None:
-    """Say something that should be known, once for all processes."""
-    log.warning(text)
-
-
-def in_threads(work: Callable[[T], R], items: Sequence[T], title: str) -> list[R]:
-    """Do `work` on all items in threads, in order; a progress bar appears if it takes long."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(watched(pool.map(work, items), len(items), title))
-
-
-def watched(
-    results: Iterable[R], total: int, title: str, step: Callable[[R], int] = lambda result: 1
-) -> Iterator[R]:
-    """Pass results on; a progress bar appears if it takes long.
-
-    Args:
-        results: What is passed on.
-        total: Steps in all.
-        title: Shown beside the bar.
-        step: Steps that a result stands for.
-    """
-    start, done, bar = time.monotonic(), 0, None
-    hidden = getattr(rank_zero_only, "rank", 0) != 0
-    try:
-        for result in results:
-            yield result
-            done += step(result)
-            if bar is None and not hidden and time.monotonic() - start > PATIENCE:
-                bar = Progress(transient=True, console=Console(stderr=True))
-                bar.start()
-                task = bar.add_task(title, total=total)
-            if bar is not None:
-                bar.update(task, completed=done)
-    finally:
-        if bar is not None:
-            bar.stop()

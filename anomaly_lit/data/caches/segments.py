@@ -1,8 +1,8 @@
 """Files of rows that the disk caches write once, check, and map into memory.
 
-A file is a page of header (a magic line, a checksum, JSON), an index (for each row its key and
-its checksum), and a block for each column, with rows of one shape and type. A row of images is
-one image; a row of features has a column for each stage of the backbone.
+A file has a header of one page (a magic line, a checksum, JSON), an index (key and checksum of each
+row), and a block for each column, whose rows have one shape and type. In a cache of images a row is
+one image; in a cache of features it has a column for each stage of the backbone.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from torch import Tensor
 from anomaly_lit.data.caches import locks
 
 MAGIC = b"anomaly_lit rows, format 1\n"
-PAGE = 4096  # bytes; columns begin at multiples
+PAGE = 4096  # bytes; every column begins at a multiple of it
 INDEX = np.dtype([("key", "u1", (16,)), ("checksum", "<u4")])
 
 
 class DamagedError(Exception):
-    """A file is not what it should be; the text says in what."""
+    """A file is damaged; the text says how."""
 
 
 class Column(NamedTuple):
-    """Rows of one shape and type."""
+    """Shape and type of one value of each row."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row."""
+        """Size of one value in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def offsets_of(rows: int, columns: Sequence[Column]) -> list[int]:
-    """Where each column begins, in bytes, and last where the file ends."""
+    """Return the offset of each column, in bytes, followed by the size of the file."""
     offsets = [PAGE + rows * INDEX.itemsize]
     for column in columns:
         offsets[-1] = -(-offsets[-1] // PAGE) * PAGE
@@ -54,24 +54,24 @@ def offsets_of(rows: int, columns: Sequence[Column]) -> list[int]:
 
 
 def rows_within(size: int, columns: Sequence[Column]) -> int:
-    """How many rows a file of at most `size` bytes can have."""
+    """Return how many rows fit into a file of `size` bytes."""
     row = INDEX.itemsize + sum(column.row_bytes for column in columns)
     return max(0, (size - PAGE * (1 + len(columns))) // row)
 
 
 def as_bytes(tensor: Tensor) -> Any:
-    """The values of a tensor on the CPU as they lie in memory."""
+    """Return the bytes of a tensor on the CPU without copying contiguous values."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 class Draft:
-    """A file that is being written; it is locked meanwhile, and goes away unless published.
+    """A file that is being written; locked until then, and removed unless it is published.
 
     Args:
-        path: Of the draft; made at its full size.
-        subject: What the rows follow from, besides their keys.
-        keys: 16 bytes for each row.
-        columns: What a row has.
+        path: Path of the draft, which is created at its full size.
+        subject: What the rows depend on besides their keys.
+        keys: The key of each row, 16 bytes.
+        columns: The columns of a row.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class Draft:
         """Write consecutive rows; may be called from several threads.
 
         Args:
-            first: The first of them.
-            values: For each column (n, *shape) on the CPU.
+            first: Position of the first row.
+            values: For each column a tensor (n, *shape) on the CPU.
         """
         for column, offset, value in zip(self.columns, self.offsets, values, strict=False):
             assert value.dtype == column.dtype
@@ -104,7 +104,7 @@ class Draft:
             self.index["checksum"][first + row] = checksum(parts)
 
     def publish(self, path: Path) -> None:
-        """Write the header and give the file its name, at once."""
+        """Write index and header, and move the file to its final path in one step."""
         index = self.index.tobytes()
         content = {
             "subject": self.subject,
@@ -120,23 +120,23 @@ class Draft:
         os.replace(self.path, path)
 
     def close(self) -> None:
-        """Give the lock back, and remove what was not published."""
+        """Release the lock, and remove the file if it was not published."""
         os.close(self.handle)
         with suppress(FileNotFoundError):
             self.path.unlink()
 
 
 class Segment:
-    """A published file, mapped into memory and marked as in use as long as its values are.
+    """A published file, mapped into memory, and marked as in use while its values are in use.
 
     Args:
         path: The file.
-        subject: What its rows have to follow from.
-        columns: What a row has to have.
+        subject: What its rows must depend on.
+        columns: The columns that a row must have.
 
     Raises:
-        DamagedError: It is truncated, altered, or not of this kind.
-        FileNotFoundError: It is gone.
+        DamagedError: The file is truncated, altered, or holds other rows.
+        FileNotFoundError: The file does not exist any more.
     """
 
     def __init__(self, path: Path, subject: str, columns: Sequence[Column]) -> None:
@@ -159,17 +159,17 @@ class Segment:
         self.__init__(*state)  # type: ignore[misc]
 
     def intact(self, row: int) -> bool:
-        """Whether a row has the values that were written."""
+        """Return whether a row still has the values that were written."""
         values = [tensor[row] for tensor in self.tensors]
         return checksum(values) == self.index["checksum"][row]
 
     def touch(self) -> None:
-        """Note the use, for the choice of what to remove."""
-        with suppress(OSError):  # a folder of somebody else
+        """Set the time of last use, which decides what is removed first."""
+        with suppress(OSError):  # a folder that belongs to another user
             os.utime(self.path)
 
     def close(self) -> None:
-        """Give the mark back at once."""
+        """Stop marking the file as in use."""
         locks.release(self.handle)
         os.close(self.handle)
         self.handle = -1
@@ -204,7 +204,7 @@ class Segment:
 
 
 def checksum(values: Sequence[Tensor]) -> int:
-    """CRC-32 of a row: its values in all columns."""
+    """Return the CRC-32 of a row over all its columns."""
     total = 0
     for value in values:
         total = zlib.crc32(as_bytes(value), total)

@@ -1,13 +1,13 @@
-"""The folder of the disk caches: who builds, who reads, and what goes when it is full.
+"""The folder of the disk caches: who builds rows, who reads them, and what is removed.
 
     FOLDER/CACHEDIR.TAG
     FOLDER/images/<subject>/<rows>.rows     images and masks, see segments.py
     FOLDER/features/<subject>/<rows>.rows   features of backbones
 
-The subject is a hash of what a row follows from besides its file: geometry, versions, weights. The
-key of a row is a hash of its file's path, size and time of change, so that a file that changed is
-another one. A missing row is built by one process, under a lock, into a draft that gets its name
-when it is whole; the others wait for it. Everything may be deleted at any time.
+The subject is a hash of what a row depends on besides its file: geometry, versions, weights. The
+key of a row is a hash of its file's path, size and modification time, so that a changed file has
+another key. One process builds the missing rows, under a lock, into a draft that is renamed once it
+is complete; other processes wait for it. Everything may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from anomaly_lit.data.caches import locks
-from anomaly_lit.data.caches.memory import Place, in_threads, tell
+from anomaly_lit.data.caches.memory import Place
 from anomaly_lit.data.caches.segments import (
     Column,
     DamagedError,
@@ -34,6 +34,7 @@ from anomaly_lit.data.caches.segments import (
     offsets_of,
     rows_within,
 )
+from anomaly_lit.data.progress import in_threads, warn_once
 from anomaly_lit.types import UserError
 
 FOLDER = "ANOMALY_LIT_CACHE"
@@ -41,7 +42,7 @@ TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by anomaly_lit; may b
 
 
 def cache_folder(folder: str | None) -> Path:
-    """The named folder, else that in ANOMALY_LIT_CACHE, else anomaly_lit in the user's cache."""
+    """Return `folder`, else that in ANOMALY_LIT_CACHE, else anomaly_lit in the user's cache."""
     named = folder or os.environ.get(FOLDER)
     if named:
         return Path(named).expanduser().absolute()
@@ -50,10 +51,10 @@ def cache_folder(folder: str | None) -> Path:
 
 
 def file_key(path: str) -> bytes:
-    """Know a file by its place, size and time of change, in 16 bytes.
+    """Return a hash of a file's path, size and modification time, 16 bytes.
 
     Raises:
-        UserError: It does not exist or may not be read.
+        UserError: The file does not exist or cannot be read.
     """
     try:
         status = os.stat(path)
@@ -64,10 +65,10 @@ def file_key(path: str) -> bytes:
 
 
 def clear(folder: Path) -> float:
-    """Remove everything that the caches keep in a folder, and nothing else.
+    """Remove everything that the caches wrote into a folder, and nothing else.
 
     Returns:
-        The GB that were freed.
+        Freed space in GB (1e9 bytes).
     """
     files = [*_files(folder / "images"), *_files(folder / "features")]
     size = sum(_size(file) for file in files)
@@ -80,10 +81,10 @@ class Store:
     """Rows of one subject, found by key.
 
     Args:
-        folder: Of all rows that share `max_gb`.
-        subject: What a row follows from, as plain data.
-        columns: What a row has.
-        max_gb: Most that `folder` may take, in GB (1e9 bytes).
+        folder: Folder of all rows that share `max_gb`.
+        subject: What a row depends on besides its file, as plain data.
+        columns: The columns of a row.
+        max_gb: Largest size of `folder`, in GB (1e9 bytes).
         setting: Where `max_gb` is set, for messages, such as `dataset.cache`.
     """
 
@@ -104,7 +105,7 @@ class Store:
         self.places: dict[bytes, Place] = {}
 
     def column(self, number: int) -> list[Tensor]:
-        """The blocks that places point into, for one column."""
+        """Return the blocks of one column; the first number of a place counts them."""
         return [segment.tensors[number] for segment in self.segments]
 
     def fill(
@@ -113,16 +114,16 @@ class Store:
         write: Callable[[Draft, list[int]], list[str]],
         whole: bool = False,
     ) -> list[str]:
-        """Find rows, and build those that are missing, as far as the space allows.
+        """Find rows, and build the missing ones as far as the space allows.
 
         Args:
-            keys: Of the rows.
-            write: Puts rows into a draft; gets the positions in `keys` of its rows, in order, and
-                says what went wrong, a line each; then nothing is kept.
-            whole: Build all that are missing or none.
+            keys: Keys of the rows.
+            write: Puts rows into a draft. It gets their positions in `keys`, in order, and returns
+                a line for each row that failed; if any did, nothing is kept.
+            whole: Build either all missing rows or none.
 
         Returns:
-            What `write` said.
+            What `write` returned.
 
         Raises:
             UserError: The folder cannot be written, or its disk is full.
@@ -132,7 +133,7 @@ class Store:
             return []
         with self._readable_errors():
             self._make_folder()
-            with locks.alone(self.folder / "build.lock", tell):
+            with locks.alone(self.folder / "build.lock", warn_once):
                 self._load(keys)
                 missing = list({k: n for n, k in enumerate(keys) if k not in self.places}.values())
                 draft = self._begin([keys[n] for n in missing], whole) if missing else None
@@ -160,7 +161,7 @@ class Store:
         return problems
 
     def _load(self, keys: Iterable[bytes]) -> None:
-        """Open what holds rows that are wanted and not yet found; damaged files are removed."""
+        """Open the files that hold wanted rows which are not yet found; remove damaged files."""
         wanted = {key for key in keys if key not in self.places}
         known = {segment.path: segment for segment in self.segments}
         for path in sorted(self.folder.glob("*.rows")):
@@ -172,12 +173,12 @@ class Store:
             except FileNotFoundError:
                 continue
             except DamagedError as damage:
-                tell(f"the cache's file {path} is damaged ({damage}): removed, and built anew")
+                warn_once(f"the cache's file {path} is damaged ({damage}): removed, and built anew")
                 with self._readable_errors():
                     path.unlink(missing_ok=True)
 
     def _take(self, segment: Segment, keys: set[bytes], checked: bool = False) -> set[bytes]:
-        """Use some rows of a segment, once their values are checked."""
+        """Use some rows of a segment after checking their values."""
         rows = [segment.rows[key] for key in keys]
         if not keys:
             if segment not in self.segments:
@@ -195,10 +196,10 @@ class Store:
         return keys
 
     def _begin(self, keys: list[bytes], whole: bool) -> Draft | None:
-        """Make room and a draft for as many rows as fit; None where nothing can be kept."""
+        """Return a draft for as many rows as fit after making room; None if nothing can be kept."""
         limit, wished = round(self.max_gb * 1e9), offsets_of(len(keys), self.columns)[-1]
         count = 0
-        with locks.alone(self.root / "space.lock", tell):
+        with locks.alone(self.root / "space.lock", warn_once):
             if not whole or wished <= limit:
                 free = limit - _make_room(self.root, limit - wished)
                 count = min(len(keys), rows_within(free, self.columns))
@@ -210,7 +211,7 @@ class Store:
                 draft = None
         kept = 0 if draft is None else count
         if kept < len(keys):
-            tell(
+            warn_once(
                 f"{kept} of {len(keys)} missing rows fit into {self.setting}.max_gb="
                 f"{self.max_gb:g} in {self.root} ({wished / 1e9:.2g} GB are needed beside what "
                 "is in use); the others are computed each time"
@@ -243,14 +244,14 @@ class Store:
 
 
 def _make_room(root: Path, limit: int) -> int:
-    """Remove abandoned drafts, and files not in use, least recently used first.
+    """Remove abandoned drafts and then unused files, least recently used first.
 
     Args:
         root: Folder with a folder for each subject.
-        limit: Bytes that may remain.
+        limit: Largest size that may remain, in bytes.
 
     Returns:
-        The bytes that remain.
+        The size that remains, in bytes.
     """
     files = sorted(_files(root), key=_age)
     used = sum(_size(file) for file in files)
@@ -265,7 +266,7 @@ def _files(root: Path) -> list[Path]:
 
 
 def _remove_unused(file: Path) -> int:
-    """Remove a file that no process has locked; gives its size, or 0 where it stays."""
+    """Remove a file unless a process has locked it; return its size, or 0 if it stays."""
     try:
         handle = os.open(file, os.O_RDWR)
     except OSError:
@@ -290,7 +291,7 @@ def _size(file: Path) -> int:
 
 
 def _age(file: Path) -> tuple[bool, int]:
-    """Drafts first, then by the last use."""
+    """Sort key: drafts first, then by last use."""
     try:
         return file.suffix != ".draft", file.stat().st_mtime_ns
     except OSError:

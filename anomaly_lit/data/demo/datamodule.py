@@ -1,7 +1,6 @@
-"""The demo's data set: five procedural products in MVTec AD's layout, made on the spot.
+"""The demo's data set: five procedural products in MVTec AD's layout.
 
-Nothing is downloaded. `generate_demo` writes the pictures, `Demo` is the data module that reads
-them.
+Nothing is downloaded: `generate_demo` draws and writes the pictures, and `Demo` reads them.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -20,36 +20,33 @@ from torch import nn
 from anomaly_lit.data.caches.features import FeatureCache
 from anomaly_lit.data.caches.memory import ImageCache
 from anomaly_lit.data.demo.products import GOOD, PRODUCTS, picture
-from anomaly_lit.data.layouts.sets import MVTecAD
+from anomaly_lit.data.layouts.mvtec_ad import MVTecAD, MVTecADLayout
 from anomaly_lit.types import UserError
 
-VERSION = 1  # of the drawings; a change of any picture raises it
+VERSION = 1  # of the drawings; raise it when any picture changes
 MANIFEST = "demo.json"
 CATEGORIES = tuple(PRODUCTS)
 
 
-class Demo(MVTecAD):
-    """The demo's data set, made in `prepare_data` where it is not there yet.
-
-    Args:
-        root: Folder for the pictures; absent, empty or already filled by this class.
-        categories: Names, or `all`.
-        image_size: Height and width that a method sees, or one number; the pictures have 128.
-        batch_size: Images per training step.
-        eval_batch_size: Images per step of validation and test.
-        num_workers: Processes that read images.
-        holdout: Share of the normal training images of each category, kept from training.
-        shots: Train on this many images of each category only.
-        balanced: Draw every category equally often.
-        seed: Chooses the held-out images and the shots, and shuffles.
-        drawing_seed: Decides the pictures; another one needs another root.
-        cache: Where decoded images are kept; None decodes them each time.
-        feature_cache: Where features of frozen backbones are kept; None computes them each time.
-        synthesis: Makes anomalies out of training images; None gives plain batches.
-        validate_on_synthesis: Also score held-out images after synthesis.
-    """
+class DemoLayout(MVTecADLayout):
+    """MVTec AD's layout."""
 
     licence = "the demo's pictures are drawn by this package and free to use"
+
+
+class Demo(MVTecAD):
+    """The demo's data set, which `prepare_data` draws if it does not exist yet.
+
+    The arguments that are not described here are those of `AnomalyDataModule`.
+
+    Args:
+        root: Folder of the pictures; it must not exist, be empty, or hold this data set already.
+        categories: Names, or `all`.
+        image_size: Height and width that a method sees, or one number; the pictures have 128.
+        drawing_seed: Decides the pictures; another seed needs another root.
+    """
+
+    layout_class = DemoLayout
 
     def __init__(
         self,
@@ -64,10 +61,15 @@ class Demo(MVTecAD):
         balanced: bool = False,
         seed: int = 0,
         drawing_seed: int = 0,
+        outlier_dir: str | None = None,
         cache: ImageCache | None = None,
         feature_cache: FeatureCache | None = None,
         synthesis: nn.Module | None = None,
         validate_on_synthesis: bool = False,
+        needs: Collection[str] = (),
+        validate_on_test: bool = False,
+        pin_memory: bool | None = None,
+        persistent_workers: bool | None = None,
     ) -> None:
         super().__init__(
             root=root,
@@ -80,15 +82,20 @@ class Demo(MVTecAD):
             shots=shots,
             balanced=balanced,
             seed=seed,
+            outlier_dir=outlier_dir,
             cache=cache,
             feature_cache=feature_cache,
             synthesis=synthesis,
             validate_on_synthesis=validate_on_synthesis,
+            needs=needs,
+            validate_on_test=validate_on_test,
+            pin_memory=pin_memory,
+            persistent_workers=persistent_workers,
         )
         self.drawing_seed = drawing_seed
 
     def prepare_data(self) -> None:
-        """Draw the pictures, on one process."""
+        """Draw the pictures, in one process."""
         if self.root is None:
             raise UserError("dataset.root is not set; name a folder for the demo's pictures")
         generate_demo(self.root, self.drawing_seed)
@@ -102,18 +109,18 @@ def generate_demo(
     test_good: int = 20,
     test_defective: int = 20,
 ) -> Path:
-    """Write the demo's data set, or find it there already.
+    """Write the demo's data set unless the folder holds it already.
 
     The same arguments give the same bytes. Five categories of 50 + 40 pictures take about ten
     seconds on one core. The folder appears complete or not at all.
 
     Args:
-        root: Folder to make; it must be absent, empty, or hold the same data set.
+        root: Folder to create; it must not exist, be empty, or hold the same data set.
         seed: Decides every picture.
         size: Side of the square pictures, in pixels.
         train: Normal training images per category.
         test_good: Normal test images per category.
-        test_defective: Defective test images per category, the kinds of defects in turn.
+        test_defective: Defective test images per category, of each kind of defect in turn.
 
     Returns:
         The folder: `<category>/train/good`, `<category>/test/<good or defect>`,
@@ -153,7 +160,7 @@ def generate_demo(
 
 
 def is_there(root: Path, manifest: dict[str, object]) -> bool:
-    """Tell whether the folder holds this data set; refuse a folder with other content."""
+    """Return whether the folder holds this data set; refuse a folder with other content."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
@@ -172,7 +179,7 @@ def is_there(root: Path, manifest: dict[str, object]) -> bool:
 
 
 def move(draft: Path, root: Path, manifest: dict[str, object]) -> None:
-    """Give the finished folder its name; another process may have been faster."""
+    """Rename the finished folder; another process may have been faster."""
     if root.is_dir() and not any(root.iterdir()):
         root.rmdir()  # Windows does not replace an empty folder
     try:

@@ -4,20 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from anomaly_lit.data.layouts.folders import (
-    list_btad,
-    list_images,
-    list_ksdd2,
-    list_mvtec,
-    list_plain,
-    list_visa,
-    read_visa_split,
-)
+from anomaly_lit.data.layouts.btad import BTADLayout
+from anomaly_lit.data.layouts.files import list_images
+from anomaly_lit.data.layouts.folder import FolderLayout
+from anomaly_lit.data.layouts.ksdd2 import KolektorSDD2Layout
+from anomaly_lit.data.layouts.mvtec_ad import MVTecADLayout
+from anomaly_lit.data.layouts.visa import VisALayout, read_split
 from anomaly_lit.types import UserError
 
 
 def test_mvtec_masks_are_found_with_and_without_suffix(mvtec: Path) -> None:
-    bolt, cloth = list_mvtec(mvtec, "bolt"), list_mvtec(mvtec, "cloth")
+    bolt, cloth = (MVTecADLayout().list_category(mvtec, name) for name in ("bolt", "cloth"))
     assert len(bolt.train) == 12
     kinds = [sample.defect_type for sample in bolt.test]
     assert kinds == ["bent", "bent", "good", "good", "scratch"]
@@ -45,15 +42,16 @@ def test_suffixes_in_capitals_are_images(mvtec: Path) -> None:
 
 
 def test_btad_masks_are_matched_by_stem(btad: Path) -> None:
-    train, test = list_btad(btad, "01")
+    train, test = BTADLayout().list_category(btad, "01")
     assert len(train) == 4
     assert [sample.defect_type for sample in test] == ["good", "ko"]
     assert Path(str(test[1].mask_path)).name == "0001.png"
 
 
 def test_ksdd2_is_told_apart_by_its_masks(ksdd2: Path) -> None:
-    (train, test), left_out = list_ksdd2(ksdd2, "ksdd2")
-    assert [len(train), left_out] == [5, 1]
+    layout = KolektorSDD2Layout()
+    train, test = layout.list_category(ksdd2, "ksdd2")
+    assert [len(train), layout.left_out] == [5, 1]
     assert [sample.label for sample in test] == [False, True]
     assert test[0].mask_path is None
     assert Path(str(test[1].mask_path)).name == "20001_GT.png"
@@ -62,15 +60,14 @@ def test_ksdd2_is_told_apart_by_its_masks(ksdd2: Path) -> None:
 def test_ksdd2_without_a_mask_is_an_error(ksdd2: Path) -> None:
     (ksdd2 / "train" / "10002_GT.png").unlink()
     with pytest.raises(UserError, match=r"10002_GT\.png: the mask"):
-        list_ksdd2(ksdd2, "ksdd2")
+        KolektorSDD2Layout().list_category(ksdd2, "ksdd2")
     (ksdd2 / "train" / "10002_GT.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"10002_GT\.png cannot be read"):
-        list_ksdd2(ksdd2, "ksdd2")
+        KolektorSDD2Layout().list_category(ksdd2, "ksdd2")
 
 
 def test_visa_follows_its_split_file(visa: Path) -> None:
-    rows = read_visa_split(visa / "split_csv" / "1cls.csv")
-    train, test = list_visa(visa, "candle", rows["candle"])
+    train, test = VisALayout().list_category(visa, "candle")
     assert [len(train), len(test)] == [4, 2]
     assert [sample.label for sample in test] == [False, True]
     assert Path(str(test[1].mask_path)).is_file()
@@ -79,17 +76,18 @@ def test_visa_follows_its_split_file(visa: Path) -> None:
 def test_visa_without_split_file_says_what_to_set(visa: Path) -> None:
     (visa / "split_csv" / "1cls.csv").unlink()
     with pytest.raises(UserError, match=r"1cls\.csv.*dataset\.root"):
-        read_visa_split(visa / "split_csv" / "1cls.csv")
+        read_split(visa / "split_csv" / "1cls.csv")
 
 
 def test_visa_with_other_columns_names_them(visa: Path) -> None:
     (visa / "split_csv" / "1cls.csv").write_text("object,image\n")
     with pytest.raises(UserError, match="label, mask, split"):
-        read_visa_split(visa / "split_csv" / "1cls.csv")
+        read_split(visa / "split_csv" / "1cls.csv")
 
 
 def test_plain_folders_take_the_defect_type_from_the_first_sub_folder(plain: Path) -> None:
-    train, test = list_plain("p", plain / "good", None, plain / "bad", plain / "masks")
+    layout = FolderLayout("good", "bad", mask_dir="masks")
+    train, test = layout.list_category(plain, "p")
     assert len(train) == 10
     assert [sample.defect_type for sample in test] == ["chip", "stain"]
     masks = [Path(str(sample.mask_path)).relative_to(plain).as_posix() for sample in test]
@@ -99,10 +97,12 @@ def test_plain_folders_take_the_defect_type_from_the_first_sub_folder(plain: Pat
 def test_plain_masks_may_lie_in_one_folder(plain: Path) -> None:
     (plain / "masks" / "chip" / "b0.png").rename(plain / "masks" / "b0_mask.png")
     (plain / "masks" / "stain" / "b0.png").unlink()
-    _, test = list_plain("p", plain / "good", None, plain / "bad", plain / "masks")
+    layout = FolderLayout("good", "bad", mask_dir="masks")
+    _, test = layout.list_category(plain, "p")
     assert {Path(str(sample.mask_path)).name for sample in test} == {"b0_mask.png"}
 
 
 def test_plain_folder_without_sub_folders_names_the_defect_type(plain: Path) -> None:
-    _, test = list_plain("p", plain / "good", None, plain / "bad" / "chip", None)
+    layout = FolderLayout("good", "bad/chip")
+    _, test = layout.list_category(plain, "p")
     assert [(sample.defect_type, sample.mask_path) for sample in test] == [("chip", None)]

@@ -1,0 +1,170 @@
+"""The images of a data set: listed, split, counted and checked; no pixel is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from anomaly_lit.data.categories import choose_categories, existing_root, no_training_images
+from anomaly_lit.data.checks import missing_kinds, missing_masks, too_small
+from anomaly_lit.data.companions import list_pool
+from anomaly_lit.data.digest import digest
+from anomaly_lit.data.images import Resize
+from anomaly_lit.data.layouts.base import Layout
+from anomaly_lit.data.splits import Draw, name_below, split_category
+from anomaly_lit.types import Sample
+
+
+class Catalogue:
+    """Which images a data set has, and which of them are trained on, held out and tested.
+
+    The arguments are those of `AnomalyDataModule`; `resize` is how its images are resized. All
+    lists are empty until `list_samples`.
+
+    Attributes:
+        categories: Names of the categories in use.
+        train_samples: What is trained on.
+        holdout_samples: Normal images that are never trained on.
+        test_samples: Normal and anomalous images.
+        outlier_samples: The pictures of `outlier_dir`.
+        has_masks: Whether any test image has a mask; without, there is no truth for pixel metrics.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        root: str | None,
+        categories: str | Sequence[str],
+        holdout: float,
+        shots: int | None,
+        seed: int,
+        masks: str,
+        outlier_dir: str | None,
+        resize: Resize,
+    ) -> None:
+        self.layout = layout
+        self.root = None if root is None else Path(root).expanduser()
+        self.requested = categories
+        self.holdout = holdout
+        self.shots = shots
+        self.seed = seed
+        self.masks = masks
+        self.outlier_dir = outlier_dir
+        self.resize = resize
+        self.categories: list[str] = []
+        self.train_samples: list[Sample] = []
+        self.holdout_samples: list[Sample] = []
+        self.test_samples: list[Sample] = []
+        self.outlier_samples: list[Sample] = []
+        self.has_masks = False
+
+    def wrong_settings(self) -> list[str]:
+        """Say which arguments are out of range."""
+        wrong = []
+        if not 0 <= self.holdout < 1:
+            wrong.append(f"dataset.holdout={self.holdout}: it must be at least 0 and less than 1")
+        if self.masks not in ("required", "optional", "none"):
+            wrong.append(f"dataset.masks={self.masks}: choose required, optional or none")
+        if self.shots is not None:
+            wrong += too_small({"shots": (self.shots, 1)})
+        return wrong
+
+    def list_samples(self) -> None:
+        """Fill `categories` and the sample lists without judging what is there.
+
+        Raises:
+            UserError: The root, a named category or the folder of outliers does not exist.
+        """
+        root = existing_root(self.root)
+        self.categories = choose_categories(self.layout, root, self.requested)
+        draw, test_share = Draw(self.seed, root), self.layout.test_share
+        self.train_samples, self.holdout_samples, self.test_samples = [], [], []
+        for category in self.categories:
+            listing = self.layout.list_category(root, category)
+            splits = split_category(listing, draw, self.holdout, self.shots, test_share)
+            self.train_samples += splits.train
+            self.holdout_samples += splits.holdout
+            self.test_samples += splits.test
+        if self.masks == "none":
+            self.test_samples = [sample._replace(mask_path=None) for sample in self.test_samples]
+        self.has_masks = any(sample.mask_path is not None for sample in self.test_samples)
+        if self.outlier_dir is not None:
+            self.outlier_samples = list_pool("outlier", self.outlier_dir)
+
+    def present_digest(self) -> str:
+        """Return the digest of the files as they are now, without judging them.
+
+        Raises:
+            UserError: The root or a named category does not exist.
+        """
+        self.list_samples()
+        return self.files_digest()
+
+    def samples(self) -> list[Sample]:
+        """Return all images of all splits."""
+        return [*self.train_samples, *self.holdout_samples, *self.test_samples]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Count images per category: `train`, `holdout`, `test good`, `test <defect type>`."""
+        table: dict[str, Counter[str]] = {category: Counter() for category in self.categories}
+        for name, samples in (("train", self.train_samples), ("holdout", self.holdout_samples)):
+            for sample in samples:
+                table[sample.category][name] += 1
+        for sample in self.test_samples:
+            table[sample.category][f"test {sample.defect_type}"] += 1
+        return {category: dict(counts) for category, counts in table.items()}
+
+    def summary(self) -> str:
+        """Say what was found: a line per category, and the licence of a public data set."""
+        lines = [f"{self.layout.name} in {self.root}, {self.resize}"]
+        for category, counts in self.counts().items():
+            numbers = ", ".join(f"{name} {count}" for name, count in counts.items())
+            lines.append(f"  {category}: {numbers or 'nothing'}")
+        if self.layout.licence is not None:
+            lines.append(f"  licence: {self.layout.licence}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def find_gaps(self, stage: str | None = None) -> list[str]:
+        """Say what the lists lack so that training or evaluation would be wrong.
+
+        Args:
+            stage: As for `setup`; only for `fit` and None are training images needed.
+        """
+        needed = self.train_samples if stage in (None, "fit") else self.samples()
+        present = {sample.category for sample in needed}
+        empty = [category for category in self.categories if category not in present]
+        gaps = no_training_images(self.layout, self.root, empty)
+        anomalous = [sample for sample in self.test_samples if sample.label]
+        without = [sample for sample in anomalous if sample.mask_path is None]
+        if self.masks == "required" or (self.masks == "optional" and len(without) < len(anomalous)):
+            place = self.layout.mask_hint.replace("ROOT", str(self.root))
+            gaps += missing_masks(without, len(anomalous), place)
+        return gaps
+
+    def notes(self) -> list[str]:
+        """Say what is allowed but should be known before training."""
+        notes = []
+        for category in self.categories:
+            labels = {sample.label for sample in self.test_samples if sample.category == category}
+            notes += missing_kinds(category, labels, self.root)
+        if not self.has_masks and any(sample.label for sample in self.test_samples):
+            notes.append("no masks: pixel metrics are left out")
+        return notes + self.layout.notes(self.test_samples, self.seed)
+
+    def name_of(self, path: str) -> str:
+        """Return a file's path below the root, the same on every machine."""
+        return name_below(path, self.root)
+
+    def files_digest(self) -> str:
+        """Return a digest of names, sizes, ends and splits of the listed files."""
+        splits = {
+            "train": self.train_samples,
+            "holdout": self.holdout_samples,
+            "test": self.test_samples,
+            "outlier": self.outlier_samples,
+        }
+        return digest(splits, self.root)

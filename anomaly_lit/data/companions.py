@@ -1,0 +1,168 @@
+"""Companions: further images that go beside each image of a training batch.
+
+A method names those that it needs, such as `needs = frozenset({"prompt"})`. A training batch then
+holds `prompt` (B, 3, H, W) and `prompt_path`, and `prompt_features` if the feature cache has them.
+The choice depends only on the seed, the number of the batch and the image, so that a resumed run
+sees the same ones.
+
+To add one, list its images in `AnomalyDataModule.list_samples`, give it a name in
+`AnomalyDataModule.companions`, and add its keys to `Batch`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from anomaly_lit.data.layouts.files import walk_images
+from anomaly_lit.data.sampler import mixed_seed
+from anomaly_lit.types import Sample, UserError
+
+NAMES = ("prompt", "outlier")
+FEATURES = {  # keys of features in a batch, and of the paths whose features they are
+    "features": "path",
+    **{f"{name}_features": f"{name}_path" for name in NAMES},
+}
+
+
+class Companion(ABC):
+    """A stream of images, one or several beside each image of a training batch.
+
+    Args:
+        name: Key in the batch; its files' paths are `<name>_path`.
+        samples: What is drawn from.
+        seed: Decides every draw.
+        masks: Whether the batch holds their masks too, as `<name>_mask` (B, 1, H, W).
+        features: Whether methods read backbone features of these images, so that the feature
+            cache keeps them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        samples: list[Sample],
+        seed: int,
+        masks: bool = False,
+        features: bool = True,
+    ) -> None:
+        self.name = name
+        self.samples = samples
+        self.seed = seed
+        self.masks = masks
+        self.features = features
+
+    @abstractmethod
+    def draw(self, step: int, index: int) -> int | tuple[int, ...]:
+        """Choose the companion of a training image.
+
+        Args:
+            step: Batches that training has consumed before this one.
+            index: Position of the image in the training split.
+
+        Returns:
+            A position in `samples`. Several, as many each time, give (B, n, 3, H, W).
+        """
+
+
+class Partner(Companion):
+    """Another training image of the same category; the image itself if it is the only one.
+
+    Args:
+        name: Key in the batch.
+        samples: The training images.
+        seed: Decides every draw.
+    """
+
+    def __init__(self, name: str, samples: list[Sample], seed: int) -> None:
+        super().__init__(name, samples, seed)
+        rows = rows_by_category(samples)
+        self.members = [rows[sample.category] for sample in samples]
+        self.places = [0] * len(samples)  # of each image among those of its category
+        for members in rows.values():
+            for place, row in enumerate(members):
+                self.places[row] = place
+
+    def draw(self, step: int, index: int) -> int:
+        """Choose uniformly among the others of the category."""
+        members, own = self.members[index], self.places[index]
+        if len(members) == 1:
+            return index
+        place = mixed_seed(self.seed, step, index) % (len(members) - 1)
+        return members[place + (place >= own)]  # skips its own place without a list of the others
+
+
+class Pool(Companion):
+    """Images that are not trained on as normal ones, whatever the category of the training image.
+
+    Args:
+        name: Key in the batch; two names give independent draws.
+        samples: The images.
+        seed: Decides every draw.
+        masks: As for `Companion`.
+        features: As for `Companion`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        samples: list[Sample],
+        seed: int,
+        masks: bool = False,
+        features: bool = True,
+    ) -> None:
+        super().__init__(name, samples, seed, masks, features)
+        self.salt = zlib.crc32(name.encode())
+
+    def draw(self, step: int, index: int) -> int:
+        """Choose uniformly among all."""
+        return mixed_seed(self.seed, self.salt, step, index) % len(self.samples)
+
+
+def wrong_needs(needs: Collection[str], outlier_dir: str | None) -> list[str]:
+    """Say what a method needs in a batch that the data module cannot give.
+
+    Args:
+        needs: Keys of the batch.
+        outlier_dir: `dataset.outlier_dir`.
+    """
+    wrong = []
+    known = ("corrupted", *NAMES)
+    unknown = sorted(set(needs) - {*known})
+    if unknown:
+        wrong.append(
+            f"the method needs {', '.join(unknown)} in a batch, which no data module gives; known "
+            f"are {', '.join(known)}"
+        )
+    if "outlier" in needs and outlier_dir is None:
+        wrong.append("the method learns from outliers: set dataset.outlier_dir to a folder of them")
+    return wrong
+
+
+def rows_by_category(samples: Sequence[Sample]) -> dict[str, list[int]]:
+    """Return the positions of the images of each category."""
+    rows: dict[str, list[int]] = {}
+    for row, sample in enumerate(samples):
+        rows.setdefault(sample.category, []).append(row)
+    return rows
+
+
+def list_pool(name: str, folder: str | Path) -> list[Sample]:
+    """List the pictures at any depth below a folder.
+
+    Args:
+        name: Of the companion; also that of the setting, `dataset.<name>_dir`.
+        folder: Where the pictures are.
+
+    Raises:
+        UserError: There is no such folder, or no picture in it.
+    """
+    path = Path(folder).expanduser()
+    samples = [Sample(str(file), name, name, True) for file in walk_images(path)]
+    if not samples:
+        found = "holds no picture" if path.is_dir() else "is not a folder"
+        raise UserError(
+            f"dataset.{name}_dir={folder} {found}; set dataset.{name}_dir to a folder of pictures"
+        )
+    return samples

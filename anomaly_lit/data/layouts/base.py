@@ -1,0 +1,64 @@
+"""What a layout says of a data set: its categories, and the images of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from anomaly_lit.types import Sample
+
+
+class Listing(NamedTuple):
+    """What one category holds, in the order of the file names."""
+
+    train: list[Sample]  # normal images only
+    test: list[Sample]
+
+
+class Layout:
+    """How a data set is laid out on disk.
+
+    A new data set defines `find_categories` and `list_category`, and an option file names the
+    layout as `dataset.layout`. Nothing is decoded here unless only the pixels tell normal from
+    anomalous.
+
+    Attributes:
+        licence: One line, shown in summaries; None where there is none to show.
+        mask_hint: Where masks are expected, for messages; may contain `ROOT` and `<category>`.
+        train_hint: Where normal training images are expected, relative to the root, for messages;
+            may contain `<category>`.
+        test_share: Share of the listed training images to keep for testing, in [0, 1); for sets
+            without normal test images.
+    """
+
+    licence: str | None = None
+    mask_hint = "ROOT/<category>/ground_truth/<type>/<stem>_mask.png"
+    train_hint = "<category>/train/good"
+    test_share = 0.0
+
+    @property
+    def name(self) -> str:
+        """Name of the data set in summaries."""
+        return type(self).__name__.removesuffix("Layout")
+
+    def find_categories(self, root: Path) -> list[str]:
+        """Name the categories that a root folder holds."""
+        raise NotImplementedError
+
+    def list_category(self, root: Path, category: str) -> Listing:
+        """List the images of one category."""
+        raise NotImplementedError
+
+    def folders(self, root: Path, categories: Sequence[str]) -> list[Path]:
+        """Name the folders in which every picture should be an image or a mask of the set."""
+        return [root / category for category in categories]
+
+    def notes(self, test: Sequence[Sample], seed: int) -> list[str]:
+        """Say what a user should know of the chosen images, a line each.
+
+        Args:
+            test: The test images.
+            seed: `dataset.seed`.
+        """
+        return []
