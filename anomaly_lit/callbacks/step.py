@@ -71,9 +71,14 @@ class FastStep(pl.Callback):
             check_compiler(device)
         if chosen["channels_last"]:
             lay_out(pl_module, torch.channels_last)
-        self._feed(trainer, device)
+        self._check_feeding(trainer, device)
 
-    def _feed(self, trainer: pl.Trainer, device: torch.device) -> None:
+    def feeding(self, device: str) -> dict[str, bool]:
+        """Return what a data module is to be built with for a type of device, such as `cpu`."""
+        chosen = self.chosen(device)
+        return {name: chosen[name] for name in ("pin_memory", "persistent_workers")}
+
+    def _check_feeding(self, trainer: pl.Trainer, device: torch.device) -> None:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         if datamodule is None:
             return
@@ -93,9 +98,12 @@ class FastStep(pl.Callback):
                 "step.persistent_workers=true needs processes that could be kept: "
                 "dataset.num_workers=2, or step.persistent_workers=null"
             )
-        chosen = self.chosen(device.type)
-        datamodule.pin_memory = chosen["pin_memory"]
-        datamodule.persistent_workers = chosen["persistent_workers"]
+        for name, asked in (("pin_memory", pin), ("persistent_workers", persist)):
+            if asked is not None and getattr(datamodule, name, asked) != asked:
+                raise UserError(
+                    f"{type(datamodule).__name__} was built with {name}={not asked} and "
+                    f"FastStep with {name}={asked}: hand both the same"
+                )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fuse the optimisers, and let Lightning clip in front of them without a scaler."""

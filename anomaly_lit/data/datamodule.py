@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from anomaly_lit.data.batches import Images, as_it_is
+from anomaly_lit.data.batches import Images
 from anomaly_lit.data.caches.features import FeatureCache
 from anomaly_lit.data.caches.memory import DeviceCache, ImageCache
 from anomaly_lit.data.catalogue import Catalogue
@@ -33,6 +33,7 @@ from anomaly_lit.data.sampler import (
     batch_seed,
     equal_weights,
 )
+from anomaly_lit.data.workers import loader_of
 from anomaly_lit.types import Batch, Sample, UserError
 
 
@@ -340,11 +341,11 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
     ) -> DataLoader[Batch]:
         if self.cache is not None:
             self.cache.prepare(self._device(), self.num_workers)
-        return DataLoader(
+        return loader_of(
             Images(samples, self.resize, self.cache, companions),
-            batch_sampler=batch_sampler,
-            num_workers=self.num_workers,
-            collate_fn=as_it_is,
-            pin_memory=self.pin_memory and not isinstance(self.cache, DeviceCache),
-            persistent_workers=self.persistent_workers and self.num_workers > 0,
+            batch_sampler,
+            self.num_workers,
+            self.pin_memory and not isinstance(self.cache, DeviceCache),
+            self.persistent_workers,
+            max(self.batch_size, self.eval_batch_size),
         )

@@ -11,8 +11,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
+from anomaly_lit.data.batches import Images, as_it_is
 from anomaly_lit.types import Batch, UserError
 
 SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over their batches (Linux)
@@ -37,6 +38,42 @@ class WorkerLoader(DataLoader[Batch]):
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def loader_of(
+    images: Images,
+    batch_sampler: Sampler[Any],
+    workers: int,
+    pin_memory: bool,
+    persistent: bool,
+    most: int,
+) -> DataLoader[Batch]:
+    """Return a loader of whole batches.
+
+    Args:
+        images: What is loaded.
+        batch_sampler: Gives the rows of each batch.
+        workers: Processes that read; 0 reads in this one.
+        pin_memory: Whether batches come in page-locked memory.
+        persistent: Whether workers outlive an epoch.
+        most: Images of the largest batch.
+
+    Raises:
+        UserError: There is too little shared memory for the workers' batches.
+    """
+    height, width = images.resize.size
+    each = 3 * 4 + 1 + 3 * 4 * len(images.companions)  # bytes of a pixel and its mask
+    check_shared_memory(most * height * width * each, workers)
+    return WorkerLoader(
+        images,
+        batch_sampler=batch_sampler,
+        num_workers=workers,
+        collate_fn=as_it_is,
+        pin_memory=pin_memory,
+        persistent_workers=persistent and workers > 0,
+        worker_init_fn=start_worker,
+        timeout=PATIENCE if workers else 0,
+    )
 
 
 def start_worker(worker: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anomaly_lit.config.build import instantiate, nodes
+from anomaly_lit.config.build import import_target, instantiate, nodes
 from anomaly_lit.config.hydra import message_of
 from anomaly_lit.files import without_secrets
 from anomaly_lit.runs.ranks import is_first_process
@@ -33,19 +33,28 @@ def find_all_weights(config: dict[str, Any]) -> None:
 
 
 def build(config: dict[str, Any]) -> tuple[AnomalyDataModule, Method]:
-    """The data module, checked, and the method, with its backbones' weights."""
-    datamodule = instantiate(config["dataset"])
+    """Build the data module, checked, and the method, with its backbones' weights."""
+    datamodule = build_data(config)
     if is_first_process():
         datamodule.prepare_data()
     datamodule.setup("fit")
-    datamodule.validate_on_test = config["selection"] == "oracle"
     if not datamodule.holdout_samples and config["selection"] == "best":
         raise UserError("selection=best needs held-out images: set dataset.holdout above 0")
-    method = instantiate(config["method"])
+    method = instantiate(config["method"], "method")
     check_synthesis(datamodule, method)
-    datamodule.with_prompts = "prompt" in method.needs
     method.setup("fit")
     return datamodule, method
+
+
+def build_data(config: dict[str, Any]) -> AnomalyDataModule:
+    """Build the data module with what method, selection and step ask of it."""
+    step = instantiate(config["step"], "step")
+    extras = {
+        "needs": sorted(import_target(config["method"]["_target_"]).needs),
+        "validate_on_test": config["selection"] == "oracle",
+        **step.feeding(device_type(config["trainer"].get("accelerator", "auto"))),
+    }
+    return instantiate({**config["dataset"], **extras}, "dataset")
 
 
 def check_synthesis(datamodule: AnomalyDataModule, method: Method) -> None:
@@ -184,6 +193,15 @@ def build_loggers(config: dict[str, Any], data_digest: str) -> list[Any]:
             ) from error
         loggers.append(logger)
     return loggers
+
+
+def device_type(accelerator: str) -> str:
+    """Return the type of device that training will be on, such as `cpu` or `cuda`."""
+    import torch
+
+    if accelerator in ("auto", "gpu"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return accelerator
 
 
 def default_precision(accelerator: str) -> str:
