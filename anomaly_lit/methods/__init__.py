@@ -20,7 +20,7 @@ CLASS = re.compile(r"^class (\w+)\(Method\):$", re.MULTILINE)
 def files() -> dict[str, str]:
     """Return the name of the file or folder of each method's class, without importing any."""
     folder = Path(__file__).parent
-    found = {}
+    found: dict[str, str] = {}
     for path in sorted([*folder.glob("*.py"), *folder.glob("*/__init__.py")]):
         own = path.parent if path.name == "__init__.py" else path
         if own != folder and own.stem != "base":
