@@ -1,4 +1,4 @@
-"""``anomaly-test``: tests a checkpoint on the data set it was trained for, or on another."""
+"""`anomaly-test`: test a checkpoint on the data set it was trained for, or on another."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Enter the command."""
     run_command(test, "test")
 
 
 def test(cfg: DictConfig) -> None:
-    """Loads the checkpoint, tests it, and writes what ``anomaly-train`` writes of a test."""
+    """Load the checkpoint, test it, and write what `anomaly-train` writes of a test."""
     config = plain(cfg)
     directory = output_folder()
     if config["ckpt_path"] is None:
@@ -48,17 +48,19 @@ def test(cfg: DictConfig) -> None:
     trained = checkpoint["anomaly_lit"]["config"]
     node = trained["method"] | config["method"]
     dataset = trained["dataset"] | {k: v for k, v in config["dataset"].items() if v is not None}
+    if not config["method"]:  # no validation, so nothing is corrupted
+        dataset |= {"synthesis": None, "validate_on_synthesis": False}
     check_targets({"method": node, "dataset": dataset}, config["trust"])
     validate({"method": node, "dataset": dataset})
     method = build_method({**trained, "method": node}, config["trust"])
     load_weights(method, checkpoint["state_dict"], config["method"])
-    datamodule = instantiate(dataset)
+    datamodule = instantiate(dataset, "dataset")
     datamodule.prepare_data()
     datamodule.setup("test")
     check_targets(trained["callbacks"]["evaluation"], config["trust"])
-    evaluation = instantiate(trained["callbacks"]["evaluation"])
+    calibration = checkpoint["anomaly_lit"].get("calibration", {})
+    evaluation = instantiate({**trained["callbacks"]["evaluation"], "calibration": calibration})
     assert isinstance(evaluation, Evaluation)
-    evaluation.calibration = checkpoint["anomaly_lit"].get("calibration", {})
     outputs = Outputs(str(directory), config["max_images"])
     trainer = pl.Trainer(
         accelerator=config["accelerator"],
@@ -86,7 +88,7 @@ def test(cfg: DictConfig) -> None:
 
 
 def load_weights(method: Method, weights: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Loads weights into a method that differs in some values from the trained one.
+    """Load weights into a method that differs in some values from the trained one.
 
     Raises:
         UserError: The values do not fit the weights.
