@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given
@@ -17,8 +18,7 @@ from torch import nn
 from anomaly_lit.commands.entry import quoted
 from anomaly_lit.config.build import differences, moved, nodes
 from anomaly_lit.config.hydra import config_dir, job_folder, plain
-from anomaly_lit.config.trust import check_targets
-from anomaly_lit.config.validate import fits, validate
+from anomaly_lit.config.validate import HINTS, Command, fits, validate
 from anomaly_lit.types import UserError
 
 FOLDER = Path(config_dir())
@@ -196,45 +196,92 @@ def test_nodes_are_found_in_lists_and_at_any_depth() -> None:
     assert [path for path, _ in nodes(config)] == ["a", "a.b[0]", "c[0]"]
 
 
-# -------------------------------------------------------------------------------- foreign code
+# -------------------------------------------------------------------------------- own keys
+
+COMMANDS: list[Command] = ["train", "test", "predict", "data"]
+PARTS_OF_OTHERS = {"trainer", "callbacks", "logger", "dataset", "method", "step", "pruning"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_key_of_a_command_has_a_type(command: Command) -> None:
+    shipped = yaml.safe_load((FOLDER / f"{command}.yaml").read_text())
+    keys = set(shipped) - {"hydra", "defaults"}
+    typed = {path.partition(".")[0] for path in HINTS[command]}
+    assert keys - PARTS_OF_OTHERS == typed - PARTS_OF_OTHERS
+    for path in HINTS[command]:
+        section, _, key = path.rpartition(".")
+        assert key in (shipped[section] if section else shipped)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_shipped_has_the_right_types(command: Command) -> None:
+    validate(composed(name=command), command)
 
 
 @pytest.mark.parametrize(
-    "target",
+    ("command", "key", "values"),
     [
-        "anomaly_lit.methods.AMINet",
-        "anomaly_lit.data.MVTecAD",
-        "torch.nn.L1Loss",
-        "torch.optim.AdamW",
+        ("train", "seed", [-1, 2**40, 0.5, "zero", None, True]),
+        ("train", "image_size", ["abc", None, [64, "x"], 2.5]),
+        ("train", "selection", ["first", None]),
+        ("train", "threshold.fpr", ["much", None]),
+        ("train", "checkpoint.every_minutes", ["often", None]),
+        ("train", "checkpoint.every_steps", ["many", 2.5]),
+        ("train", "optimized_metric", [3, ["val/loss"]]),
+        ("train", "when_changed", ["ask", None, True]),
+        ("test", "trust", ["no", "off", "None", None, 0, 1, []]),
+        ("test", "ckpt_path", [5, ["a", "b"]]),
+        ("test", "method", [3, "uniad"]),
+        ("test", "dataset.batch_size", ["many", 2.5]),
+        ("test", "dataset.root", [7]),
+        ("test", "max_images", [-1, "all", None]),
+        ("test", "accelerator", [7, None]),
+        ("predict", "trust", ["no", "off", "None", None, 0, 1]),
+        ("predict", "exit_code", ["maybe", 1, None]),
+        ("predict", "save_maps", [7, "yes", None]),
+        ("predict", "batch_size", [-1, 0, 2.5, "many", None]),
+        ("predict", "input", [["a", "b"], 5]),
+        ("predict", "category", [5, ["a"]]),
+        ("predict", "device", [0, ["cpu"]]),
+        ("predict", "engine", ["tensorrt", None]),
+        ("data", "columns", ["x", 0, -1, 2.5, None]),
+        ("data", "clear_cache", ["no", 1, None]),
+        ("data", "seed", [-1, "zero"]),
     ],
 )
-def test_our_classes_and_torch_s_are_safe(target: str) -> None:
-    check_targets({"a": {"_target_": target}})
+def test_a_wrong_value_of_an_own_key_is_refused(
+    command: Command, key: str, values: list[Any]
+) -> None:
+    config = composed(name=command)
+    section, _, name = key.rpartition(".")
+    for value in values:
+        (config[section] if section else config)[name] = value
+        with pytest.raises(UserError) as error:
+            validate(config, command)
+        assert f"\n  {key}: {value!r} is no " in str(error.value)
+        assert str(error.value).count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    "target",
+    ("command", "argument", "text"),
     [
-        "os.system",
-        "torch.load",
-        "anomaly_lit_evil.run",
-        "anomaly_lit.files.os.system",
-        "anomaly_lit.files.subprocess.Popen",
-        "anomaly_lit.files.write_json",
-        "torch.nn.modules.module.warnings.warn",
-        ["anomaly_lit.methods.AMINet"],
-        None,
+        ("predict", "trust=no", "trust: 'no' is no bool (true or false)"),
+        ("predict", "exit_code=maybe", "exit_code: 'maybe' is no bool (true or false)"),
+        ("predict", "save_maps=7", "save_maps: 7 is no bool (true or false)"),
+        ("predict", "batch_size=-1", "batch_size: -1 is no int of at least 1"),
+        ("test", "trust=off", "trust: 'off' is no bool (true or false)"),
+        ("test", "trust=None", "trust: 'None' is no bool (true or false)"),
+        ("data", "columns=x", "columns: 'x' is no int of at least 1"),
+        ("data", "seed=-1", "seed: -1 is no int from 0 to 4294967295"),
     ],
 )
-def test_everything_else_is_refused(target: Any) -> None:
-    with pytest.raises(UserError, match=r"a\.b\[0\]"):
-        check_targets({"a": {"b": [{"_target_": target}]}})
-    check_targets({"a": {"b": [{"_target_": target}]}}, trust=True)
-
-
-def test_interpolations_are_refused() -> None:
-    with pytest.raises(UserError, match=r"a\.b"):
-        check_targets({"a": {"b": "${oc.create:'{_target_: os.system}'}"}})
+def test_commands_check_their_own_keys_first(
+    run_here: Callable[..., Any], tmp_path: Path, command: str, argument: str, text: str
+) -> None:
+    outcome = run_here(command, argument, f"output_dir={tmp_path / 'out'}")
+    assert outcome.code
+    assert text in outcome.err
+    assert not [path for path in (tmp_path / "out").glob("*") if path.suffix != ".log"]  # Hydra's
 
 
 # -------------------------------------------------------------------------------- small helpers

@@ -31,7 +31,7 @@ def run(config: DictConfig) -> None:
     from anomaly_lit.config.hydra import plain
     from anomaly_lit.config.validate import validate
 
-    validate(plain(config))
+    validate(plain(config), "data")
     if config.clear_cache:
         clear_cache()
         return

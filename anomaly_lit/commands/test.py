@@ -1,4 +1,4 @@
-"""`anomaly-test`: test a checkpoint on the data set it was trained for, or on another."""
+"""``anomaly-test``: tests a checkpoint on the data set it was trained for, or on another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from anomaly_lit.commands.entry import run_command
 from anomaly_lit.config.build import instantiate
 from anomaly_lit.config.hydra import output_folder, plain
-from anomaly_lit.config.trust import check_targets
+from anomaly_lit.config.trust import admit
 from anomaly_lit.config.validate import validate
 from anomaly_lit.types import UserError
 
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Enter the command."""
+    """Entry point of the command."""
     run_command(test, "test")
 
 
 def test(cfg: DictConfig) -> None:
-    """Load the checkpoint, test it, and write what `anomaly-train` writes of a test."""
+    """Loads the checkpoint, tests it, and writes what ``anomaly-train`` writes of a test."""
     config = plain(cfg)
+    validate(config, "test")
     directory = output_folder()
     if config["ckpt_path"] is None:
         raise UserError("ckpt_path is not set: anomaly-test ckpt_path=FILE")
@@ -48,19 +49,18 @@ def test(cfg: DictConfig) -> None:
     trained = checkpoint["anomaly_lit"]["config"]
     node = trained["method"] | config["method"]
     dataset = trained["dataset"] | {k: v for k, v in config["dataset"].items() if v is not None}
-    if not config["method"]:  # no validation, so nothing is corrupted
-        dataset |= {"synthesis": None, "validate_on_synthesis": False}
-    check_targets({"method": node, "dataset": dataset}, config["trust"])
-    validate({"method": node, "dataset": dataset})
-    method = build_method({**trained, "method": node}, config["trust"])
+    trust = config["trust"]
+    dataset = admit(dataset, "dataset", trust)
+    scoring = admit(trained["callbacks"]["evaluation"], "evaluation", trust)
+    method = build_method({**trained, "method": node}, trust)
     load_weights(method, checkpoint["state_dict"], config["method"])
-    datamodule = instantiate(dataset, "dataset")
-    datamodule.prepare_data()
+    datamodule = instantiate(dataset)
+    if trust or config["dataset"]["root"] is not None:  # it may write: only where the user says so
+        datamodule.prepare_data()
     datamodule.setup("test")
-    check_targets(trained["callbacks"]["evaluation"], config["trust"])
-    calibration = checkpoint["anomaly_lit"].get("calibration", {})
-    evaluation = instantiate({**trained["callbacks"]["evaluation"], "calibration": calibration})
+    evaluation = instantiate(scoring)
     assert isinstance(evaluation, Evaluation)
+    evaluation.calibration = checkpoint["anomaly_lit"].get("calibration", {})
     outputs = Outputs(str(directory), config["max_images"])
     trainer = pl.Trainer(
         accelerator=config["accelerator"],
@@ -88,7 +88,7 @@ def test(cfg: DictConfig) -> None:
 
 
 def load_weights(method: Method, weights: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Load weights into a method that differs in some values from the trained one.
+    """Loads weights into a method that differs in some values from the trained one.
 
     Raises:
         UserError: The values do not fit the weights.

@@ -1,55 +1,328 @@
-"""What a checkpoint of unknown origin may name."""
+"""What a checkpoint of unknown origin may build.
+
+A checkpoint holds a configuration, and a configuration names classes. From a checkpoint that is
+not trusted, only the classes of `KINDS` are built: our own, found by their type, and torch's losses
+and optimisers, named here. None of them opens, writes, starts or fetches anything when it is built
+with the arguments that are let through; `tests/test_trust.py` tries every other name.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from typing import Any
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from itertools import islice
+from types import UnionType
+from typing import Any, Literal, NamedTuple
 
 from anomaly_lit.config.build import import_target, nodes
+from anomaly_lit.config.validate import validate
 from anomaly_lit.types import UserError
 
-SAFE_TARGETS = ("anomaly_lit.", "torch.nn.", "torch.optim.")
+Part = Literal["method", "dataset", "evaluation"]
+
+LOSSES = (  # of torch.nn, those that compare a prediction with a target
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "HuberLoss",
+    "KLDivLoss",
+    "L1Loss",
+    "MSELoss",
+    "PoissonNLLLoss",
+    "SmoothL1Loss",
+    "SoftMarginLoss",
+)
+OPTIMISERS = (  # of torch.optim
+    "ASGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SGD",
+)
+BACKBONE_OPTIONS = (  # arguments of timm's networks; those of timm.create_model can fetch files
+    "drop_path_rate",
+    "dynamic_img_pad",
+    "dynamic_img_size",
+    "img_size",
+    "output_stride",
+    "pad_type",
+    "strict_img_size",
+)
+MOST_DEPTH, MOST_VALUES = 32, 100_000  # of a configuration; ours have about 6 and 200
 
 
-def check_targets(config: Any, trust: bool = False) -> None:
-    """Refuses code that a checkpoint of unknown origin might smuggle in.
+class Kind(NamedTuple):
+    """Classes of one sort.
 
-    A name says little: ``anomaly_lit.files.os.system`` begins well, so the place where the object
-    was defined decides. Interpolations are refused, since they may build nodes of their own.
+    Attributes:
+        module: Where a `_target_` finds them: `module.Name`, and no other path.
+        base: What they derive from.
+        names: If not empty, the only names.
+        waits: Whether they are handed over unbuilt, with `_partial_: true`.
+    """
+
+    module: str
+    base: str
+    names: tuple[str, ...] = ()
+    waits: bool = False
+
+
+BACKBONE = Kind("anomaly_lit.nn.backbone", "anomaly_lit.nn.backbone.Backbone")
+CACHES = (
+    Kind("anomaly_lit.data", "anomaly_lit.data.caches.memory.ImageCache"),
+    Kind("anomaly_lit.data", "anomaly_lit.data.caches.features.FeatureCache"),
+)
+KINDS: dict[Part, tuple[Kind, ...]] = {  # what a part itself may be
+    "method": (Kind("anomaly_lit.methods", "anomaly_lit.methods.base.Method"),),
+    "dataset": (Kind("anomaly_lit.data", "anomaly_lit.data.datamodule.AnomalyDataModule"),),
+    "evaluation": (
+        Kind("anomaly_lit.callbacks", "anomaly_lit.callbacks.evaluation.Evaluation"),
+    ),
+}  # fmt: skip
+KINDS_WITHIN: dict[Part, tuple[Kind, ...]] = {  # and what it may be made of
+    "method": (
+        BACKBONE,
+        Kind("anomaly_lit.masks", "anomaly_lit.masks.Mask"),
+        Kind("anomaly_lit.losses", "torch.nn.Module"),
+        Kind("anomaly_lit.schedules", "builtins.object"),
+        Kind("torch.nn", "torch.nn.Module", LOSSES),
+        Kind("torch.optim", "torch.optim.Optimizer", OPTIMISERS, waits=True),
+    ),
+    "dataset": (Kind("anomaly_lit.synthesis", "anomaly_lit.synthesis.base.Synthesis"), *CACHES),
+    "evaluation": (),
+}
+
+
+def admit(node: Any, part: Part, trust: bool = False) -> Any:
+    """Return a checkpoint's node as it may be built.
+
+    What only training reads from files is left out (see `without_files`). If the checkpoint is
+    not trusted, every `_target_` must be an allowed class in a place that is meant for it.
+
+    Args:
+        node: Plain data from a checkpoint.
+        part: What it describes.
+        trust: Allow all code.
 
     Raises:
-        UserError: A ``_target_`` lies outside anomaly_lit, torch.nn and torch.optim.
+        UserError: The node names what is not allowed, or does not fit the code.
     """
-    if trust:
-        return
-    found = [(path, node["_target_"]) for path, node in nodes(config)]
-    foreign = [f"  {path}: {target}" for path, target in found if not _is_safe(target)]
-    foreign += [f"  {path}: {text}" for path, text in _texts(config) if "${" in text]
-    if foreign:
+    check_size(node, part)
+    if trust is not True:  # a text such as "no" is not trust
+        refuse([*_foreign(part, node, part)])
+    node = without_files(node, part)
+    validate({part: node})
+    return node
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise one error for all problems, if there are any."""
+    if problems:
         raise UserError(
-            "the checkpoint's configuration names code outside "
-            f"{', '.join(name.rstrip('.') for name in SAFE_TARGETS)}:\n" + "\n".join(foreign)
-            + "\nLoad it with trust=true only if you know who made it"
-        )  # fmt: skip
+            f"the checkpoint may not be built as it asks: {'; '.join(problems)}; "
+            "set trust=true only if you know who made it"
+        )
 
 
-def _is_safe(target: Any) -> bool:
-    if not isinstance(target, str) or not target.startswith(SAFE_TARGETS):
+def check_size(config: Any, path: str) -> None:
+    """Refuse configurations that are endless, or that a short file makes very large.
+
+    Raises:
+        UserError: It is nested too deeply, or holds too many values.
+    """
+    level, left = [config], MOST_VALUES
+    for _ in range(MOST_DEPTH):
+        level = list(islice(_values_in(level), left))
+        left -= len(level)
+        if not level or not left:
+            break
+    if level:
+        raise UserError(
+            f"the checkpoint's {path} has more than {MOST_DEPTH} levels or {MOST_VALUES} values: "
+            "it is damaged or made to do harm; use another checkpoint"
+        )
+
+
+def _values_in(items: list[Any]) -> Iterator[Any]:
+    for item in items:
+        if isinstance(item, Mapping):
+            yield from item.values()
+        elif isinstance(item, list | tuple):
+            yield from item
+
+
+def without_files(node: Any, part: Part) -> Any:
+    """Leave out what would be read from files, or kept in them, and is for training alone.
+
+    The state dict brings the weights of backbones, textures are for training, and a cache on disk
+    does not pay for one pass. The folders of a data set stay: a test has to read it.
+    """
+    if isinstance(node, list | tuple):
+        return [without_files(value, part) for value in node]
+    if not isinstance(node, Mapping):
+        return node
+    found = found_class(node.get("_target_"), (*KINDS[part], *KINDS_WITHIN[part]))
+    if found is None or _is_of(found, KINDS["dataset"]):
+        return {key: without_files(value, part) for key, value in node.items()}
+    if _is_of(found, CACHES) and "folder" in inspect.signature(found).parameters:
+        return None
+    kept = {
+        key: without_files(value, part)
+        for key, value in node.items()
+        if not (names_file(key) and isinstance(value, str))
+    }
+    return kept | {"weights": "random"} if _is_of(found, (BACKBONE,)) else kept
+
+
+def names_file(parameter: str) -> bool:
+    """Whether a parameter of this name takes a file or a folder, if its value is a string."""
+    return parameter.split("_")[-1] in ("dir", "file", "folder", "path", "stem", "weights")
+
+
+def found_class(target: Any, kinds: tuple[Kind, ...]) -> type | None:
+    """Return the class of one of these kinds that a `_target_` names, or None.
+
+    Only the module of the kind is imported, and one name looked up in it.
+    """
+    if not isinstance(target, str):
+        return None
+    module, _, name = target.rpartition(".")
+    for kind in kinds:
+        if module != kind.module or name.startswith("_") or name not in (kind.names or (name,)):
+            continue
+        found = getattr(import_module(module), name, None)
+        if (
+            inspect.isclass(found)
+            and f"{found.__module__}.".startswith(f"{module}.")
+            and _is_of(found, (kind,))
+        ):
+            return found
+    return None
+
+
+def _is_of(found: type, kinds: tuple[Kind, ...]) -> bool:
+    return any(issubclass(found, import_target(kind.base)) for kind in kinds)
+
+
+# ------------------------------------------------------------------------------ what is refused
+
+
+def _foreign(path: str, node: Any, part: Part) -> Iterator[str]:
+    """Say what of a part is not allowed."""
+    odd = [*_odd_values(path, node)]
+    yield from odd
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        yield f"{path} names no class"
+    elif not odd:
+        yield from _foreign_classes(path, node, part)
+
+
+def _foreign_classes(path: str, node: Mapping[str, Any], part: Part) -> Iterator[str]:
+    for place, inner in nodes(node, path):
+        kinds = KINDS[part] if place == path else KINDS_WITHIN[part]
+        yield from _misnamed(place, inner, kinds)
+        found = found_class(inner["_target_"], kinds)
+        if found is not None:
+            yield from _misplaced(place, inner, found, part)
+
+
+def _misnamed(path: str, node: Mapping[str, Any], kinds: tuple[Kind, ...]) -> Iterator[str]:
+    """Say where the class is none of these kinds, and where it is called in another way."""
+    target, waiting = node["_target_"], tuple(kind for kind in kinds if kind.waits)
+    found = found_class(target, kinds)
+    if found is None:
+        shown = " ".join(str(target).split())[:200]
+        yield f"{path}: {shown} is not on the list of what a checkpoint may name here"
+        return
+    waits = found_class(target, waiting) is not None
+    if node.get("_partial_", False) is not waits:
+        yield f"{path}: {target} {'needs' if waits else 'takes no'} _partial_: true"
+    for key in node:
+        if key.startswith("_") and key not in ("_target_", "_partial_"):
+            yield f"{path}.{key} is not allowed"
+
+
+def _misplaced(path: str, node: Mapping[str, Any], found: type, part: Part) -> Iterator[str]:
+    """Say which arguments hold classes that the parameter is not meant for."""
+    hints = typing.get_type_hints(found.__init__)  # type: ignore[misc]
+    parameters = inspect.signature(found).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # nn.Module's own do
+    for key, value in node.items():
+        if takes_any and key not in (*parameters, "_target_", "_partial_"):
+            yield f"{path}: {node['_target_']} has no parameter {key!r}"
+        yield from _not_taken(f"{path}.{key}", value, (hints.get(key, Any),), part)
+    if _is_of(found, (BACKBONE,)) and isinstance(node.get("options"), Mapping):
+        for key in node["options"]:
+            if key not in BACKBONE_OPTIONS:
+                known = ", ".join(BACKBONE_OPTIONS)
+                yield f"{path}.options.{key} is not among the options allowed here ({known})"
+
+
+def _not_taken(path: str, value: Any, hints: tuple[Any, ...], part: Part) -> Iterator[str]:
+    """Go through the values of an argument; `hints` are the types that its parameter takes."""
+    options = [option for hint in hints for option in _alternatives(hint)]
+    if isinstance(value, list | tuple):
+        for position, item in enumerate(value):
+            yield from _not_taken(f"{path}[{position}]", item, _types_within(options), part)
+    elif isinstance(value, Mapping) and "_target_" not in value:
+        for key, item in value.items():
+            yield from _not_taken(f"{path}.{key}", item, _types_within(options), part)
+    elif isinstance(value, Mapping):
+        found = found_class(value["_target_"], KINDS_WITHIN[part])
+        if found is not None and not any(_takes(option, found, value) for option in options):
+            yield f"{path}: {value['_target_']} is not meant for this parameter"
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    return list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, UnionType) \
+        else [hint]  # fmt: skip
+
+
+def _types_within(options: list[Any]) -> tuple[Any, ...]:
+    """Return the types of the values of lists and mappings."""
+    inner: list[Any] = []
+    for option in options:
+        origin, arguments = typing.get_origin(option), typing.get_args(option)
+        if inspect.isclass(origin) and issubclass(origin, Mapping):
+            inner += arguments[1:]
+        elif origin is not Callable and origin is not typing.Literal:
+            inner += arguments
+    return tuple(inner)
+
+
+def _takes(option: Any, found: type, node: Mapping[str, Any]) -> bool:
+    """Whether a parameter of this type takes what the node builds."""
+    if typing.get_origin(option) is Callable:
+        if not node.get("_partial_"):
+            return any("__call__" in vars(base) for base in found.__mro__)
+        option = typing.get_args(option)[-1]  # what the call gives
+    elif node.get("_partial_"):
         return False
-    found = import_target(target)
-    home = f"{getattr(found, '__module__', '')}."
-    return home.startswith(SAFE_TARGETS) and (inspect.isclass(found) or home.startswith("torch."))
+    return inspect.isclass(option) and option not in (object, Any) and issubclass(found, option)
 
 
-def _texts(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every string, keys included, with its path."""
-    if isinstance(config, str):
-        yield path, config
-    elif isinstance(config, Mapping):
-        for key, value in config.items():
-            yield from _texts(key, path)
-            yield from _texts(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(config, list | tuple):
-        for position, value in enumerate(config):
-            yield from _texts(value, f"{path}[{position}]")
+def _odd_values(path: str, value: Any) -> Iterator[str]:
+    """Say what is no plain data, and which texts would refer to something else."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                yield f"{path} has the key {key!r}, which is no text"
+            else:
+                yield from _odd_values(path, key)
+                yield from _odd_values(f"{path}.{key}", item)
+    elif isinstance(value, list | tuple):
+        for position, item in enumerate(value):
+            yield from _odd_values(f"{path}[{position}]", item)
+    elif isinstance(value, str):
+        if "${" in value:
+            yield f"{path}: {value} is an interpolation"
+    elif not (value is None or isinstance(value, bool | int | float)):
+        yield f"{path} is a {type(value).__name__}, not plain data"

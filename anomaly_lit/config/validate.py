@@ -7,37 +7,86 @@ import inspect
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from anomaly_lit.config.build import import_target, nodes
 from anomaly_lit.types import UserError
 
-HINTS: dict[str, Any] = {  # of keys that belong to no node with a signature
-    "seed": int,
-    "image_size": int | list[int],
-    "output_dir": str,
-    "selection": Literal["last", "best", "oracle"],
-    "threshold.fpr": float,
-    "checkpoint.every_minutes": float,
-    "checkpoint.every_steps": int | None,
-    "clear_cache": bool,
+Command = Literal["train", "test", "predict", "data"]
+
+SEED = Annotated[int, 0, 2**32 - 1]  # what numpy takes
+COUNT = Annotated[int, 1]
+IMAGE_SIZE = int | list[int]
+
+HINTS: dict[Command, dict[str, Any]] = {  # of keys that belong to no node with a signature
+    "train": {
+        "seed": SEED,
+        "image_size": IMAGE_SIZE,
+        "output_dir": str,
+        "selection": Literal["last", "best", "oracle"],
+        "threshold.fpr": float,
+        "checkpoint.every_minutes": float,
+        "checkpoint.every_steps": int | None,
+        "optimized_metric": str | None,
+        "when_changed": Literal["rerun", "keep"],
+    },
+    "test": {
+        "ckpt_path": str | None,
+        "output_dir": str,
+        "method": dict,
+        "dataset._target_": str | None,  # null: as in training, as for all below
+        "dataset.root": str | None,
+        "dataset.categories": str | list[str] | None,
+        "dataset.batch_size": int | None,
+        "dataset.eval_batch_size": int | None,
+        "dataset.num_workers": int | None,
+        "max_images": Annotated[int, 0],
+        "accelerator": str,
+        "trust": bool,
+    },
+    "predict": {
+        "ckpt_path": str | None,
+        "input": str | None,
+        "output_dir": str,
+        "category": str | None,
+        "save_maps": bool,
+        "exit_code": bool,
+        "batch_size": COUNT,
+        "device": str | None,
+        "engine": Literal["torch", "openvino"],
+        "trust": bool,
+    },
+    "data": {
+        "image_size": IMAGE_SIZE,
+        "seed": SEED,
+        "output_dir": str,
+        "columns": COUNT,
+        "clear_cache": bool,
+    },
 }
 
 
-def validate(config: Mapping[str, Any], command: str = "train") -> None:
-    """Compares every ``_target_`` node with the signature it is meant for.
+def validate(config: Mapping[str, Any], command: Command = "train") -> None:
+    """Compare every `_target_` node with the signature it is meant for, and a command's own keys.
 
     Args:
-        config: The composed configuration as plain data.
+        config: The composed configuration as plain data, or a part of it.
+        command: Whose configuration it is.
 
     Raises:
         UserError: Lists every unknown, missing or ill-typed parameter with its path.
     """
-    problems = [problem for path, node in nodes(config) for problem in _misfits(path, node)]
-    for path, hint in HINTS.items():
+    hints = HINTS[command]
+    problems = [
+        problem
+        for path, node in nodes(config)
+        if f"{path}._target_" not in hints  # else the node is complete with the checkpoint's alone
+        for problem in _misfits(path, node)
+    ]
+    for path, hint in hints.items():
         section, _, key = path.rpartition(".")
-        values = config.get(section, {}) if section else config
-        if key in values and not fits(values[key], hint):
+        values = config.get(section) if section else config
+        if isinstance(values, Mapping) and key in values and not fits(values[key], hint):
             problems.append(f"{path}: {values[key]!r} is no {_name(hint)}")
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
@@ -90,6 +139,9 @@ def fits(value: Any, hint: Any) -> bool:
         return value in arguments
     if hint is None or hint is type(None):
         return value is None
+    if origin is Annotated:  # with the least, and perhaps the greatest number
+        kind, least, *greatest = arguments
+        return fits(value, kind) and value >= least and all(value <= most for most in greatest)
     if hint is bool or hint is str:
         return isinstance(value, hint)
     if hint is int:
@@ -100,7 +152,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and (
             not arguments or all(fits(item, arguments[0]) for item in value)
         )
-    if origin in (dict, Mapping):
+    if hint is dict or origin in (dict, Mapping):
         return isinstance(value, Mapping)
     if inspect.isclass(hint) and hint.__module__.split(".")[0] in ("torch", "anomaly_lit"):
         return not isinstance(value, str | int | float | bool | list) and value is not None
@@ -110,4 +162,10 @@ def fits(value: Any, hint: Any) -> bool:
 def _name(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {', '.join(str(option) for option in typing.get_args(hint))}"
+    if typing.get_origin(hint) is Annotated:
+        kind, least, *greatest = typing.get_args(hint)
+        limits = f"from {least} to {greatest[0]}" if greatest else f"of at least {least}"
+        return f"{_name(kind)} {limits}"
+    if hint is bool:
+        return "bool (true or false)"
     return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "")

@@ -2,64 +2,193 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from anomaly_lit.config.build import instantiate
-from anomaly_lit.config.trust import check_targets
+from anomaly_lit.config.trust import admit, check_size
+from anomaly_lit.config.validate import validate
 from anomaly_lit.data.images import Resize
 from anomaly_lit.methods.base import Method
 from anomaly_lit.types import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of the checkpoints that this version writes
+OLDEST_READABLE = 1
+WRITERS = {1: "0.1"}  # which version of anomaly_lit wrote a format that is no longer read
+RECORD = b"PK\x03\x04"  # how a zip archive begins, and so every checkpoint
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The plain content of a checkpoint; runs no code that it might hold.
+    """Return the plain content of a checkpoint; no code that it might hold is run.
+
+    The checksum of every record is compared first. That takes about 25 ms for 50 MB.
 
     Raises:
-        UserError: The file is absent, damaged, or lacks the configuration.
+        UserError: The file is absent, damaged, of another kind or of another format.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"the checkpoint {path} does not exist; set ckpt_path=FILE")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with _opened(path) as file:
+            check_archive(file, path)
+            file.seek(0)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:  # torch's text advises to run whatever it holds
         raise UserError(
-            f"the checkpoint {path} is damaged, no checkpoint, or holds more than plain data"
+            f"the checkpoint {path} is no checkpoint, or holds more than plain data: give one that "
+            "anomaly-train wrote"
         ) from error
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"the checkpoint {path} cannot be read: {reason}") from error
     except Exception as error:
-        raise UserError(f"the checkpoint {path} cannot be read: {error}") from error
-    entry = checkpoint.get("anomaly_lit", {}) if isinstance(checkpoint, dict) else {}
-    if "config" not in entry:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the checkpoint {path} cannot be read: {reason}") from error
+    _check_content(checkpoint, path)
+    return checkpoint
+
+
+def check_archive(file: BinaryIO, path: Path) -> None:
+    """Compare every record of a zip archive with its checksum, a part at a time.
+
+    Raises:
+        UserError: The file is empty, cut short, changed, or no archive as torch writes it.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if not size:
+        raise UserError(f"the checkpoint {path} is empty: use another one")
+    if file.read(len(RECORD)) != RECORD:
+        raise UserError(
+            f"{path} is no checkpoint, or its first bytes are damaged: give one that anomaly-train "
+            "wrote"
+        )
+    try:
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            odd = any(  # torch reads a record marked as a folder as whatever lies in memory
+                record.compress_type != zipfile.ZIP_STORED or record.external_attr
+                for record in records
+            )
+            if odd or sum(record.file_size for record in records) > size:
+                raise zipfile.BadZipFile("its records are not as torch writes them")
+            damaged = archive.testzip()
+    except OSError:
+        raise
+    except Exception as error:  # zipfile raises all kinds
+        raise UserError(
+            f"the checkpoint {path} is damaged or cut short ({error}): copy it again or use "
+            "another one"
+        ) from error
+    if damaged is not None:
+        raise UserError(
+            f"the checkpoint {path} is damaged: the checksum of its record {damaged} is wrong; "
+            "copy it again or use another one"
+        )
+
+
+def build_method(config: Mapping[str, Any], trust: bool = False) -> Method:
+    """Build the untrained method of a checkpoint's configuration, without weights of a backbone.
+
+    Raises:
+        UserError: It names what a checkpoint may not name, or does not fit the code.
+    """
+    return instantiate(admit(config["method"], "method", trust), "method")
+
+
+def method_of(checkpoint: Mapping[str, Any], trust: bool = False) -> Method:
+    """Build the method of a checkpoint with its weights.
+
+    Raises:
+        UserError: As `build_method`, or the weights do not fit the configuration.
+    """
+    method = build_method(checkpoint["anomaly_lit"]["config"], trust)
+    try:
+        method.load_state_dict(checkpoint["state_dict"])
+    except (RuntimeError, TypeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise UserError(
+            f"the checkpoint's weights do not fit its configuration: {' '.join(lines[:3])[:300]}; "
+            "another version of anomaly_lit may have written it"
+        ) from error
+    return method
+
+
+def geometry_of(config: Mapping[str, Any]) -> Resize:
+    """Return the geometry with which the images of a run were read.
+
+    Raises:
+        UserError: The configuration has none, or its values are of another type.
+    """
+    dataset = config["dataset"]
+    names = {"image_size": "image_size", "resize": "policy", "center_crop": "center_crop",
+             "interpolation": "interpolation"}  # fmt: skip
+    given = {name: dataset[key] for key, name in names.items() if key in dataset}
+    validate({"dataset": {"_target_": "anomaly_lit.data.images.Resize", **given}})
+    return Resize(**given)
+
+
+def _opened(path: Path) -> BinaryIO:
+    if path.is_dir():
+        inside = path / "checkpoints" / "last.ckpt"
+        hint = inside if inside.is_file() else f"{path}/FILE"
+        raise UserError(f"the checkpoint {path} is a folder; set ckpt_path={hint}")
+    if not path.exists():
+        raise UserError(f"the checkpoint {path} does not exist; set ckpt_path=FILE")
+    if not path.is_file():  # opening a pipe would wait for its other end
+        raise UserError(f"the checkpoint {path} is no regular file; set ckpt_path=FILE")
+    return path.open("rb")
+
+
+def _check_content(checkpoint: Any, path: Path) -> None:
+    """Refuse what lacks a part, and formats that this version does not read."""
+    entry = checkpoint.get("anomaly_lit") if isinstance(checkpoint, Mapping) else None
+    if not isinstance(entry, Mapping) or "config" not in entry:
         raise UserError(
             f"{path} holds no configuration: only checkpoints of anomaly-train can be loaded so; "
             "for others use the method's load_from_checkpoint"
         )
-    if entry["format_version"] > FORMAT_VERSION:
+    check_format(entry.get("format_version"), path)
+    config = entry["config"]
+    parts = {
+        "config": config,
+        "config.method": config.get("method") if isinstance(config, Mapping) else None,
+        "config.dataset": config.get("dataset") if isinstance(config, Mapping) else None,
+        "calibration": entry.get("calibration", {}),
+        "state_dict": checkpoint.get("state_dict"),
+    }
+    for name, part in parts.items():
+        if not isinstance(part, Mapping) or not all(isinstance(key, str) for key in part):
+            raise UserError(
+                f"the checkpoint {path} has no valid {name}: give one that anomaly-train wrote"
+            )
+    check_size(config, "configuration")
+
+
+def check_format(version: Any, path: Path) -> None:
+    """Refuse formats of checkpoints that this version does not read.
+
+    Raises:
+        UserError: The format is older than `OLDEST_READABLE` or newer than `FORMAT_VERSION`.
+    """
+    if not isinstance(version, int):
         raise UserError(
-            f"{path} has format {entry['format_version']}, this version reads up to "
-            f"{FORMAT_VERSION}: update anomaly_lit"
+            f"the checkpoint {path} has no valid format_version: give one that anomaly-train wrote"
         )
-    return checkpoint
-
-
-def build_method(config: dict[str, Any], trust: bool = False) -> Method:
-    """The untrained method of a plain configuration, after a look at the code it names."""
-    check_targets(config["method"], trust)
-    return instantiate(config["method"])
-
-
-def geometry_of(config: dict[str, Any]) -> Resize:
-    """The geometry with which the images of a run were read."""
-    dataset = config["dataset"]
-    return Resize(
-        dataset["image_size"],
-        dataset.get("resize", "stretch"),
-        dataset.get("center_crop"),
-        dataset.get("interpolation", "bilinear"),
-    )
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format {version}, this version reads up to {FORMAT_VERSION}: update "
+            "anomaly_lit"
+        )
+    if version < OLDEST_READABLE:
+        writer = f"anomaly_lit {WRITERS.get(version, 'of that time')}"
+        raise UserError(
+            f"{path} has format {version} ({writer}); this version reads format {FORMAT_VERSION}: "
+            f"train again with the same command, or use {writer} to read it"
+        )

@@ -14,7 +14,7 @@ from PIL import Image
 
 from anomaly_lit.calibration import limits_of, verdict
 from anomaly_lit.data.images import Resize, as_rgb, read_image
-from anomaly_lit.inference.checkpoint import build_method, geometry_of, read_checkpoint
+from anomaly_lit.inference.checkpoint import geometry_of, method_of, read_checkpoint
 from anomaly_lit.inference.openvino import OpenVINO, check_installed
 from anomaly_lit.methods.base import Method
 from anomaly_lit.types import Batch, Prediction, UserError
@@ -161,7 +161,8 @@ def load(
     Args:
         path: The checkpoint.
         device: Such as ``cpu`` or ``cuda``; None takes a GPU if there is one.
-        trust: Allow the checkpoint to name code outside anomaly_lit, torch.nn and torch.optim.
+        trust: Build whatever classes the checkpoint names, which may run any code; false allows
+            only those of `anomaly_lit.config.trust`.
         engine: ``torch``, or ``openvino``, which is faster on a CPU but takes seconds to start
             and compares its first maps with torch's.
 
@@ -171,8 +172,7 @@ def load(
     """
     checkpoint = read_checkpoint(path)
     entry = checkpoint["anomaly_lit"]
-    method = build_method(entry["config"], trust)
-    method.load_state_dict(checkpoint["state_dict"])
+    method = method_of(checkpoint, trust)
     gpu = torch.cuda.is_available() and engine == "torch"
     device = device or ("cuda" if gpu else "cpu")
     calibration = entry.get("calibration", {})
