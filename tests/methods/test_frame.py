@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from anomaly_lit.callbacks.outputs import LossCurves
 from anomaly_lit.callbacks.run import ResumeCheckpoint, StepSeeds, StopAtNaN
+from anomaly_lit.callbacks.training import LossCurves
 from anomaly_lit.losses import total
 from anomaly_lit.methods.base import Method
 from anomaly_lit.nn.bank import Bank
