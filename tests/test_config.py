@@ -345,3 +345,23 @@ def test_a_renamed_folder_changes_what_refers_to_it() -> None:
     assert moved(config, "/b") == {
         "output_dir": "/b", "logger": {"csv": {"save_dir": "/b"}}, "seed": 1
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "words"),
+    [
+        ("train", {"ckpt_path": "x"}, "ckpt_path: anomaly-train has no such key"),
+        ("train", {"treshold": {"fpr": 1}}, "did you mean 'threshold'"),
+        ("train", {"threshold": {"fpt": 0.1}}, "threshold.fpt: .*did you mean 'fpr'"),
+        ("train", {"checkpoint": {"every": 1}}, "checkpoint.every: checkpoint has no such key"),
+        ("train", {"callbacks": {"mine": {"x": 1}}}, "callbacks.mine: it has no _target_"),
+        ("train", {"logger": {"csv": None}}, "logger.csv: it has no _target_"),
+        ("predict", {"threshold": 1.0}, "threshold: anomaly-predict has no such key"),
+        ("predict", {"exit_codes": True}, "did you mean 'exit_code'"),
+        ("test", {"selection": "last"}, "anomaly-test has no such key"),
+        ("data", {"column": 3}, "did you mean 'columns'"),
+    ],
+)
+def test_keys_that_nobody_reads_are_refused(command: Any, config: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        validate(config, command)

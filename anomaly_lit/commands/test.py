@@ -1,4 +1,4 @@
-"""``anomaly-test``: tests a checkpoint on the data set it was trained for, or on another."""
+"""`anomaly-test`: test a checkpoint on the data set it was trained for, or on another."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Enter the command."""
     run_command(test, "test")
 
 
 def test(cfg: DictConfig) -> None:
-    """Loads the checkpoint, tests it, and writes what ``anomaly-train`` writes of a test."""
+    """Load the checkpoint, test it, and write what `anomaly-train` writes of a test."""
     config = plain(cfg)
     validate(config, "test")
     directory = output_folder()
@@ -49,18 +49,20 @@ def test(cfg: DictConfig) -> None:
     trained = checkpoint["anomaly_lit"]["config"]
     node = trained["method"] | config["method"]
     dataset = trained["dataset"] | {k: v for k, v in config["dataset"].items() if v is not None}
+    if not config["method"]:  # no validation, so nothing is corrupted
+        dataset |= {"synthesis": None, "validate_on_synthesis": False}
     trust = config["trust"]
     dataset = admit(dataset, "dataset", trust)
     scoring = admit(trained["callbacks"]["evaluation"], "evaluation", trust)
     method = build_method({**trained, "method": node}, trust)
     load_weights(method, checkpoint["state_dict"], config["method"])
-    datamodule = instantiate(dataset)
+    datamodule = instantiate(dataset, "dataset")
     if trust or config["dataset"]["root"] is not None:  # it may write: only where the user says so
         datamodule.prepare_data()
     datamodule.setup("test")
-    evaluation = instantiate(scoring)
+    calibration = checkpoint["anomaly_lit"].get("calibration", {})
+    evaluation = instantiate({**scoring, "calibration": calibration}, "evaluation")
     assert isinstance(evaluation, Evaluation)
-    evaluation.calibration = checkpoint["anomaly_lit"].get("calibration", {})
     outputs = Outputs(str(directory), config["max_images"])
     trainer = pl.Trainer(
         accelerator=config["accelerator"],
@@ -88,7 +90,7 @@ def test(cfg: DictConfig) -> None:
 
 
 def load_weights(method: Method, weights: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Loads weights into a method that differs in some values from the trained one.
+    """Load weights into a method that differs in some values from the trained one.
 
     Raises:
         UserError: The values do not fit the weights.

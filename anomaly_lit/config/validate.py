@@ -6,7 +6,7 @@ import difflib
 import inspect
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from anomaly_lit.config.build import import_target, nodes
@@ -65,6 +65,14 @@ HINTS: dict[Command, dict[str, Any]] = {  # of keys that belong to no node with 
     },
 }
 
+NODES: dict[Command, tuple[str, ...]] = {  # keys whose values say by `_target_` what they are
+    "train": ("callbacks", "dataset", "logger", "method", "pruning", "step", "trainer"),
+    "test": ("dataset", "method"),
+    "predict": (),
+    "data": ("dataset",),
+}
+NAMED = ("callbacks", "logger")  # whose values are several nodes, by name
+
 
 def validate(config: Mapping[str, Any], command: Command = "train") -> None:
     """Compare every `_target_` node with the signature it is meant for, and a command's own keys.
@@ -77,7 +85,8 @@ def validate(config: Mapping[str, Any], command: Command = "train") -> None:
         UserError: Lists every unknown, missing or ill-typed parameter with its path.
     """
     hints = HINTS[command]
-    problems = [
+    problems = [*_strangers(config, command)]
+    problems += [
         problem
         for path, node in nodes(config)
         if f"{path}._target_" not in hints  # else the node is complete with the checkpoint's alone
@@ -91,6 +100,29 @@ def validate(config: Mapping[str, Any], command: Command = "train") -> None:
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(f"the config does not fit the code:\n{lines}")
+
+
+def _strangers(config: Mapping[str, Any], command: Command) -> Iterator[str]:
+    """Say which keys nobody would read: Hydra adds any with `+KEY=VALUE`."""
+    hints = HINTS[command]
+    sections = {path.rpartition(".")[0] for path in hints if "." in path}
+    known = {path.partition(".")[0] for path in hints} | {*NODES[command]}
+    for key, value in config.items():
+        if key not in known:
+            yield f"{key}: anomaly-{command} has no such key{_nearest(key, known)}"
+        elif key in sections and isinstance(value, Mapping):
+            own = {p.removeprefix(f"{key}.") for p in hints if p.startswith(f"{key}.")}
+            for inner in value.keys() - own if "_target_" not in own else ():
+                yield f"{key}.{inner}: {key} has no such key{_nearest(inner, own)}"
+        elif key in NAMED and isinstance(value, Mapping):
+            for name, node in value.items():
+                if not isinstance(node, Mapping) or "_target_" not in node:
+                    yield f"{key}.{name}: it has no _target_, so nothing would be built of it"
+
+
+def _nearest(key: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(key, sorted(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _misfits(path: str, node: Mapping[str, Any]) -> Iterator[str]:
@@ -113,8 +145,7 @@ def _misfits(path: str, node: Mapping[str, Any]) -> Iterator[str]:
     for key, value in given.items():
         if key not in parameters:
             if not takes_any:
-                near = difflib.get_close_matches(key, parameters, n=1)
-                mean = f"; did you mean {near[0]!r}?" if near else ""
+                mean = _nearest(key, parameters)
                 yield f"{path}: {node['_target_']} has no parameter {key!r}{mean}"
         elif key in hints and not fits(value, hints[key]):
             yield f"{path}.{key}: {value!r} is no {_name(hints[key])}"

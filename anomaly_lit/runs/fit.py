@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import yaml
 
+from anomaly_lit.calibration import promise_sentence
 from anomaly_lit.callbacks.step import compile_error
 from anomaly_lit.callbacks.stopping import StopSignals, end_ranks
 from anomaly_lit.config.build import instantiate
@@ -184,6 +185,10 @@ class Run:
             logged = self.trainer.callback_metrics
             validation = {k: float(v) for k, v in logged.items() if k.startswith("val/")}
         self.trainer.save_checkpoint(self.chosen)
+        if self.trainer.is_global_zero:
+            held = bool(self.evaluation.calibration)
+            words = promise_sentence(self.evaluation.calibration)
+            print(words if held else f"warning: {words}", file=sys.stdout if held else sys.stderr)
         return validation
 
     def test(self) -> float:

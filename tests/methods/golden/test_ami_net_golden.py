@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anomaly_lit.losses import MSECosineLoss
+from anomaly_lit.losses import MSECosineLoss, total
 from anomaly_lit.methods.ami_net import AMINet, adaptive_mask, token_distance
 from anomaly_lit.nn.aggregate import aggregate
 
 BLOCK = {
     r"(norm\d\..*)": r"\2",
-    r"attention\.(.*)": r"attn.\2",
+    r"attention\.query\.(.*)": r"attn.qkv.\2[0/3]",
+    r"attention\.key\.(.*)": r"attn.qkv.\2[1/3]",
+    r"attention\.value\.(.*)": r"attn.qkv.\2[2/3]",
+    r"attention\.output\.(.*)": r"attn.proj.\2",
     r"mlp\.0\.(.*)": r"mlp.fc1.\2",
     r"mlp\.2\.(.*)": r"mlp.fc2.\2",
 }
@@ -141,8 +144,9 @@ def test_losses_and_gradients_in_training_are_the_authors(
     )
     monkeypatch.setattr(torch, "randn_like", lambda _: next(noises))
     terms = method.losses({"image": numbered([0, 1], SIZE)})
-    terms["loss"].backward()
-    golden.check("training", **terms)
+    loss = total(terms)
+    loss.backward()
+    golden.check("training", loss=loss, **terms)
     weights = dict(method.named_parameters())
     golden.check(
         "training",
@@ -161,13 +165,15 @@ def new_method(build: Callable[..., Any]) -> AMINet:
 
 def test_weights_start_as_the_authors(golden: Any, new_method: AMINet) -> None:
     block: Any = new_method.inpainting.blocks[0]
+    attention = block.attention
+    projections = (attention.query, attention.key, attention.value)
     stds = {
         "embed": new_method.inpainting.embed.weight,
         "cluster embed": new_method.clustering.embed.weight,
         "cluster embed bias": new_method.clustering.embed.bias,
         "centres": new_method.clustering.centres,
-        "attention": block.attention.qkv.weight,
-        "attention output": block.attention.proj.weight,
+        "attention": torch.cat([part.weight for part in projections]),
+        "attention output": attention.output.weight,
         "mlp": block.mlp[0].weight,
         "head": new_method.inpainting.head.weight,
     }

@@ -23,9 +23,9 @@ from anomaly_lit.methods.dsr.network import (
     ObjectDecoder,
     ResidualStack,
     Restriction,
-    UNet,
     corrupt_codes,
 )
+from anomaly_lit.nn.unet import UNet
 
 
 def stack(ours: str, theirs: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from anomaly_lit.losses import total
 from anomaly_lit.methods.onenip import OneNIP
 from anomaly_lit.nn.aggregate import aggregate
 
@@ -31,7 +32,7 @@ NAMES = {
         for ours, theirs in ATTENTION.items()
     },
     r"fusion_constant": "",
-    r"stored\..*": "",
+    r"(stored|prompt_tokens)\.items": "",
     r"embed\.(.*)": r"input_proj.\1",
     r"head\.(.*)": r"output_proj.\1",
     r"positions\.row": "pos_embed.row_embed.weight",
@@ -98,7 +99,8 @@ def test_both_maps_their_fusion_and_the_score_are_the_authors(
     backbone = given_maps([f"onenip {case} image"], count, size, **maps)
     method = build(case, backbone, size, **options).eval()
     prompt = given_maps([f"onenip {case} prompt"], 1, size, **maps).maps
-    method.stored.fill(aggregate(prompt, method.grid), ["bolt"], 1)
+    method.stored.keep(aggregate(prompt, method.grid), ["bolt"], 1)
+    method.prompt_tokens.fill(method.encode(method.stored.items))
     image = numbered(range(count), size)
 
     method.fusion_constant.fill_(0)
@@ -139,9 +141,10 @@ def test_losses_and_gradients_in_training_are_the_authors(
             "category": ["bolt"] * 2,
         }
     )
-    terms["loss"].backward()
+    loss = total(terms)
+    loss.backward()
     weights = dict(method.named_parameters())
-    golden.check("training", **terms)
+    golden.check("training", loss=loss, **terms)
     golden.check(
         "training",
         tolerance=1e-4,
