@@ -27,6 +27,7 @@ OPTIONS = sorted(
     path.relative_to(FOLDER).with_suffix("").as_posix()
     for group in GROUPS
     for path in (FOLDER / group).rglob("*.yaml")
+    if path.parent.name != "base"  # what options of a group share is no option itself
 )
 EXPERIMENTS = [option for option in OPTIONS if option.startswith("experiment/")]
 METHODS = [option.removeprefix("method/") for option in OPTIONS if option.startswith("method/")]
@@ -146,18 +147,18 @@ def test_all_misfits_are_listed_at_once_with_path_and_suggestion(config: dict[st
 
 
 def test_absent_target_and_missing_parameter_are_named() -> None:
-    text = problems({"a": {"_target_": "anomaly_lit.losses.Nothing"}})
-    assert "a: cannot import 'anomaly_lit.losses.Nothing'" in text
+    text = problems({"method": {"_target_": "anomaly_lit.losses.Nothing"}})
+    assert "method: cannot import 'anomaly_lit.losses.Nothing'" in text
     text = problems({"method": {"_target_": "anomaly_lit.methods.AMINet"}})
     assert "needs 'backbone'" in text
 
 
 def test_a_partial_may_lack_what_the_caller_adds() -> None:
-    validate({"a": {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3}})
+    validate({"method": {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3}})
 
 
 def test_node_where_a_number_is_expected_is_taken_for_built() -> None:
-    validate({"a": {"_target_": "torch.nn.L1Loss", "reduction": {"_target_": "builtins.str"}}})
+    validate({"method": {"_target_": "torch.nn.L1Loss", "reduction": {"_target_": "builtins.str"}}})
 
 
 @pytest.mark.parametrize(
