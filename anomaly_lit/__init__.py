@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from anomaly_lit.inference.detector import Detector, load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Detector", "__version__", "load"]
 
 

@@ -38,13 +38,20 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     started = False
 
+    def fail(error: BaseException) -> None:
+        print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
+        sys.exit(error_code)
+
     def guarded(cfg: DictConfig) -> Any:
         nonlocal started
         started = True
         try:
             return task(cfg)
         except Exception as error:
-            if in_sweep() and not isinstance(error, UserError | OSError):
+            in_words = isinstance(error, UserError | OSError)
+            if in_words and not full and not in_sweep():  # the other jobs of a sweep go on
+                fail(error)
+            if in_sweep() and not in_words:
                 # the launcher tells the error alone, and from another process
                 logging.getLogger(__name__).exception("this job of the sweep failed")
             raise
@@ -71,10 +78,9 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
         in_words = isinstance(error, (*of_hydra, UserError, OSError)) or (
             isinstance(error, ValueError) and not started
         )
-        if full or not in_words:
-            traceback.print_exc()
-        else:
-            print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
+        if in_words and not full:
+            fail(error)
+        traceback.print_exc()
         sys.exit(error_code)
     finally:
         if not full:

@@ -18,8 +18,8 @@ from anomaly_lit.data.images import Resize
 from anomaly_lit.methods.base import Method
 from anomaly_lit.types import UserError
 
-FORMAT_VERSION = 1  # of the checkpoints that this version writes
-OLDEST_READABLE = 1
+FORMAT_VERSION = 2  # of the checkpoints that this version writes
+OLDEST_READABLE = 2
 WRITERS = {1: "0.1"}  # which version of anomaly_lit wrote a format that is no longer read
 RECORD = b"PK\x03\x04"  # how a zip archive begins, and so every checkpoint
 

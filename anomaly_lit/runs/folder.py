@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from anomaly_lit import __version__
 from anomaly_lit.config.build import differences, instantiate, moved
 from anomaly_lit.files import without_secrets
 from anomaly_lit.runs.code import code_digest
@@ -51,6 +52,13 @@ def state_of(directory: Path, config: dict[str, Any]) -> str:
     finished = (directory / "metrics.json").is_file()
     if changes and (finished or begun):
         lines = "\n".join(f"  {line}" for line in changes)
+        writer = read_metrics(directory).get("versions/anomaly-lit") if finished else None
+        if writer not in (None, __version__):
+            raise UserError(
+                f"output_dir={directory} holds a run of anomaly_lit {writer}, and this is "
+                f"{__version__}, whose configurations differ:\n{lines}\n"
+                f"choose another output_dir, or use anomaly_lit {writer} for that run"
+            )
         raise UserError(
             f"output_dir={directory} holds a run with another configuration:\n{lines}\n"
             "choose another output_dir, or repeat the old command to resume"
