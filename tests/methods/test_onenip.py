@@ -189,6 +189,21 @@ def test_a_fixed_prompt_is_that_of_the_category_and_the_nearest_needs_none(
         assert torch.equal(method.score_batch(batch).anomaly_map, unknown.anomaly_map)
 
 
+def test_prompts_are_encoded_anew_only_where_weights_have_moved(
+    method: Any, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, encoded = make_batch(2), []
+    encode = method.encode
+    monkeypatch.setattr(method, "encode", lambda x: encoded.append(len(x)) or encode(x))
+    with torch.inference_mode():
+        kept = method.score_batch(batch)
+        assert encoded == [2]  # the images
+        method.calibrated = False  # as in a checkpoint between two validations
+        anew = method.score_batch(batch)
+    assert encoded == [2, method.prompt_count, 2]
+    torch.testing.assert_close(anew.anomaly_map, kept.anomaly_map)
+
+
 def test_too_few_training_images_serve_as_several_prompts() -> None:
     stored = StoredPrompts(2, 1, 1)
     stored.keep(torch.arange(4.0).view(2, 2, 1, 1), ["bolt", "bolt"], 3)

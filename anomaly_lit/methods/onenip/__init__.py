@@ -216,7 +216,7 @@ class OneNIP(Method):
     def forward(self, image: Tensor) -> Prediction:
         """Score images with the most similar prompts; see the base class."""
         features = aggregate(self.backbone(image), self.grid).float()
-        prompts = self.prompt_tokens.items[self.stored.most_similar(features)]
+        prompts = self.encoded_prompts()[self.stored.most_similar(features)]
         return self._score(features, prompts, image.shape[-2:])
 
     def predict_batch(self, batch: Batch) -> Prediction:
@@ -232,8 +232,13 @@ class OneNIP(Method):
         rows = self.stored.rows(categories, index)
         # cut out, not indexed: OpenVINO 2026.4 gets a linear layer of constant rows of a constant
         # wrong
-        prompts = torch.cat([self.prompt_tokens.items[row : row + 1] for row in rows])
+        tokens = self.encoded_prompts()
+        prompts = torch.cat([tokens[row : row + 1] for row in rows])
         return self._score(features, prompts, image.shape[-2:])
+
+    def encoded_prompts(self) -> Tensor:
+        """Return the tokens of all prompts, (n, N, dim), encoded anew if weights have moved."""
+        return self.prompt_tokens.items if self.calibrated else self.encode(self.stored.items)
 
     def _score(self, features: Tensor, prompts: Tensor, size: Sequence[int]) -> Prediction:
         distance, refined = self.errors(features, prompts, size)
