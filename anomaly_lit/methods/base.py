@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from anomaly_lit.losses import total
 from anomaly_lit.nn.backbone import Backbone
+from anomaly_lit.nn.optimising import Optimised, OptimizerFn, ScheduleFn
 from anomaly_lit.types import Batch, Prediction, UserError
 
-OptimizerFn = Callable[[Iterable[Any]], Optimizer]  # parameters, or groups of them
-ScheduleFn = Callable[[float], float]
+__all__ = ["Method", "OptimizerFn", "ScheduleFn"]
 
 
-class Method(pl.LightningModule):
+class Method(Optimised):
     """Base of all methods. A method writes `losses` and `forward`; the rest is optional.
 
     Args:
@@ -36,6 +33,8 @@ class Method(pl.LightningModule):
             whole images.
         oracle: What scoring takes from the test set, shown in every results table; empty for
             nothing.
+        oracle_criterion: The metrics of the test set, joined by `+`, whose sum `selection=oracle`
+            raises: what the paper chose its weights by.
         learned: Whether `learn` has run; part of the state dict.
         calibrated: Whether `calibrate` has run with the present weights; part of the state dict.
     """
@@ -43,6 +42,7 @@ class Method(pl.LightningModule):
     needs: ClassVar[frozenset[str]] = frozenset()
     localises: bool = True
     oracle: str = ""
+    oracle_criterion: str = "image_auroc+pixel_auroc"
 
     def __init__(
         self,
@@ -50,10 +50,7 @@ class Method(pl.LightningModule):
         schedule: ScheduleFn | None = None,
         gradient_clip: float | None = None,
     ) -> None:
-        super().__init__()
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.gradient_clip = gradient_clip
+        super().__init__(optimizer, schedule, gradient_clip)
         self.learned = False
         self.calibrated = False
 
@@ -185,24 +182,6 @@ class Method(pl.LightningModule):
                 f"{type(self).__name__} steps its optimisers itself: set it to null"
             )
 
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """Refuse settings of the trainer that could not act; the first hook that knows it.
-
-        Raises:
-            UserError: The trainer is to clip or accumulate gradients, and the method steps its
-                optimisers itself.
-        """
-        if not self.automatic_optimization and self.trainer.state.fn == "fit":
-            settings = {"gradient_clip_val": None, "accumulate_grad_batches": 1}
-            for name, off in settings.items():
-                value = getattr(self.trainer, name)
-                if value and value != off:
-                    raise UserError(
-                        f"trainer.{name}={value} cannot act, since {type(self).__name__} steps "
-                        f"its optimisers itself: set it to {'null' if off is None else off}"
-                    )
-        return []
-
     def on_fit_start(self) -> None:
         """Learn once; a method without trainable parameters is then ready."""
         if not self.learned:
@@ -231,64 +210,6 @@ class Method(pl.LightningModule):
         for name, value in {**terms, "loss": loss}.items():  # prog_bar=True would wait each step
             self.log(f"train/{name}", value, batch_size=len(batch["image"]))
         return loss
-
-    def descend(self, optimizer: Any, loss: Tensor) -> None:
-        """Take one step of one of several optimisers, and move its learning rate.
-
-        For a `training_step` with `automatic_optimization` off.
-
-        Args:
-            optimizer: One of `self.optimizers()`.
-            loss: A scalar; what it gives parameters of other optimisers is forgotten when these
-                take their step.
-        """
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-        for scheduler in self.trainer.lr_scheduler_configs:
-            if scheduler.scheduler.optimizer is optimizer.optimizer:
-                scheduler.scheduler.step()
-
-    def configure_optimizers(self) -> Any:
-        """Return one optimiser over all parameters that take a gradient, with its schedule."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        return self.scheduled(self.optimizer(parameters)) if parameters else None
-
-    def scheduled(
-        self, optimizer: Optimizer, factors: ScheduleFn | Sequence[ScheduleFn] | None = None
-    ) -> dict[str, Any]:
-        """Pair an optimiser with factors of its learning rates at a share of training.
-
-        Args:
-            optimizer: One of those that `configure_optimizers` returns, as a list if several.
-            factors: One for all groups of parameters, or one for each; None is the schedule.
-        """
-        factors = self.schedule if factors is None else factors
-        if factors is None:
-            return {"optimizer": optimizer}
-        total_steps = self.trainer.estimated_stepping_batches
-        several = factors if isinstance(factors, Sequence) else [factors]
-        by_step = [_by_step(factor, total_steps) for factor in several]
-        by_step *= len(optimizer.param_groups) // len(several)
-        scheduler = {"scheduler": LambdaLR(optimizer, by_step), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-    def optimizers(self, use_pl_optimizer: bool = True) -> Any:
-        """Return the optimiser, or all; steps of the first alone count as steps of training."""
-        found = super().optimizers(use_pl_optimizer)
-        for other in found[1:] if isinstance(found, list) and use_pl_optimizer else []:
-            other._on_before_step = other._on_after_step = _nothing  # type: ignore[union-attr]
-        return found
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip at the trainer's value, else at the method's."""
-        limit = gradient_clip_val or self.gradient_clip
-        self.clip_gradients(optimizer, limit, gradient_clip_algorithm or "norm")
 
     def on_train_end(self) -> None:
         """Calibrate the last weights if no validation does; an override calls this one."""
@@ -367,12 +288,3 @@ class Method(pl.LightningModule):
         finally:
             for module, mode in modes:
                 module.training = mode
-
-
-def _by_step(factor: ScheduleFn, steps: float) -> Callable[[int], float]:
-    """Turn a function of the share of training into one of the step."""
-    return lambda step: factor(step / steps)
-
-
-def _nothing() -> None:
-    """Do nothing."""

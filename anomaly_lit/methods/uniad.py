@@ -76,6 +76,8 @@ class UniAD(Method):
             the whole map.
     """
 
+    oracle_criterion = "pixel_auroc"
+
     def __init__(
         self,
         backbone: Backbone,

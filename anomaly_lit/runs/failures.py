@@ -72,6 +72,8 @@ def quiet() -> None:
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*dataloader is not resumable.*",
+        ".*`training_step` returned `None`.*",  # a batch that a method skips
+        ".*`configure_optimizers` returned `None`.*",  # a method with nothing to train
         ".*smaller than the logging interval.*",
         ".*in eval mode at the start of training.*",
         ".*You're resuming from a checkpoint that ended before the epoch ended.*",

@@ -97,6 +97,7 @@ class OneNIP(Method):
     """
 
     needs = frozenset({"corrupted", "prompt"})
+    oracle_criterion = "pixel_auroc"
     fusion_constant: Tensor
 
     def __init__(
