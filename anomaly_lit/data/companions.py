@@ -21,9 +21,9 @@ from anomaly_lit.data.sampler import mixed_seed
 from anomaly_lit.types import Sample, UserError
 
 NAMES = ("prompt", "outlier")
-FEATURES = {  # keys of features in a batch, and of the paths whose features they are
-    "features": "path",
-    **{f"{name}_features": f"{name}_path" for name in NAMES},
+FEATURES = {  # keys of images in a batch, and of the features of these images
+    "image": "features",
+    **{name: f"{name}_features" for name in NAMES},
 }
 
 

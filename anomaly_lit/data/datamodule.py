@@ -263,10 +263,10 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         if self.feature_cache is None:
             return batch
         values: dict[str, Any] = {**batch}
-        for key, paths in FEATURES.items():
-            if paths in values:
-                maps = self.feature_cache.get(values[paths], batch["image"].device)
-                values |= {} if maps is None else {key: maps}
+        for images, key in FEATURES.items():
+            paths = values.get("path" if images == "image" else f"{images}_path")
+            maps = paths and self.feature_cache.get(paths, batch["image"].device)
+            values |= {key: maps} if maps else {}
         return cast(Batch, values)
 
     def feature_samples(self) -> list[Sample]:
@@ -287,15 +287,6 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         generator = torch.Generator(image.device).manual_seed(batch_seed(self.seed, step, names))
         corrupted, corruption = self.synthesis(image, generator, batch["category"])
         return {**batch, "corrupted": corrupted, "corruption": corruption}
-
-    @property
-    def with_prompts(self) -> bool:
-        """Whether `needs` has `prompt`; until runs hand over `needs`, they set this."""
-        return "prompt" in self.needs
-
-    @with_prompts.setter
-    def with_prompts(self, wanted: bool) -> None:
-        self.needs = self.needs - {"prompt"} | ({"prompt"} if wanted else set())
 
     def _samples_of(self, stage: str | None) -> list[Sample]:
         """All images to decode; for `fit` all splits: a broken test image is found at once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -114,18 +114,19 @@ class Method(Optimised):
         backbone: Backbone,
         batch: Batch,
         name: str = "backbone",
-        of: Literal["image", "prompt"] = "image",
+        of: str = "image",
     ) -> list[Tensor]:
-        """Return features of the batch's clean images or prompts, from the cache if there is one.
+        """Return features of clean images of the batch, from the cache if there is one.
 
         Args:
             backbone: Computes them otherwise.
             batch: Its images, and what the cache holds of them.
             name: The backbone's attribute path in this module, such as `teacher`.
-            of: Which images.
+            of: Key of the images in the batch, such as `prompt`.
         """
-        cached = batch.get("features", {}) if of == "image" else batch.get("prompt_features", {})
-        return cached[name] if name in cached else backbone(batch[of])
+        values = cast(dict[str, Any], batch)
+        cached = values.get("features" if of == "image" else f"{of}_features", {})
+        return cached[name] if name in cached else backbone(values[of])
 
     def normal_batches(
         self, split: Literal["train", "holdout"], most: int | None = 256

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from anomaly_lit.data.companions import FEATURES
 from anomaly_lit.types import Batch
 
 if TYPE_CHECKING:
@@ -80,10 +81,9 @@ def seconds_per_step(trainer: pl.Trainer, method: Method, datamodule: AnomalyDat
 
 
 def with_features(batch: Batch, method: Method) -> Batch:
-    """The batch with the features that the cache will hold of its images and prompts."""
-    backbones = method.training_backbones()
-    of_image = {name: module(batch["image"]) for name, module in backbones.items()}
-    whole: Batch = {**batch, "features": of_image}
-    if "prompt" in batch:
-        whole["prompt_features"] = {n: module(batch["prompt"]) for n, module in backbones.items()}
-    return whole
+    """Return the batch with the features that the cache will hold of its images and companions."""
+    backbones, values = method.training_backbones(), cast(dict[str, Any], {**batch})
+    for images, key in FEATURES.items():
+        if images in values:
+            values[key] = {name: module(values[images]) for name, module in backbones.items()}
+    return cast("Batch", values)

@@ -52,6 +52,22 @@ def test_gradients_are_clipped_at_the_trainer_s_norm_else_the_method_s(
     assert method.weight.item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("images", "key"), [("image", "features"), ("outlier", "outlier_features")]
+)
+def test_features_of_any_images_are_those_of_the_cache_or_else_computed(
+    images: str, key: str
+) -> None:
+    def backbone(image: Tensor) -> list[Tensor]:
+        return [image + 1]
+
+    method: Any = Steep(None)
+    batch: Any = {"image": torch.zeros(1), "outlier": torch.full((1,), 5.0)}
+    assert torch.equal(method.features(backbone, batch, of=images)[0], batch[images] + 1)
+    batch[key] = {"backbone": [torch.full((1,), 9.0)]}
+    assert method.features(backbone, batch, of=images)[0] == 9
+
+
 @pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*")
 def test_statistics_need_a_data_module() -> None:
     class Curious(Steep):
