@@ -130,7 +130,7 @@ def geometry_of(config: Mapping[str, Any]) -> Resize:
     names = {"image_size": "image_size", "resize": "policy", "center_crop": "center_crop",
              "interpolation": "interpolation"}  # fmt: skip
     given = {name: dataset[key] for key, name in names.items() if key in dataset}
-    validate({"dataset": {"_target_": "anomaly_lit.data.images.Resize", **given}})
+    validate({"dataset": {"_target_": "anomaly_lit.data.images.Resize", **given}}, None)
     return Resize(**given)
 
 
