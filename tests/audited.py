@@ -77,7 +77,8 @@ def attempt(part: Any, node: Any) -> str:
 def try_all(names: list[str] | None, nodes: list[tuple[str, Any]]) -> dict[str, Any]:
     from anomaly_lit.config.trust import Part
 
-    modules_of("anomaly_lit")
+    for _ in names_in(modules_of("anomaly_lit"), deep=False):
+        pass  # packages that look their names up in our own files do so now
     if names is None:
         loaded = [m for n, m in list(sys.modules.items()) if f"{n}.".startswith(ROOTS)]
         names = sorted(set(names_in(loaded, deep=False)))

@@ -61,7 +61,8 @@ def test(cfg: DictConfig) -> None:
         datamodule.prepare_data()
     datamodule.setup("test")
     calibration = checkpoint["anomaly_lit"].get("calibration", {})
-    evaluation = instantiate({**scoring, "calibration": calibration}, "evaluation")
+    build = instantiate({**scoring, "_partial_": True}, "evaluation")
+    evaluation = build(calibration=calibration)  # data of the checkpoint: never instantiated
     assert isinstance(evaluation, Evaluation)
     outputs = Outputs(str(directory), config["max_images"])
     trainer = pl.Trainer(

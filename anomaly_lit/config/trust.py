@@ -119,7 +119,7 @@ def admit(node: Any, part: Part, trust: bool = False) -> Any:
     if trust is not True:  # a text such as "no" is not trust
         refuse([*_foreign(part, node, part)])
     node = without_files(node, part)
-    validate({part: node})
+    validate({part: node}, None)
     return node
 
 

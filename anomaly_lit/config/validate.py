@@ -74,18 +74,18 @@ NODES: dict[Command, tuple[str, ...]] = {  # keys whose values say by `_target_`
 NAMED = ("callbacks", "logger")  # whose values are several nodes, by name
 
 
-def validate(config: Mapping[str, Any], command: Command = "train") -> None:
+def validate(config: Mapping[str, Any], command: Command | None = "train") -> None:
     """Compare every `_target_` node with the signature it is meant for, and a command's own keys.
 
     Args:
-        config: The composed configuration as plain data, or a part of it.
-        command: Whose configuration it is.
+        config: The composed configuration as plain data.
+        command: Whose configuration it is; None for a part, of which only nodes are compared.
 
     Raises:
         UserError: Lists every unknown, missing or ill-typed parameter with its path.
     """
-    hints = HINTS[command]
-    problems = [*_strangers(config, command)]
+    hints = HINTS[command] if command else {}
+    problems = [*_strangers(config, command)] if command else []
     problems += [
         problem
         for path, node in nodes(config)

@@ -27,7 +27,7 @@ RECORD = b"PK\x03\x04"  # how a zip archive begins, and so every checkpoint
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return the plain content of a checkpoint; no code that it might hold is run.
 
-    The checksum of every record is compared first. That takes about 25 ms for 50 MB.
+    The checksum of every record is compared first, which takes about a millisecond for each MB.
 
     Raises:
         UserError: The file is absent, damaged, of another kind or of another format.
@@ -111,8 +111,8 @@ def method_of(checkpoint: Mapping[str, Any], trust: bool = False) -> Method:
     method = build_method(checkpoint["anomaly_lit"]["config"], trust)
     try:
         method.load_state_dict(checkpoint["state_dict"])
-    except (RuntimeError, TypeError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
+    except Exception as error:  # of any kind, since a module may bring a state of its own
+        lines = [line.strip() for line in f"{type(error).__name__}: {error}".splitlines()]
         raise UserError(
             f"the checkpoint's weights do not fit its configuration: {' '.join(lines[:3])[:300]}; "
             "another version of anomaly_lit may have written it"
@@ -130,7 +130,7 @@ def geometry_of(config: Mapping[str, Any]) -> Resize:
     names = {"image_size": "image_size", "resize": "policy", "center_crop": "center_crop",
              "interpolation": "interpolation"}  # fmt: skip
     given = {name: dataset[key] for key, name in names.items() if key in dataset}
-    validate({"dataset": {"_target_": "anomaly_lit.data.images.Resize", **given}})
+    validate({"dataset": {"_target_": "anomaly_lit.data.images.Resize", **given}}, None)
     return Resize(**given)
 
 

@@ -178,6 +178,19 @@ def test_other_archives_are_refused(last: Path, tmp_path: Path) -> None:
     assert "the checkpoint" in refusal(tmp_path / "script.pt")
 
 
+def test_a_calibration_that_names_code_stays_data(
+    content: dict[str, Any], run_here: Callable[..., Any], tmp_path: Path
+) -> None:
+    made = {"_target_": "pathlib.Path", "_args_": [str(tmp_path / "made")]}
+    touch = {"_target_": "pathlib.Path.touch", "_args_": [made]}
+    content["anomaly_lit"]["calibration"]["extra"] = touch
+    path = saved(content, tmp_path / "evil.ckpt")
+    outcome = run_here("test", f"ckpt_path={path}", f"output_dir={tmp_path / 'out'}")
+    assert outcome.code == 0, outcome.err
+    anomaly_lit.load(path, device="cpu")
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize(
     ("where", "value", "text"),
     [
@@ -249,19 +262,23 @@ def test_a_later_format_asks_for_an_update(content: dict[str, Any], tmp_path: Pa
 
 def test_a_checkpoint_gives_its_method_and_its_geometry(content: dict[str, Any]) -> None:
     method = method_of(content)
-    for name, tensor in method.state_dict().items():
-        assert tensor.equal(content["state_dict"][name])
+    state = method.state_dict()
+    assert list(state) == list(content["state_dict"])
+    for name, value in content["state_dict"].items():
+        assert value.equal(state[name]) if isinstance(value, torch.Tensor) else value == state[name]
     assert geometry_of(content["anomaly_lit"]["config"]).size == (64, 64)
 
 
 def test_weights_that_do_not_fit_are_an_error_in_one_sentence(content: dict[str, Any]) -> None:
-    content["state_dict"].popitem()
-    with pytest.raises(UserError, match="weights do not fit its configuration") as error:
-        method_of(content)
-    assert "\n" not in str(error.value)
-    content["state_dict"]["extra"] = 3
-    with pytest.raises(UserError, match="weights do not fit its configuration"):
-        method_of(content)
+    state = content["state_dict"]
+    lost = next(name for name, value in state.items() if isinstance(value, torch.Tensor))
+    odd = [{"extra": 3}, {"extra": torch.zeros(3)}, {lost: 3}, {lost: torch.zeros(7, 7, 7)}]
+    odd += [{name: "x"} for name in state if name.endswith("_extra_state")]
+    less = {name: value for name, value in state.items() if name != lost}
+    for changed in (less, *(state | change for change in odd)):
+        with pytest.raises(UserError, match="weights do not fit its configuration") as error:
+            method_of({**content, "state_dict": changed})
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
