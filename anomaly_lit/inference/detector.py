@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
@@ -173,6 +174,12 @@ def load(
     checkpoint = read_checkpoint(path)
     entry = checkpoint["anomaly_lit"]
     method = method_of(checkpoint, trust)
+    if not method.calibrated:
+        warnings.warn(
+            f"{path} was written in the middle of training, and its thresholds belong to earlier "
+            "weights: take the checkpoint of a finished run",
+            stacklevel=2,
+        )
     gpu = torch.cuda.is_available() and engine == "torch"
     device = device or ("cuda" if gpu else "cpu")
     calibration = entry.get("calibration", {})
