@@ -18,7 +18,7 @@ PACKAGE = Path(anomaly_lit.__file__).parent
 PLUGINS = Path(hydra_plugins.anomaly_lit_launcher.__file__).parents[1]
 LAYERS = [  # the house from the ground up; a part imports from those below it
     {"types", "files"},
-    {"config", "calibration"},
+    {"config", "calibration", "folders"},
     {"nn", "losses", "masks", "schedules", "synthesis"},
     {"data", "metrics", "methods", "drawing"},
     {"inference", "reporting"},

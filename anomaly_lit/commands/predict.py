@@ -40,10 +40,14 @@ def predict(cfg: DictConfig) -> int:
 
     from rich.progress import track
 
+    from anomaly_lit.data.opening import checked_pixels
     from anomaly_lit.inference.detector import load
     from anomaly_lit.inference.folder import Judge, batches_of, find_pictures
 
+    max_pixels = checked_pixels(config["max_pixels"], "max_pixels")
     found = find_pictures(Path(config["input"]).expanduser(), directory)
+    if found.others:
+        print(found.others)
     for folder in found.results:
         print(f"passed over: the results of an earlier anomaly-predict in {folder}")
     detector = load(config["ckpt_path"], config["device"], config["trust"], config["engine"])
@@ -57,7 +61,10 @@ def predict(cfg: DictConfig) -> int:
         print("Compiling for OpenVINO and comparing with torch, 5 to 10 s ...", flush=True)
     batches = list(batches_of(found.paths, config["batch_size"]))
     quiet = len(batches) < 2 or not sys.stdout.isatty()
-    with Judge(detector, found.root, directory, config["category"], config["save_maps"]) as judge:
+    judge = Judge(
+        detector, found.root, directory, config["category"], config["save_maps"], max_pixels
+    )
+    with judge:
         for batch in track(batches, "Judging", disable=quiet):
             judge.judge(batch)
     show(judge, directory)

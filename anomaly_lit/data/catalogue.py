@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from anomaly_lit.data.categories import choose_categories, existing_root, no_training_images
-from anomaly_lit.data.checks import missing_kinds, missing_masks, too_small
+from anomaly_lit.data.checks import missing_kinds, missing_masks, shared_masks, too_small
 from anomaly_lit.data.companions import list_pool
 from anomaly_lit.data.digest import digest
 from anomaly_lit.data.images import Resize
 from anomaly_lit.data.layouts.base import Layout
+from anomaly_lit.data.opening import checked_pixels
 from anomaly_lit.data.splits import Draw, name_below, split_category
+from anomaly_lit.folders import passed_over, told
 from anomaly_lit.types import Sample
 
 
@@ -27,6 +29,7 @@ class Catalogue:
         train_samples: What is trained on.
         holdout_samples: Normal images that are never trained on.
         test_samples: Normal and anomalous images.
+        used: Paths of all images and masks that the layout lists, whatever is chosen of them.
         outlier_samples: The pictures of `outlier_dir`.
         has_masks: Whether any test image has a mask; without, there is no truth for pixel metrics.
     """
@@ -42,6 +45,7 @@ class Catalogue:
         masks: str,
         outlier_dir: str | None,
         resize: Resize,
+        max_pixels: int | None,
     ) -> None:
         self.layout = layout
         self.root = None if root is None else Path(root).expanduser()
@@ -52,12 +56,14 @@ class Catalogue:
         self.masks = masks
         self.outlier_dir = outlier_dir
         self.resize = resize
+        self.max_pixels = checked_pixels(max_pixels, "dataset.max_pixels")
         self.categories: list[str] = []
         self.train_samples: list[Sample] = []
         self.holdout_samples: list[Sample] = []
         self.test_samples: list[Sample] = []
         self.outlier_samples: list[Sample] = []
         self.has_masks = False
+        self.used: set[str] = set()
 
     def wrong_settings(self) -> list[str]:
         """Say which arguments are out of range."""
@@ -80,8 +86,11 @@ class Catalogue:
         self.categories = choose_categories(self.layout, root, self.requested)
         draw, test_share = Draw(self.seed, root), self.layout.test_share
         self.train_samples, self.holdout_samples, self.test_samples = [], [], []
+        self.used = set()
         for category in self.categories:
             listing = self.layout.list_category(root, category)
+            samples = [*listing.train, *listing.test]
+            self.used |= {path for s in samples for path in (s.path, s.mask_path) if path}
             splits = split_category(listing, draw, self.holdout, self.shots, test_share)
             self.train_samples += splits.train
             self.holdout_samples += splits.holdout
@@ -138,6 +147,7 @@ class Catalogue:
         present = {sample.category for sample in needed}
         empty = [category for category in self.categories if category not in present]
         gaps = no_training_images(self.layout, self.root, empty)
+        gaps += shared_masks(self.test_samples)
         anomalous = [sample for sample in self.test_samples if sample.label]
         without = [sample for sample in anomalous if sample.mask_path is None]
         if self.masks == "required" or (self.masks == "optional" and len(without) < len(anomalous)):
@@ -153,7 +163,14 @@ class Catalogue:
             notes += missing_kinds(category, labels, self.root)
         if not self.has_masks and any(sample.label for sample in self.test_samples):
             notes.append("no masks: pixel metrics are left out")
-        return notes + self.layout.notes(self.test_samples, self.seed)
+        return notes + self.layout.notes(self.test_samples, self.seed) + self.passed_over()
+
+    def passed_over(self) -> list[str]:
+        """Say how many files beside the images were not read, and of which kinds."""
+        root = self.root or Path()
+        folders = [p for name in self.categories for p in self.layout.sources(root, name)]
+        text = told(passed_over(folders, self.used))
+        return [f"{text}; docs/datasets.md says what is read"] if text else []
 
     def name_of(self, path: str) -> str:
         """Return a file's path below the root, the same on every machine."""

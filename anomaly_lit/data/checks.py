@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from anomaly_lit.data.images import check_sizes, read_header
+from anomaly_lit.data.images import Header, check_sizes, read_header
 from anomaly_lit.data.progress import in_threads
+from anomaly_lit.data.truth import look_at_mask
 from anomaly_lit.types import Sample, UserError
 
 
@@ -28,13 +29,91 @@ def too_small(settings: Mapping[str, tuple[int, int]]) -> list[str]:
     ]
 
 
-def check_headers(samples: Sequence[Sample]) -> list[str]:
+def check_headers(samples: Sequence[Sample], max_pixels: int | None) -> list[str]:
     """Open all files without decoding them: one line for each that is unreadable or does not fit.
 
-    A mask must have its image's size. Pixel data that breaks off is found only on decoding.
+    A mask must have its image's size and, where the picture does not show which way up it was
+    drawn, its orientation. Pixel data that breaks off is found only on decoding.
+
+    Args:
+        samples: Images with their masks.
+        max_pixels: Larger pictures do not fit; None sets no limit.
     """
-    outcomes = in_threads(_check_header, samples, "Checking files")
+
+    def check(sample: Sample) -> str | None:
+        try:
+            header = read_header(sample.path, max_pixels)
+            if sample.mask_path is not None:
+                check_headers_agree(sample, header, read_header(sample.mask_path, max_pixels))
+        except UserError as error:
+            return str(error)
+        return None
+
+    outcomes = in_threads(check, samples, "Checking files")
     return sorted(outcome for outcome in outcomes if outcome is not None)
+
+
+def check_headers_agree(sample: Sample, image: Header, mask: Header) -> None:
+    """Raise UserError where a mask does not lie on its image, as both are read.
+
+    An image that is turned by its EXIF orientation may have been marked as it is stored or as it
+    is shown. Only where a quarter turn exchanges unequal sides does the mask's size tell.
+    """
+    tags = image.orientation, mask.orientation
+    tells = (tags[0] > 4) != (tags[1] > 4) and image.size[0] != image.size[1]
+    as_stored = mask.size == (image.size[::-1] if tells else image.size)
+    if tags[0] != tags[1] and as_stored:
+        raise UserError(
+            f"{sample.path} has EXIF orientation {tags[0]} and its mask {sample.mask_path} has "
+            f"{tags[1]} (1: not turned), so that marks may lie elsewhere; save both upright"
+        )
+    check_sizes(sample, image.size, mask.size)
+
+
+def mask_notes(samples: Sequence[Sample]) -> list[str]:
+    """Say of which masks a user should know, a line for each kind; every mask is decoded.
+
+    Args:
+        samples: Images, some with masks; files that cannot be read are passed over.
+    """
+    texts = {
+        "empty": "mark nothing; a mask has to be brighter than black where the defect is",
+        "most": "mark more than half of their image; a mask is bright where the defect is, so "
+        "invert those that are black on white",
+        "lossy": "are in a lossy format, which blurs edges: what is above half of the largest "
+        "value counts; PNG is exact",
+        "soft": "have many faint values, which count as defects; threshold them",
+    }
+    masked = [sample for sample in samples if sample.mask_path is not None]
+    doubts = in_threads(_doubts, masked, "Reading masks")
+    lines = []
+    for kind, text in texts.items():
+        found = [
+            f"{sample.mask_path} ({own[kind]})"
+            for sample, own in zip(masked, doubts, strict=True)
+            if kind in own
+        ]
+        if found:
+            lines.append(f"{len(found)} of {len(masked)} masks {text}: {_first(found, limit=3)}")
+    return lines
+
+
+def shared_masks(samples: Sequence[Sample]) -> list[str]:
+    """Say which masks serve several images.
+
+    Args:
+        samples: Images, some with masks.
+    """
+    images: dict[str, list[str]] = {}
+    for sample in samples:
+        if sample.mask_path is not None and sample.path not in images.get(sample.mask_path, []):
+            images.setdefault(sample.mask_path, []).append(sample.path)
+    return [
+        f"{mask} is the mask of {' and of '.join(paths)}; give each a mask of its own, at the same "
+        "relative place as its image"
+        for mask, paths in images.items()
+        if len(paths) > 1
+    ]
 
 
 def missing_masks(without: Sequence[Sample], total: int, place: str) -> list[str]:
@@ -73,14 +152,11 @@ def missing_kinds(category: str, labels: set[bool], root: object) -> list[str]:
     ]
 
 
-def _check_header(sample: Sample) -> str | None:
+def _doubts(sample: Sample) -> dict[str, str]:
     try:
-        size, _ = read_header(sample.path)
-        if sample.mask_path is not None:
-            check_sizes(sample, size, read_header(sample.mask_path)[0])
-    except UserError as error:
-        return str(error)
-    return None
+        return look_at_mask(str(sample.mask_path)).doubts()
+    except UserError:  # told when it is decoded with its image
+        return {}
 
 
 def _first(paths: Iterable[str], limit: int = 10) -> str:

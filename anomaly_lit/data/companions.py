@@ -16,8 +16,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from anomaly_lit.data.layouts.files import walk_images
 from anomaly_lit.data.sampler import mixed_seed
+from anomaly_lit.folders import walk_images
 from anomaly_lit.types import Sample, UserError
 
 NAMES = ("prompt", "outlier")

@@ -14,7 +14,7 @@ from anomaly_lit.data.batches import Images
 from anomaly_lit.data.caches.features import FeatureCache
 from anomaly_lit.data.caches.memory import DeviceCache, ImageCache
 from anomaly_lit.data.catalogue import Catalogue
-from anomaly_lit.data.checks import check_headers, raise_all, too_small
+from anomaly_lit.data.checks import check_headers, mask_notes, raise_all, too_small
 from anomaly_lit.data.companions import (
     FEATURES,
     Companion,
@@ -25,6 +25,7 @@ from anomaly_lit.data.companions import (
 )
 from anomaly_lit.data.images import Resize
 from anomaly_lit.data.layouts.base import Layout
+from anomaly_lit.data.opening import MAX_PIXELS
 from anomaly_lit.data.progress import warn_once
 from anomaly_lit.data.sampler import (
     ShardSampler,
@@ -65,6 +66,7 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
             none of them have one) or `none` (masks are not read; no pixel metrics).
         outlier_dir: Folder of pictures that show something else, for methods that learn from
             outliers; searched to any depth.
+        max_pixels: Pixels of the largest picture that is read; None sets no limit.
         cache: Where decoded images are kept; None decodes them each time.
         feature_cache: Where features of frozen backbones are kept; None computes them each time.
         synthesis: Turns `(image, generator, category)` of training images into `(corrupted,
@@ -102,6 +104,7 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         seed: int = 0,
         masks: Literal["required", "optional", "none"] = "required",
         outlier_dir: str | None = None,
+        max_pixels: int | None = MAX_PIXELS,
         cache: ImageCache | None = None,
         feature_cache: FeatureCache | None = None,
         synthesis: nn.Module | None = None,
@@ -121,7 +124,17 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
                 )
             layout = self.layout_class()
         Catalogue.__init__(
-            self, layout, root, categories, holdout, shots, seed, masks, outlier_dir, geometry
+            self,
+            layout,
+            root,
+            categories,
+            holdout,
+            shots,
+            seed,
+            masks,
+            outlier_dir,
+            geometry,
+            max_pixels,
         )
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -153,7 +166,9 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
             raise_all(self.find_gaps(stage))
             for note in self.notes():
                 warn_once(note)
-            raise_all(check_headers([*self.samples(), *self.outlier_samples]))
+            raise_all(check_headers([*self.samples(), *self.outlier_samples], self.max_pixels))
+            for note in mask_notes(self.test_samples):
+                warn_once(note)
             self.digest = self.files_digest()
         elif stage in (None, "fit"):
             raise_all(self.find_gaps(stage))

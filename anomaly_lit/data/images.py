@@ -4,34 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 from scipy import ndimage
 
+from anomaly_lit.data.opening import MAX_PIXELS, ORIENTATION, open_picture, upright
+from anomaly_lit.data.truth import Region, read_mask
 from anomaly_lit.types import Sample, UserError
 
-SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange width and height
 
-READING = 1  # raise it when reading or resizing gives other pixels: caches are then rebuilt
+READING = 2  # raise it when reading or resizing gives other pixels: caches are then rebuilt
 
 T = TypeVar("T", bound=np.generic)
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3)
-Region = npt.NDArray[np.bool_]  # (H, W)
 Map = npt.NDArray[np.float32]  # (H, W)
 
 
-def read_image(path: str | Path | IO[bytes]) -> Pixels:
+def read_image(path: str | Path | IO[bytes], max_pixels: int | None = MAX_PIXELS) -> Pixels:
     """Read a picture as 8-bit RGB of shape (H, W, 3), upright as a viewer shows it.
 
     The EXIF orientation is applied; of several frames the first is read. Bilevel, grey, palette,
@@ -40,68 +37,65 @@ def read_image(path: str | Path | IO[bytes]) -> Pixels:
     Floating-point grey pictures are taken as [0, 1], else [0, 255], else [0, 65535], by their
     largest value.
 
-    Raises:
-        UserError: The file does not exist, is damaged, is no picture, or has unknown values.
-    """
-    try:
-        with Image.open(path) as file:
-            file.load()
-            return as_rgb(file)
-    except Exception as error:  # a decoder may raise anything on malformed bytes
-        raise UserError(f"{path}: {_cause(error)}") from error
-
-
-def read_mask(path: str | Path) -> Region:
-    """Read a truth mask as bool of shape (H, W), true where the value is above zero.
-
-    In a palette picture the index is the value; in a colour picture any channel may be above zero;
-    transparency is ignored.
+    Args:
+        path: A file's path, or an open file.
+        max_pixels: A larger picture is refused before memory is spent on it; None sets no limit.
 
     Raises:
-        UserError: The file does not exist, is damaged, or is no picture.
+        UserError: The file does not exist, is damaged, too large or no picture, or has unknown
+            values.
     """
-    try:
-        with Image.open(path) as file:
-            file.load()
-            values = np.asarray(_upright(file))
-    except Exception as error:
-        raise UserError(f"{path}: {_cause(error)}") from error
-    if values.ndim == 2:
-        return np.asarray(values > 0)
-    channels = values.shape[2]
-    colours = channels - 1 if channels in (2, 4) else channels  # LA and RGBA end with alpha
-    return np.asarray((values[..., :colours] > 0).any(axis=2))
+    with open_picture(path, max_pixels) as file:
+        file.load()
+        return as_rgb(file)
 
 
-def read_header(path: str | Path) -> tuple[tuple[int, int], str]:
-    """Return the size (H, W) after EXIF orientation, and Pillow's mode, without decoding pixels.
+class Header(NamedTuple):
+    """What a picture says of itself before its pixels are decoded."""
+
+    size: tuple[int, int]  # (H, W) after EXIF orientation
+    mode: str  # Pillow's name
+    orientation: int  # of EXIF: 1 is upright, 5 to 8 exchange height and width
+
+
+def read_header(path: str | Path, max_pixels: int | None = None) -> Header:
+    """Read a picture's header, without decoding pixels.
+
+    Args:
+        path: Path of the file.
+        max_pixels: As for `read_image`.
 
     Raises:
-        UserError: The file does not exist or is no picture.
+        UserError: The file does not exist, is too large, or is no picture.
     """
-    try:
-        with Image.open(path) as file:
-            width, height = file.size
-            # Pillow turns a TIFF's size itself; of a PNG without EXIF in front of its pixels,
-            # getexif would decode all of them to look behind
-            turned = file.format in ("JPEG", "MPO", "WEBP") or "exif" in file.info
-            if turned and file.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):
-                width, height = height, width
-            return (height, width), file.mode
-    except Exception as error:
-        raise UserError(f"{path}: {_cause(error)}") from error
+    with open_picture(path, max_pixels) as file:
+        width, height = file.size
+        # Pillow turns a TIFF's size itself; of a PNG without EXIF in front of its pixels,
+        # getexif would decode all of them to look behind
+        known = file.format in ("JPEG", "MPO", "TIFF", "WEBP") or "exif" in file.info
+        orientation = file.getexif().get(ORIENTATION, 1) if known else 1
+        if orientation in (5, 6, 7, 8) and file.format != "TIFF":
+            width, height = height, width
+        return Header((height, width), file.mode, orientation)
 
 
-def read_sample(sample: Sample, resize: Resize) -> tuple[Pixels, Region | None]:
+def read_sample(
+    sample: Sample, resize: Resize, max_pixels: int | None = None
+) -> tuple[Pixels, Region | None]:
     """Read one sample's image (h, w, 3) and its mask (h, w), if it has one, both resized.
+
+    Args:
+        sample: The image and its mask.
+        resize: Their geometry.
+        max_pixels: As for `read_image`; `setup` has compared all sizes with it already.
 
     Raises:
         UserError: A file cannot be read, or the mask has another size than its image.
     """
-    image = read_image(sample.path)
+    image = read_image(sample.path, max_pixels)
     if sample.mask_path is None:
         return resize.image(image), None
-    mask = read_mask(sample.mask_path)
+    mask = read_mask(sample.mask_path, max_pixels)
     check_sizes(sample, image.shape[:2], mask.shape)
     return resize.image(image), resize.mask(mask)
 
@@ -209,23 +203,19 @@ class Resize:
         return array[top : top + self.size[0], left : left + self.size[1]]
 
 
-def _upright(file: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(file)
-
-
 def as_rgb(picture: Image.Image) -> Pixels:
     """Convert a Pillow image as `read_image` converts its file.
 
     Raises:
         UserError: Its values have an unknown range.
     """
-    picture = _upright(picture)
+    picture = upright(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         grey = _to_8_bits(np.asarray(picture), is_float=picture.mode == "F")
         return np.repeat(grey[..., None], 3, axis=2)
     if picture.mode in ("P", "PA", "La", "RGBa"):  # drops transparency after the colours are known
         picture = picture.convert("LA" if picture.mode == "La" else "RGBA")
-    return np.array(picture.convert("RGB"))
+    return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def _to_8_bits(values: npt.NDArray[np.generic], is_float: bool) -> Pixels:
@@ -243,18 +233,6 @@ def _to_8_bits(values: npt.NDArray[np.generic], is_float: bool) -> Pixels:
     else:
         scale = 1.0 if high <= 255 else 1 / 257
     return np.rint(numbers * scale).astype(np.uint8)
-
-
-def _cause(error: Exception) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, FileNotFoundError):
-        return "the file does not exist"
-    if isinstance(error, PermissionError):
-        return "the file may not be read (permissions)"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image that Pillow can read"
-    return f"the image is damaged or not supported ({error})"
 
 
 def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:

@@ -11,23 +11,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from anomaly_lit.data.checks import check_headers_agree
 from anomaly_lit.data.datamodule import AnomalyDataModule
-from anomaly_lit.data.images import (
-    Pixels,
-    Region,
-    check_sizes,
-    read_header,
-    read_image,
-    read_mask,
-    read_sample,
-)
-from anomaly_lit.data.layouts.files import walk_images
+from anomaly_lit.data.images import Header, Pixels, read_header, read_image, read_sample
 from anomaly_lit.data.progress import in_threads
+from anomaly_lit.data.truth import Region, look_at_mask
+from anomaly_lit.folders import walk_images
 from anomaly_lit.types import Sample, UserError
 
 GREY_BITS = 4096  # a 16-bit picture with no larger value uses less than 12 of its bits
-CLASSES = 16  # more different values than this in a mask are not class indices
-SOFT_SHARE = 0.05  # largest share of a mask's true pixels below half of its maximum
 
 
 class Picture(NamedTuple):
@@ -113,22 +105,22 @@ def decode_all(datamodule: AnomalyDataModule) -> list[Picture]:
         "test": datamodule.test_samples,
     }
     files = [(sample, split) for split, samples in splits.items() for sample in samples]
-    return in_threads(_inspect, files, "Decoding every file")
+    most = datamodule.max_pixels
+    return in_threads(lambda file: _inspect(*file, most), files, "Decoding every file")
 
 
-def _inspect(item: tuple[Sample, str]) -> Picture:
-    sample, split = item
+def _inspect(sample: Sample, split: str, max_pixels: int | None) -> Picture:
     try:
-        _, mode = read_header(sample.path)
-        pixels = read_image(sample.path)
+        header = read_header(sample.path, max_pixels)
+        pixels = read_image(sample.path, max_pixels)
     except UserError as error:
         return Picture(sample, split, problem=str(error))
-    remarks = [*_mode_remarks(sample.path, mode)]
+    remarks = [*_mode_remarks(sample.path, header.mode)]
     size = (pixels.shape[0], pixels.shape[1])
     if sample.mask_path is not None:
-        remarks += _mask_remarks(sample, size)
+        remarks += _mask_remarks(sample, header, max_pixels)
     mark = hashlib.sha256(f"{size}".encode() + pixels.tobytes()).hexdigest()
-    return Picture(sample, split, size, mode, mark, remarks=tuple(remarks))
+    return Picture(sample, split, size, header.mode, mark, remarks=tuple(remarks))
 
 
 def _mode_remarks(path: str, mode: str) -> list[tuple[str, str]]:
@@ -144,22 +136,14 @@ def _mode_remarks(path: str, mode: str) -> list[tuple[str, str]]:
     return []
 
 
-def _mask_remarks(sample: Sample, size: tuple[int, int]) -> list[tuple[str, str]]:
+def _mask_remarks(sample: Sample, image: Header, max_pixels: int | None) -> list[tuple[str, str]]:
     path = str(sample.mask_path)
     try:
-        mask = read_mask(path)
-        check_sizes(sample, size, mask.shape)
+        mask = look_at_mask(path, max_pixels)
+        check_headers_agree(sample, image, read_header(path))
     except UserError as error:
         return [("mask", str(error))]
-    if not mask.any():
-        return [("empty", f"{path}: nothing is marked")]
-    with Image.open(path) as file:
-        values = np.asarray(file)
-    positive = values[values > 0]
-    count, soft = len(np.unique(positive)), float((positive < positive.max() / 2).mean())
-    if count > CLASSES and soft > SOFT_SHARE:
-        return [("soft", f"{path}: {soft:.0%} of its pixels are above 0 but below half")]
-    return [("values", f"{path}: {count} values above 0")] if count > 1 else []
+    return [(kind, f"{path}: {text}") for kind, text in mask.doubts().items()]
 
 
 def _describe(report: Report, pictures: list[Picture]) -> None:
@@ -193,9 +177,17 @@ def _gather_problems(report: Report, pictures: list[Picture]) -> None:
     if broken:
         report.add("error", "unreadable", f"{len(broken)} images cannot be read", broken)
     kinds = {
-        "mask": ("error", "masks are unreadable or of another size than their image"),
+        "mask": ("error", "masks are unreadable or do not lie on their image"),
         "empty": ("error", "masks of anomalous images are empty"),
         "soft": ("error", "masks are not binary: faint values count as defects, so threshold them"),
+        "most": (
+            "warning",
+            "masks mark more than half of their image; is the defect the bright part?",
+        ),
+        "lossy": (
+            "warning",
+            "masks are in a lossy format: what is above half of the largest value counts",
+        ),
         "values": ("warning", "masks hold several values; all above 0 count as defects"),
         "dark": ("warning", "16-bit images use less than 12 bits and will be nearly black"),
         "float": ("warning", "images hold floating-point values"),
@@ -255,12 +247,9 @@ def _find_divided_groups(report: Report, pictures: list[Picture]) -> None:
 def _find_unused(report: Report, datamodule: AnomalyDataModule) -> None:
     """Warn of pictures in the data set's folders that belong to no split."""
     layout, root = datamodule.layout, Path(str(datamodule.root))
-    used: set[str] = set()
-    for category in datamodule.categories:
-        for samples in layout.list_category(root, category):
-            used |= {path for sample in samples for path in (sample.path, sample.mask_path) if path}
     folders = layout.folders(root, datamodule.categories)
-    unused = sorted({str(path) for top in folders for path in walk_images(top)} - used)
+    found = {str(path) for top in folders for path in walk_images(top)}
+    unused = sorted(found - datamodule.used)
     if unused:
         report.add(
             "warning", "unused", f"{len(unused)} pictures are neither image nor mask", unused
@@ -290,6 +279,6 @@ def sample_rows(
 def read_resized(datamodule: AnomalyDataModule, sample: Sample) -> tuple[Pixels, Region | None]:
     """Read an image as a method would see it, without its mask if that cannot be used."""
     try:
-        return read_sample(sample, datamodule.resize)
+        return read_sample(sample, datamodule.resize, datamodule.max_pixels)
     except UserError:  # it is in the report
-        return datamodule.resize.image(read_image(sample.path)), None
+        return datamodule.resize.image(read_image(sample.path, max_pixels=None)), None

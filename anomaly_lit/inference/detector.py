@@ -15,6 +15,7 @@ from PIL import Image
 
 from anomaly_lit.calibration import limits_of, verdict
 from anomaly_lit.data.images import Resize, as_rgb, read_image
+from anomaly_lit.data.opening import MAX_PIXELS
 from anomaly_lit.inference.checkpoint import geometry_of, method_of, read_checkpoint
 from anomaly_lit.inference.openvino import OpenVINO, check_installed
 from anomaly_lit.methods.base import Method
@@ -85,6 +86,7 @@ class Detector:
         images: Picture | Sequence[Picture],
         category: str | None = None,
         batch_size: int = 16,
+        max_pixels: int | None = MAX_PIXELS,
     ) -> list[Finding]:
         """Scores pictures of any size.
 
@@ -93,6 +95,7 @@ class Detector:
                 whose channels are red, green, blue, or one of these.
             category: Whose threshold to use; None takes the only one, else that of all together.
             batch_size: Images scored at once.
+            max_pixels: Pixels of the largest file that is read; None sets no limit.
 
         Raises:
             UserError: A picture cannot be read, the category is unknown, or the engine cannot do
@@ -108,7 +111,9 @@ class Detector:
         pictures = [images] if isinstance(images, ALONE) else list(images)
         findings: list[Finding] = []
         for start in range(0, len(pictures), batch_size):
-            read = [_pixels(picture) for picture in pictures[start : start + batch_size]]
+            read = [
+                _pixels(picture, max_pixels) for picture in pictures[start : start + batch_size]
+            ]
             findings += self._predict_batch(read, category)
         return findings
 
@@ -187,11 +192,11 @@ def load(
     return detector.to(device)
 
 
-def _pixels(picture: Picture) -> np.ndarray:
+def _pixels(picture: Picture, max_pixels: int | None) -> np.ndarray:
     if isinstance(picture, bytes):
         picture = io.BytesIO(picture)
     if isinstance(picture, str | Path | io.IOBase):
-        return read_image(picture)
+        return read_image(picture, max_pixels)
     if isinstance(picture, Image.Image):
         return as_rgb(picture)
     if not isinstance(picture, np.ndarray):

@@ -15,9 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from anomaly_lit.calibration import colour_range, limits_of, outline_of
-from anomaly_lit.data.images import SUFFIXES, Pixels, read_header, read_image
+from anomaly_lit.data.images import Pixels, read_header, read_image
+from anomaly_lit.data.opening import MAX_PIXELS
 from anomaly_lit.drawing.heat import overlay
 from anomaly_lit.drawing.png import save_image
+from anomaly_lit.folders import passed_over, told, walk_images
 from anomaly_lit.inference.detector import Detector, Finding
 from anomaly_lit.types import UserError
 
@@ -35,6 +37,7 @@ class Found(NamedTuple):
     paths: list[Path]
     root: Path
     results: list[Path]  # folders of earlier results, which were passed over
+    others: str = ""  # how many other files were passed over, in words
 
 
 def find_pictures(source: Path, output: Path) -> Found:
@@ -53,14 +56,20 @@ def find_pictures(source: Path, output: Path) -> Found:
         raise UserError(
             f"input={printable(source)} does not exist; give a picture or a folder of pictures"
         )
-    every = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
-    results = [file.parent for file in source.rglob(VERDICTS) if (file.parent / OVERLAYS).is_dir()]
+    every = walk_images(source)
+    places = {place for path in every for place in path.parents if place.is_relative_to(source)}
+    results = sorted(
+        place for place in places if (place / VERDICTS).is_file() and (place / OVERLAYS).is_dir()
+    )
     own = [place / part for place in (*results, output) for part in (OVERLAYS, MAPS)]
     found = [path for path in every if not any(path.is_relative_to(place) for place in own)]
+    others = printable(told(passed_over([source])))
     if not found:
-        kinds = ", ".join(sorted(SUFFIXES))
-        raise UserError(f"input={printable(source)} holds no picture ({kinds})")
-    return Found(found, source, results)
+        raise UserError(
+            f"input={printable(source)} holds no picture ({others or 'no file at all'}); "
+            "docs/datasets.md says what is read"
+        )
+    return Found(found, source, results, others)
 
 
 def batches_of(paths: list[Path], most: int) -> Iterator[list[Path]]:
@@ -69,8 +78,7 @@ def batches_of(paths: list[Path], most: int) -> Iterator[list[Path]]:
     pixels = 0
     for path in paths:
         try:
-            size, _ = read_header(path)
-            own = math.prod(size)
+            own = math.prod(read_header(path).size)
         except UserError:  # told when it is judged
             own = 0
         if batch and (len(batch) >= most or pixels + own > MOST_PIXELS):
@@ -91,6 +99,7 @@ class Judge:
         directory: Where `predictions.csv`, `overlays` and `maps` are written.
         category: Whose threshold to use; None takes the only one, else that of all together.
         save_maps: Also write the maps, (H, W) float16, as `maps/<name>.npy`.
+        max_pixels: Pixels of the largest picture that is read; None sets no limit.
     """
 
     def __init__(
@@ -100,6 +109,7 @@ class Judge:
         directory: Path,
         category: str | None = None,
         save_maps: bool = False,
+        max_pixels: int | None = MAX_PIXELS,
     ) -> None:
         self.detector = detector
         self.root = root
@@ -108,6 +118,7 @@ class Judge:
         self.category = category or only
         self.limits = limits_of(detector.calibration, self.category)
         self.save_maps = save_maps
+        self.max_pixels = max_pixels
         self.counts: dict[str, int] = {}
         self.errors: list[str] = []
 
@@ -132,7 +143,7 @@ class Judge:
         errors: dict[Path, str] = {}
         for path in paths:
             try:
-                read[path] = read_image(path)
+                read[path] = read_image(path, self.max_pixels)
             except UserError as error:
                 errors[path] = printable(str(error))
         findings = self.detector.predict([*read.values()], self.category, len(read) or 1)

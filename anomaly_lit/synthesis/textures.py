@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from anomaly_lit.folders import walk_images
 from anomaly_lit.synthesis.base import pixel_grid
 from anomaly_lit.synthesis.noise import fractal_noise
 from anomaly_lit.types import UserError
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 
 class TextureFolder:
@@ -31,7 +30,7 @@ class TextureFolder:
 
     def __init__(self, folder: str, most: int = 500) -> None:
         path = Path(folder).expanduser()
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
+        files = walk_images(path)
         if not files or most < 1:
             found = "no image" if path.is_dir() else "no folder"
             raise UserError(

@@ -253,6 +253,7 @@ def test_truncated_image_is_found_before_training_with_a_cache_and_while_reading
 def test_missing_kinds_of_test_images_are_noted(mvtec: Path) -> None:
     for kind in ("bent", "scratch"):
         shutil.rmtree(mvtec / "bolt" / "test" / kind)
+        shutil.rmtree(mvtec / "bolt" / "ground_truth" / kind)
     notes = ready(mvtec, categories="bolt").notes()
     assert len(notes) == 1
     assert "bolt: no anomalous test image" in notes[0]

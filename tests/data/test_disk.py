@@ -41,7 +41,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Paths of the images that the disk cache reads from now on."""
     paths: list[str] = []
     read = disk.read_image
-    monkeypatch.setattr(disk, "read_image", lambda path: paths.append(path) or read(path))
+    monkeypatch.setattr(
+        disk, "read_image", lambda path, most: paths.append(path) or read(path, most)
+    )
     return paths
 
 
@@ -182,10 +184,10 @@ def read_slowly(root: Path, folder: Path, delay: float, said: Connection) -> Non
     """What a process does: says each image that it decodes, and last the sum of all pixels."""
     read = disk.read_image
 
-    def slowly(path: str) -> object:
+    def slowly(path: str, most: int | None) -> object:
         said.send(path)
         time.sleep(delay)
-        return read(path)
+        return read(path, most)
 
     disk.read_image = slowly  # type: ignore[assignment]
     locks.PATIENCE = 0.1

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from anomaly_lit.data.layouts.btad import BTADLayout
-from anomaly_lit.data.layouts.files import list_images
 from anomaly_lit.data.layouts.folder import FolderLayout
 from anomaly_lit.data.layouts.ksdd2 import KolektorSDD2Layout
 from anomaly_lit.data.layouts.mvtec_ad import MVTecADLayout
 from anomaly_lit.data.layouts.visa import VisALayout, read_split
+from anomaly_lit.folders import list_images
 from anomaly_lit.types import UserError
 
 
@@ -62,7 +62,7 @@ def test_ksdd2_without_a_mask_is_an_error(ksdd2: Path) -> None:
     with pytest.raises(UserError, match=r"10002_GT\.png: the mask"):
         KolektorSDD2Layout().list_category(ksdd2, "ksdd2")
     (ksdd2 / "train" / "10002_GT.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"10002_GT\.png cannot be read"):
+    with pytest.raises(UserError, match=r"10002_GT\.png: not an image"):
         KolektorSDD2Layout().list_category(ksdd2, "ksdd2")
 
 

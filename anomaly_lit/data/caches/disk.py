@@ -15,8 +15,9 @@ from anomaly_lit.data.caches.locks import need_locks
 from anomaly_lit.data.caches.memory import ImageCache, Place, checked_gb
 from anomaly_lit.data.caches.segments import Column, Draft
 from anomaly_lit.data.caches.store import Store, cache_folder, file_key
-from anomaly_lit.data.images import READING, Resize, check_sizes, read_header, read_image, read_mask
+from anomaly_lit.data.images import READING, Resize, check_sizes, read_header, read_image
 from anomaly_lit.data.progress import in_threads
+from anomaly_lit.data.truth import read_mask
 from anomaly_lit.types import Sample, UserError
 
 DECODERS = ("jpg", "jpg_2000", "zlib", "libtiff")
@@ -27,7 +28,7 @@ class DiskCache(ImageCache):
 
     Batches are read from memory-mapped files: the system holds them in memory once for all
     processes, and drops them when memory is short. An image is identified by its path, size and
-    modification time, the geometry, and the versions of the libraries that decode it. Every row is
+    times of change, the geometry, and the versions of the libraries that decode it. Every row is
     checked when a run opens it. Images that do not fit are decoded each time.
 
     Args:
@@ -66,11 +67,11 @@ class DiskCache(ImageCache):
         masked = [sample for sample in fresh if sample.mask_path is not None]
 
         def read_one(sample: Sample) -> Tensor:
-            return torch.from_numpy(resize.image(read_image(sample.path)))
+            return torch.from_numpy(resize.image(read_image(sample.path, None)))
 
         def read_its_mask(sample: Sample) -> Tensor:
             mask = read_mask(str(sample.mask_path))
-            check_sizes(sample, read_header(sample.path)[0], mask.shape)
+            check_sizes(sample, read_header(sample.path).size, mask.shape)
             return torch.from_numpy(resize.mask(mask))
 
         try:

@@ -23,7 +23,7 @@ from anomaly_lit.types import Sample, UserError
 class DiskFeatureCache(FeatureCache):
     """`FeatureCache` in files, shared by all processes of a machine and by later runs.
 
-    Features are identified by the image (path, size, modification time, geometry), the backbone
+    Features are identified by the image (path, size, times of change, geometry), the backbone
     (network, stages, normalisation, a hash of its weights), and the precision, memory layout,
     device and library versions that computed them. A step reads them from memory-mapped files, or
     from the GPU if all of them take at most a quarter of its free memory. Either all images of a

@@ -5,7 +5,7 @@
     FOLDER/features/<subject>/<rows>.rows   features of backbones
 
 The subject is a hash of what a row depends on besides its file: geometry, versions, weights. The
-key of a row is a hash of its file's path, size and modification time, so that a changed file has
+key of a row is a hash of its file's path, size and times of change, so that a changed file has
 another key. One process builds the missing rows, under a lock, into a draft that is renamed once it
 is complete; other processes wait for it. Everything may be deleted at any time.
 """
@@ -38,6 +38,7 @@ from anomaly_lit.data.progress import in_threads, warn_once
 from anomaly_lit.types import UserError
 
 FOLDER = "ANOMALY_LIT_CACHE"
+KINDS = ("images", "features")
 TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by anomaly_lit; may be deleted.\n"
 
 
@@ -51,7 +52,12 @@ def cache_folder(folder: str | None) -> Path:
 
 
 def file_key(path: str) -> bytes:
-    """Return a hash of a file's path, size and modification time, 16 bytes.
+    """Return a hash of a file's path, size and times of change, 16 bytes.
+
+    No content is read. Copying and unpacking may set a file's modification time (mtime) to any
+    value; the time of its last change (ctime) is set by the system alone, so that a file that
+    takes the place of another always has another key. A change of owner or mode changes ctime as
+    well: the file is then decoded once more.
 
     Raises:
         UserError: The file does not exist or cannot be read.
@@ -60,21 +66,34 @@ def file_key(path: str) -> bytes:
         status = os.stat(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    text = f"{os.path.abspath(path)}\n{status.st_size}\n{status.st_mtime_ns}"
+    text = f"{os.path.abspath(path)}\n{status.st_size}\n{status.st_mtime_ns}\n{status.st_ctime_ns}"
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).digest()
 
 
 def clear(folder: Path) -> float:
-    """Remove everything that the caches wrote into a folder, and nothing else.
+    """Remove all rows that the caches wrote into a folder, and nothing else.
+
+    A process that is building rows is waited for. Runs that read rows keep what they have opened.
 
     Returns:
         Freed space in GB (1e9 bytes).
+
+    Raises:
+        UserError: A file cannot be removed.
     """
-    files = [*_files(folder / "images"), *_files(folder / "features")]
-    size = sum(_size(file) for file in files)
-    for kind in ("images", "features"):
-        shutil.rmtree(folder / kind, ignore_errors=True)
-    return size / 1e9
+    freed = 0
+    for subject in sorted({file.parent for kind in KINDS for file in _files(folder / kind)}):
+        try:
+            with locks.alone(subject / "build.lock", warn_once):
+                for file in (*subject.glob("*.rows"), *subject.glob("*.draft")):
+                    freed += _size(file)
+                    file.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the cache in {subject} cannot be cleared ({error.strerror}): its owner can, or "
+                "set ANOMALY_LIT_CACHE to a folder of yours"
+            ) from error
+    return freed / 1e9
 
 
 class Store:
@@ -132,12 +151,21 @@ class Store:
         if all(key in self.places for key in keys):
             return []
         with self._readable_errors():
-            self._make_folder()
-            with locks.alone(self.folder / "build.lock", warn_once):
-                self._load(keys)
-                missing = list({k: n for n, k in enumerate(keys) if k not in self.places}.values())
-                draft = self._begin([keys[n] for n in missing], whole) if missing else None
-                return [] if draft is None else self._build(draft, keys, missing, write)
+            try:
+                return self._fill_alone(keys, write, whole)
+            except FileNotFoundError:
+                warn_once(f"{self.folder} was deleted while it was being filled: built anew")
+                return self._fill_alone(keys, write, whole)
+
+    def _fill_alone(
+        self, keys: Sequence[bytes], write: Callable[[Draft, list[int]], list[str]], whole: bool
+    ) -> list[str]:
+        self._make_folder()
+        with locks.alone(self.folder / "build.lock", warn_once):
+            self._load(keys)
+            missing = list({k: n for n, k in enumerate(keys) if k not in self.places}.values())
+            draft = self._begin([keys[n] for n in missing], whole) if missing else None
+            return [] if draft is None else self._build(draft, keys, missing, write)
 
     def _build(
         self,

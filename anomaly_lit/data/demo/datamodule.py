@@ -21,6 +21,7 @@ from anomaly_lit.data.caches.features import FeatureCache
 from anomaly_lit.data.caches.memory import ImageCache
 from anomaly_lit.data.demo.products import GOOD, PRODUCTS, picture
 from anomaly_lit.data.layouts.mvtec_ad import MVTecAD, MVTecADLayout
+from anomaly_lit.data.opening import MAX_PIXELS
 from anomaly_lit.types import UserError
 
 VERSION = 1  # of the drawings; raise it when any picture changes
@@ -62,6 +63,7 @@ class Demo(MVTecAD):
         seed: int = 0,
         drawing_seed: int = 0,
         outlier_dir: str | None = None,
+        max_pixels: int | None = MAX_PIXELS,
         cache: ImageCache | None = None,
         feature_cache: FeatureCache | None = None,
         synthesis: nn.Module | None = None,
@@ -83,6 +85,7 @@ class Demo(MVTecAD):
             balanced=balanced,
             seed=seed,
             outlier_dir=outlier_dir,
+            max_pixels=max_pixels,
             cache=cache,
             feature_cache=feature_cache,
             synthesis=synthesis,

@@ -54,6 +54,14 @@ class Layout:
         """Name the folders in which every picture should be an image or a mask of the set."""
         return [root / category for category in categories]
 
+    def sources(self, root: Path, category: str) -> list[Path]:
+        """Name the folders of a category that are searched for pictures.
+
+        What lies in them and is not read is counted for the user. Name none where a list says
+        which files to read.
+        """
+        return self.folders(root, [category])
+
     def notes(self, test: Sequence[Sample], seed: int) -> list[str]:
         """Say what a user should know of the chosen images, a line each.
 

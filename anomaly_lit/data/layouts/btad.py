@@ -10,9 +10,9 @@ from anomaly_lit.data.layouts.files import (
     anomalous_samples,
     by_stem,
     folders_with,
-    list_images,
     normal_samples,
 )
+from anomaly_lit.folders import list_images
 
 
 class BTADLayout(Layout):
@@ -34,6 +34,11 @@ class BTADLayout(Layout):
         masks = by_stem(base / "ground_truth" / "ko")
         defects = anomalous_samples(list_images(base / "test" / "ko"), category, "ko", masks)
         return Listing(train, test + defects)
+
+    def sources(self, root: Path, category: str) -> list[Path]:
+        """Name the folders of one product."""
+        places = ("train/ok", "test/ok", "test/ko", "ground_truth/ko")
+        return [root / category / place for place in places]
 
 
 class BTAD(AnomalyDataModule):

@@ -1,40 +1,14 @@
-"""Finding pictures and their masks in folders."""
+"""From the pictures of folders to samples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from anomaly_lit.data.images import SUFFIXES
-from anomaly_lit.types import Sample
+from anomaly_lit.folders import list_folders, list_images
+from anomaly_lit.types import Sample, UserError
 
-
-def is_image(path: Path) -> bool:
-    """Whether a path is a file with a picture's suffix that is not hidden."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-def list_images(folder: Path) -> list[Path]:
-    """Return the pictures directly in a folder by name; empty where there is no such folder.
-
-    Hidden files are left out (macOS writes `._000.png` beside `000.png`).
-    """
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if is_image(path))
-
-
-def walk_images(folder: Path) -> list[Path]:
-    """Return the pictures at any depth below a folder by path, without hidden files and folders."""
-    paths = (path for path in folder.rglob("*") if is_image(path))
-    return sorted(path for path in paths if not _is_hidden(path.relative_to(folder)))
-
-
-def list_folders(folder: Path) -> list[Path]:
-    """Return the sub-folders by name, without hidden ones; empty where there is no such folder."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+NORMAL = ("good", "normal", "ok")
 
 
 def folders_with(root: Path, *inner: str) -> list[str]:
@@ -70,9 +44,21 @@ def anomalous_samples(
 
 
 def by_stem(folder: Path) -> dict[str, str]:
-    """Return the paths of the pictures directly in a folder by stem."""
-    return {path.stem: str(path) for path in list_images(folder)}
+    """Return the paths of the pictures directly in a folder by stem.
+
+    Raises:
+        UserError: Two have the same stem.
+    """
+    found: dict[str, str] = {}
+    for path in list_images(folder):
+        if path.stem in found:
+            raise UserError(
+                f"{found[path.stem]} and {path} are masks of one name; keep one of them"
+            )
+        found[path.stem] = str(path)
+    return found
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def seems_normal(folder: str) -> bool:
+    """Whether a folder's name says that its pictures are normal, such as `good`."""
+    return folder.lower() in NORMAL

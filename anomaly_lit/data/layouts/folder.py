@@ -14,8 +14,17 @@ from anomaly_lit.data.caches.memory import ImageCache
 from anomaly_lit.data.checks import raise_all
 from anomaly_lit.data.datamodule import AnomalyDataModule
 from anomaly_lit.data.layouts.base import Layout, Listing
-from anomaly_lit.data.layouts.files import anomalous_samples, by_stem, normal_samples, walk_images
+from anomaly_lit.data.layouts.files import (
+    anomalous_samples,
+    by_stem,
+    normal_samples,
+    seems_normal,
+)
+from anomaly_lit.data.opening import MAX_PIXELS
+from anomaly_lit.folders import walk_images
 from anomaly_lit.types import Sample, UserError
+
+MAY_LIE_IN = ("normal_test_dir", "abnormal_dir")  # whose pictures are then those that are left
 
 
 class FolderLayout(Layout):
@@ -28,7 +37,7 @@ class FolderLayout(Layout):
     Args:
         normal_dir: Normal images, relative to the root, as are the others.
         abnormal_dir: Anomalous images.
-        normal_test_dir: Normal images to test on.
+        normal_test_dir: Normal images to test on; may lie in `abnormal_dir`.
         mask_dir: Masks.
         test_share: Share of `normal_dir` to keep for testing without `normal_test_dir`.
         category: Name of the category.
@@ -65,13 +74,7 @@ class FolderLayout(Layout):
         Raises:
             UserError: A named folder does not exist, or lies within another one.
         """
-        named = {
-            "normal_dir": self.normal_dir,
-            "abnormal_dir": self.abnormal_dir,
-            "normal_test_dir": self.normal_test_dir,
-            "mask_dir": self.mask_dir,
-        }
-        folders = {key: root / name for key, name in named.items() if name is not None}
+        named, folders = self._named(), self._folders(root)
         raise_all(
             [
                 f"dataset.{key}={named[key]}: {folder} is not a folder"
@@ -86,12 +89,18 @@ class FolderLayout(Layout):
                 "would be read twice; put them side by side"
                 for inner, outer in permutations(places, 2)
                 if places[inner].is_relative_to(places[outer])
+                and ((inner, outer) != MAY_LIE_IN or places[inner] == places[outer])
             ]
         )
         return [self.category]
 
     def list_category(self, root: Path, category: str) -> Listing:
-        """List the images of all folders."""
+        """List the images of all folders.
+
+        Raises:
+            UserError: A folder within `abnormal_dir` has a name that says that its pictures are
+                normal.
+        """
         listing = Listing(normal_samples(walk_images(root / self.normal_dir), category), [])
         if self.normal_test_dir is not None:
             images = walk_images(root / self.normal_test_dir)
@@ -104,6 +113,10 @@ class FolderLayout(Layout):
         """Name none: the root may hold anything besides the named folders."""
         return []
 
+    def sources(self, root: Path, category: str) -> list[Path]:
+        """Name the folders that settings name."""
+        return [*self._folders(root).values()]
+
     def notes(self, test: Sequence[Sample], seed: int) -> list[str]:
         """Say how many images were kept for testing."""
         if self.normal_test_dir is not None:
@@ -115,10 +128,30 @@ class FolderLayout(Layout):
             "dataset.normal_test_dir to choose them yourself"
         ]
 
+    def _named(self) -> dict[str, str | None]:
+        return {
+            "normal_dir": self.normal_dir,
+            "abnormal_dir": self.abnormal_dir,
+            "normal_test_dir": self.normal_test_dir,
+            "mask_dir": self.mask_dir,
+        }
+
+    def _folders(self, root: Path) -> dict[str, Path]:
+        return {key: root / name for key, name in self._named().items() if name is not None}
+
     def _anomalous(self, root: Path, folder: Path, category: str) -> list[Sample]:
         groups: dict[Path, list[Path]] = {}
+        normal = None if self.normal_test_dir is None else (root / self.normal_test_dir).resolve()
         for path in walk_images(folder):
-            groups.setdefault(path.parent.relative_to(folder), []).append(path)
+            if normal is None or not path.parent.resolve().is_relative_to(normal):
+                groups.setdefault(path.parent.relative_to(folder), []).append(path)
+        raise_all(
+            [
+                self._labelled_as_defects(inner)
+                for inner in groups
+                if any(map(seems_normal, inner.parts))
+            ]
+        )
         masks = None if self.mask_dir is None else root / self.mask_dir
         samples = []
         for inner, paths in groups.items():
@@ -126,6 +159,14 @@ class FolderLayout(Layout):
             stems = {} if masks is None else by_stem(masks) | by_stem(masks / inner)
             samples += anomalous_samples(paths, category, defect_type, stems)
         return samples
+
+    def _labelled_as_defects(self, inner: Path) -> str:
+        place = f"{self.abnormal_dir}/{inner.as_posix()}"
+        return (
+            f"dataset.abnormal_dir={self.abnormal_dir} holds {place}, whose name says that its "
+            f"pictures are normal: set dataset.normal_test_dir={place} to test on them as normal "
+            "images, or rename that folder"
+        )
 
 
 class Folder(AnomalyDataModule):
@@ -138,8 +179,8 @@ class Folder(AnomalyDataModule):
         normal_dir: Normal images; searched to any depth, as are the others.
         abnormal_dir: Anomalous images; a first sub-folder names the defect type. Without it
             training works and the metrics are undefined.
-        normal_test_dir: Normal images to test on. Without it `test_share` of `normal_dir` is
-            kept for testing.
+        normal_test_dir: Normal images to test on; may lie in `abnormal_dir`. Without it
+            `test_share` of `normal_dir` is kept for testing.
         mask_dir: Masks, at the same relative place as their images or all in one folder, named
             `<stem>_mask` or `<stem>`.
         test_share: Share of `normal_dir` kept for testing without `normal_test_dir`, in [0, 1);
@@ -168,6 +209,7 @@ class Folder(AnomalyDataModule):
         seed: int = 0,
         masks: Literal["required", "optional", "none"] = "optional",
         outlier_dir: str | None = None,
+        max_pixels: int | None = MAX_PIXELS,
         cache: ImageCache | None = None,
         feature_cache: FeatureCache | None = None,
         synthesis: nn.Module | None = None,
@@ -192,6 +234,7 @@ class Folder(AnomalyDataModule):
             seed=seed,
             masks=masks,
             outlier_dir=outlier_dir,
+            max_pixels=max_pixels,
             cache=cache,
             feature_cache=feature_cache,
             synthesis=synthesis,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from anomaly_lit.data.datamodule import AnomalyDataModule
 from anomaly_lit.data.layouts.base import Layout, Listing
-from anomaly_lit.data.layouts.files import list_images
+from anomaly_lit.data.opening import MAX_PIXELS
+from anomaly_lit.data.truth import read_mask
+from anomaly_lit.folders import list_images
 from anomaly_lit.types import Sample, UserError
 
 
@@ -46,7 +46,7 @@ class KolektorSDD2Layout(Layout):
                 mask = path.with_name(f"{path.stem}_GT.png")
                 if not mask.is_file():
                     absent.append(mask)
-                elif not _any_white(mask):
+                elif not read_mask(mask, MAX_PIXELS).any():
                     samples.append(Sample(str(path), category, "good", False))
                 elif split == "test":
                     samples.append(Sample(str(path), category, "defect", True, str(mask)))
@@ -72,11 +72,3 @@ class KolektorSDD2(AnomalyDataModule):
     """KolektorSDD2 (Božič et al., 2021) as published; its training defects are left out."""
 
     layout_class = KolektorSDD2Layout
-
-
-def _any_white(mask: Path) -> bool:
-    try:
-        with Image.open(mask) as image:
-            return image.convert("L").getextrema()[1] != 0
-    except OSError as error:
-        raise UserError(f"{mask} cannot be read ({error}); unpack it again") from error

@@ -37,6 +37,10 @@ class VisALayout(Layout):
             (listing.train if row["split"] == "train" else listing.test).append(sample)
         return listing
 
+    def sources(self, root: Path, category: str) -> list[Path]:
+        """Name none: the split file says what is read."""
+        return []
+
 
 class VisA(AnomalyDataModule):
     """VisA (Zou et al., 2022) as published, by its one-class split file."""

@@ -1,0 +1,172 @@
+"""Which files of a folder are pictures: one rule for training, checks of data and prediction.
+
+A picture is a file with a suffix in `suffixes()`. Passed over are hidden files and folders (macOS
+writes `._000.png` beside `000.png`, notebooks `.ipynb_checkpoints`), files with other suffixes, and
+what is no regular file. A folder called `x.png` is a folder. Links to files and folders are
+followed, and each folder is read once, so that a loop of links ends. A link that leads nowhere is a
+picture that cannot be read: whoever reads it says so, and nothing is lost in silence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, deque
+from collections.abc import Collection, Iterable
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+from anomaly_lit.types import UserError
+
+NOUNS = (
+    "hidden folder",
+    "repeated link",
+    "special file",
+    "unused picture",
+)  # others have no plural
+
+NOT_READ = {  # formats that Pillow names, and why they are left out
+    "BLP": "a texture of games",
+    "BUFR": "Pillow cannot decode it by itself",
+    "CUR": "several icons in one file",
+    "DCX": "several pages in one file",
+    "EPS": "needs an external program",
+    "FLI": "a film",
+    "FPX": "several sizes in one file",
+    "GRIB": "Pillow cannot decode it by itself",
+    "HDF5": "Pillow cannot decode it by itself",
+    "ICNS": "several icons in one file",
+    "ICO": "several icons in one file",
+    "IPTC": "a wrapper around another format",
+    "MIC": "several pictures in one file",
+    "MPEG": "a film",
+    "WMF": "a drawing, not pixels",
+}
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Return Pillow's names of the formats that are read, in the order in which they are tried."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in NOT_READ and name in Image.OPEN)
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """Return the suffixes of pictures, in lower case: what Pillow opens, without `NOT_READ`."""
+    known = {*formats(), "MPO"}  # which the reader of JPEG opens
+    registered = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, name in registered if name in known)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return the pictures directly in a folder by name; empty where there is no such folder.
+
+    Raises:
+        UserError: The folder may not be read.
+    """
+    if not folder.is_dir():
+        return []
+    return sorted(Path(entry.path) for entry in _entries(folder) if _kind(entry) == "picture")
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """Return the sub-folders by name, without hidden ones; empty where there is no such folder.
+
+    Raises:
+        UserError: The folder may not be read.
+    """
+    if not folder.is_dir():
+        return []
+    return sorted(Path(entry.path) for entry in _entries(folder) if _kind(entry) == "folder")
+
+
+def walk_images(folder: Path) -> list[Path]:
+    """Return the pictures at any depth below a folder by path; empty where there is no folder.
+
+    Raises:
+        UserError: A folder may not be read.
+    """
+    return _walk([folder])[0]
+
+
+def passed_over(folders: Iterable[Path], used: Collection[str] = ()) -> dict[str, int]:
+    """Count by kind what lies below some folders and is not read, most frequent first.
+
+    Args:
+        folders: Walked to any depth.
+        used: Paths of the pictures that are read; if given, other pictures count as well.
+
+    Raises:
+        UserError: A folder may not be read.
+    """
+    pictures, counts = _walk(folders)
+    unused = sum(str(path) not in used for path in pictures) if used else 0
+    if unused:
+        counts["unused picture"] = unused
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def told(counts: dict[str, int]) -> str:
+    """Return what was passed over in words, such as `3 files were passed over: 2 .txt, 1 hidden`.
+
+    Empty where nothing was.
+    """
+    total = sum(counts.values())
+    if not total:
+        return ""
+    parts = ", ".join(
+        f"{count} {kind}{'s' if kind in NOUNS and count > 1 else ''}"
+        for kind, count in counts.items()
+    )
+    return f"{total} {'file was' if total == 1 else 'files were'} passed over: {parts}"
+
+
+def _walk(folders: Iterable[Path]) -> tuple[list[Path], Counter[str]]:
+    """Find pictures; folders themselves are read before links to them, so that names stay."""
+    pictures: list[Path] = []
+    counts: Counter[str] = Counter()
+    seen: set[tuple[int, int]] = set()
+    real = deque(folder for folder in folders if folder.is_dir())
+    linked: deque[Path] = deque()
+    while real or linked:
+        is_link = not real
+        folder = (real or linked).popleft()
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            counts["repeated link"] += is_link  # else one of `folders` lies in another
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for entry in sorted(_entries(folder), key=lambda entry: entry.name):
+            kind = _kind(entry)
+            if kind == "picture":
+                pictures.append(Path(entry.path))
+            elif kind == "folder":
+                (linked if entry.is_symlink() else real).append(Path(entry.path))
+            else:
+                counts[kind] += 1
+    return sorted(pictures), +counts
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}); mend or remove it") from error
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Return `picture`, `folder`, or why an entry is passed over."""
+    linked = entry.is_symlink()
+    is_folder = os.path.isdir(entry.path) if linked else entry.is_dir()  # no error from a loop
+    if entry.name.startswith("."):
+        return "hidden folder" if is_folder else "hidden"
+    if is_folder:
+        return "folder"
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix not in suffixes():
+        return suffix or "without a suffix"
+    special = os.path.exists(entry.path) and not os.path.isfile(entry.path)
+    return "special file" if special else "picture"
