@@ -52,6 +52,7 @@ HINTS: dict[Command, dict[str, Any]] = {  # of keys that belong to no node with 
         "save_maps": bool,
         "exit_code": bool,
         "batch_size": COUNT,
+        "max_pixels": COUNT | None,
         "device": str | None,
         "engine": Literal["torch", "openvino"],
         "trust": bool,

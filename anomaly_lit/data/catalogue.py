@@ -1,4 +1,4 @@
-"""The images of a data set: listed, split, counted and checked; no pixel is read."""
+"""The images of a data set: listed, split, counted and checked; of pixels, masks alone are read."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from anomaly_lit.data.categories import choose_categories, existing_root, no_training_images
-from anomaly_lit.data.checks import missing_kinds, missing_masks, shared_masks, too_small
+from anomaly_lit.data.checks import (
+    check_headers,
+    mask_notes,
+    missing_kinds,
+    missing_masks,
+    raise_all,
+    shared_masks,
+    too_small,
+)
 from anomaly_lit.data.companions import list_pool
 from anomaly_lit.data.digest import digest
 from anomaly_lit.data.images import Resize
 from anomaly_lit.data.layouts.base import Layout
 from anomaly_lit.data.opening import checked_pixels
+from anomaly_lit.data.progress import warn_once
 from anomaly_lit.data.splits import Draw, name_below, split_category
 from anomaly_lit.folders import passed_over, told
 from anomaly_lit.types import Sample
@@ -100,6 +109,23 @@ class Catalogue:
         self.has_masks = any(sample.mask_path is not None for sample in self.test_samples)
         if self.outlier_dir is not None:
             self.outlier_samples = list_pool("outlier", self.outlier_dir)
+
+    def list_and_check(self, stage: str | None) -> None:
+        """List the images, refuse what would be wrong, and warn of what should be known.
+
+        Args:
+            stage: As for `setup`.
+
+        Raises:
+            UserError: Everything that was found wrong; no pixel of an image is decoded.
+        """
+        self.list_samples()
+        raise_all(self.find_gaps(stage))
+        for note in self.notes():
+            warn_once(note)
+        raise_all(check_headers([*self.samples(), *self.outlier_samples], self.max_pixels))
+        for note in mask_notes(self.test_samples):
+            warn_once(note)
 
     def present_digest(self) -> str:
         """Return the digest of the files as they are now, without judging them.

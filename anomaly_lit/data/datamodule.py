@@ -14,7 +14,7 @@ from anomaly_lit.data.batches import Images
 from anomaly_lit.data.caches.features import FeatureCache
 from anomaly_lit.data.caches.memory import DeviceCache, ImageCache
 from anomaly_lit.data.catalogue import Catalogue
-from anomaly_lit.data.checks import check_headers, mask_notes, raise_all, too_small
+from anomaly_lit.data.checks import raise_all, too_small
 from anomaly_lit.data.companions import (
     FEATURES,
     Companion,
@@ -150,8 +150,7 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         self.persistent_workers = True if persistent_workers is None else persistent_workers
         counts = {"batch_size": (batch_size, 1), "eval_batch_size": (eval_batch_size, 1)}
         counts["num_workers"] = (num_workers, 0)
-        wrong = self.wrong_settings() + too_small(counts) + wrong_needs(self.needs, outlier_dir)
-        raise_all(wrong)
+        raise_all(self.wrong_settings() + too_small(counts) + wrong_needs(self.needs, outlier_dir))
         self.digest = ""
         self._shrunk = False
 
@@ -162,13 +161,7 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
             stage: Lightning's `fit`, `validate`, `test` or `predict`; None is all of them.
         """
         if not self.digest:
-            self.list_samples()
-            raise_all(self.find_gaps(stage))
-            for note in self.notes():
-                warn_once(note)
-            raise_all(check_headers([*self.samples(), *self.outlier_samples], self.max_pixels))
-            for note in mask_notes(self.test_samples):
-                warn_once(note)
+            self.list_and_check(stage)
             self.digest = self.files_digest()
         elif stage in (None, "fit"):
             raise_all(self.find_gaps(stage))
