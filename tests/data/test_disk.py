@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -105,6 +106,31 @@ def test_a_changed_file_is_decoded_again(
     later = ready(mvtec, DiskCache(str(folder)))
     assert paths == [str(changed)]
     same(ready(mvtec, None), later)
+
+
+@pytest.mark.parametrize("how", ["written over", "replaced", "swapped"])
+def test_a_file_with_the_size_and_time_of_its_forerunner_is_decoded_again(
+    mvtec: Path, folder: Path, how: str, tmp_path: Path
+) -> None:
+    good = mvtec / "bolt" / "train" / "good"
+    for number, shade in ((3, 50), (4, 200)):
+        Image.fromarray(np.full((64, 64, 3), shade, np.uint8)).save(good / f"{number:03d}.bmp")
+        (good / f"{number:03d}.png").unlink()
+    changed, other = good / "003.bmp", good / "004.bmp"
+    status = os.stat(changed)
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    ready(mvtec, DiskCache(str(folder)))
+    if how == "written over":
+        changed.write_bytes(other.read_bytes())
+    else:
+        shutil.copy2(other, tmp_path / "copy.bmp")
+        if how == "swapped":
+            changed.rename(other)
+        (tmp_path / "copy.bmp").replace(changed)
+    os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns))
+    now = os.stat(changed)
+    assert (now.st_size, now.st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    same(ready(mvtec, None), ready(mvtec, DiskCache(str(folder))))
 
 
 def test_another_geometry_is_another_entry(mvtec: Path, folder: Path) -> None:
@@ -232,6 +258,33 @@ def test_of_several_processes_one_decodes_and_a_killed_one_hinders_nobody(
     assert len(paths) == len(set(paths)) == 25
     assert any("waiting for it" in str(text) for text in said)
     assert not list(folder.glob("images/*/*.draft"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes by fork")
+@pytest.mark.parametrize("how", ["clear", "rm -r"])
+def test_deleting_the_cache_kills_no_process_that_builds_it(
+    mvtec: Path, folder: Path, how: str
+) -> None:
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    builder = context.Process(target=read_slowly, args=(mvtec, folder, 0.05, sender))
+    builder.start()
+    sender.close()
+    receiver.recv()  # it decodes
+    if how == "clear":
+        clear(folder)  # waits
+    else:
+        shutil.rmtree(folder)
+    said: list[object] = []
+    with suppress(EOFError):
+        while True:
+            said.append(receiver.recv())
+    builder.join()
+    assert builder.exitcode == 0
+    assert said[-1] == pixel_sum(ready(mvtec, None))
+    told = any("deleted while it was being filled" in str(text) for text in said)
+    assert told == (how == "rm -r")
+    same(ready(mvtec, None), ready(mvtec, DiskCache(str(folder))))
 
 
 def test_worker_processes_read_the_same(mvtec: Path, folder: Path) -> None:

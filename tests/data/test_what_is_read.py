@@ -67,7 +67,7 @@ def test_pictures_below_a_folder_that_is_read_flat_are_told(
 
 
 def test_the_files_beside_a_public_set_are_no_news(
-    mvtec: Path, visa: Path, caplog: pytest.LogCaptureFixture
+    mvtec: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (mvtec / "bolt" / "license.txt").write_text("")
     MVTecAD(str(mvtec), image_size=32).setup()

@@ -168,3 +168,31 @@ def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
         find_pictures(tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="does not exist"):
         find_pictures(tmp_path / "gone", tmp_path / "out")
+
+
+def test_the_rule_of_training_says_which_files_are_judged(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for name in ("a.jfif", "sub/b.tga.png", "._a.png", ".ipynb_checkpoints/a.png", "notes.txt"):
+        write(source / name)
+    write(tmp_path / "elsewhere" / "c.png")
+    (source / "x.png").mkdir()
+    (source / "linked").symlink_to(tmp_path / "elsewhere")
+    (source / "loop").symlink_to(source)
+    (source / "gone.png").symlink_to(source / "absent.png")
+    found = find_pictures(source, tmp_path / "out")
+    names = [path.relative_to(source).as_posix() for path in found.paths]
+    assert names == ["a.jfif", "gone.png", "linked/c.png", "sub/b.tga.png"]
+    assert found.others == (
+        "4 files were passed over: 1 .txt, 1 hidden, 1 hidden folder, 1 repeated link"
+    )
+    judging = judge(source, tmp_path / "out")
+    assert judging.counts == {"good": 3, "unreadable": 1}  # the link that leads nowhere is told
+
+
+def test_a_picture_over_the_limit_is_told_in_words(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.png", (8, 12))
+    write(tmp_path / "in" / "b.png", (8, 13))
+    judging = judge(tmp_path / "in", tmp_path / "out", max_pixels=96)
+    assert judging.counts == {"good": 1, "unreadable": 1}
+    assert "13x8" in rows_of(tmp_path / "out")[1]["error"]
+    assert "more than max_pixels=96: raise it" in judging.errors[0]
