@@ -54,9 +54,9 @@ class Mask(NamedTuple):
         if share == 0:
             return {"empty": "nothing is marked"}
         found = {"most": f"{share:.0%} of the image is marked"} if share > MOST else {}
-        positive = self.values[self.values > 0]
-        count = len(np.unique(positive))
-        faint = float((positive < positive.max() / 2).mean())
+        levels, counts = _levels(self.values)
+        count = len(levels)
+        faint = float(counts[levels < levels[-1] / 2].sum() / counts.sum())
         if self.lossy:
             if count > 1:
                 found["lossy"] = f"{faint:.0%} of its pixels above 0 are faint and left out"
@@ -98,6 +98,16 @@ def look_at_mask(path: str | Path, max_pixels: int | None = None) -> Mask:
     return Mask(np.asarray(values > floor), values, lossy)
 
 
+def _levels(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int_]]:
+    """Return the different values above 0, in order, and how often each occurs."""
+    if values.dtype not in (np.uint8, np.bool_):
+        return np.unique(values[values > 0], return_counts=True)
+    counts = np.bincount(values.ravel(), minlength=256)
+    levels = np.flatnonzero(counts)
+    levels = levels[levels > 0]
+    return levels, counts[levels]
+
+
 def _is_lossy(file: Image.Image, path: str | Path) -> bool:
     if file.format == "WEBP":
         with open(path, "rb") as raw:
@@ -109,26 +119,39 @@ def _visible(picture: Image.Image) -> npt.NDArray[Any]:
     """Return what counts of each pixel, (H, W)."""
     if picture.mode == "P":
         indices = np.asarray(picture)
-        if _looks_like_index_0(picture, indices):
+        table = _swatch(picture)
+        if _looks_like_index_0(table, indices):
             return indices
+        if "transparency" not in picture.info:
+            return _brightness(table)[indices]
     if picture.mode.startswith("I") or picture.mode == "F":
         return np.asarray(picture)
     if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
         return _opaque_brightness(picture)
     if picture.mode in ("1", "L"):
         return np.asarray(picture)
-    return np.asarray(picture.convert("RGB")).max(axis=2)
+    return _brightness(np.asarray(picture.convert("RGB")))
 
 
-def _looks_like_index_0(picture: Image.Image, indices: npt.NDArray[np.uint8]) -> bool:
-    """Whether a palette shows index 0 and another index alike, of those in use."""
-    used = np.flatnonzero(np.bincount(indices.ravel(), minlength=256))
-    swatch = Image.fromarray(used.astype(np.uint8)[None]).convert("P")
+def _swatch(picture: Image.Image) -> npt.NDArray[np.uint8]:
+    """Return the red, green, blue and opacity of each index of a palette, (256, 4)."""
+    swatch = Image.fromarray(np.arange(256, dtype=np.uint8)[None]).convert("P")
     swatch.putpalette(picture.getpalette() or [])
     if "transparency" in picture.info:
         swatch.info["transparency"] = picture.info["transparency"]
-    colours = np.asarray(swatch.convert("RGBA"))[0]  # (n, 4)
-    return bool(len(used) > 1 and used[0] == 0 and (colours[1:] == colours[0]).all(axis=1).any())
+    return np.asarray(swatch.convert("RGBA"))[0]
+
+
+def _looks_like_index_0(table: npt.NDArray[np.uint8], indices: npt.NDArray[np.uint8]) -> bool:
+    """Whether a palette shows index 0 and another index alike, of those in use."""
+    used = np.flatnonzero(np.bincount(indices.ravel(), minlength=256))
+    alike = (table[used[1:]] == table[0]).all(axis=1).any()
+    return bool(used[0] == 0 and alike)
+
+
+def _brightness(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return the largest of red, green and blue: (..., 3 or 4) to (...)."""
+    return np.maximum(np.maximum(pixels[..., 0], pixels[..., 1]), pixels[..., 2])
 
 
 def _opaque_brightness(picture: Image.Image) -> npt.NDArray[Any]:
@@ -137,6 +160,6 @@ def _opaque_brightness(picture: Image.Image) -> npt.NDArray[Any]:
         picture = picture.convert("LA")
     pixels = np.asarray(picture.convert("RGBA"))
     opacity = pixels[..., 3]
-    seen = (pixels[..., :3].max(axis=2).astype(np.uint16) * opacity + 254) // 255
+    seen = (_brightness(pixels).astype(np.uint16) * opacity + 254) // 255
     black_only = not seen.any() and opacity.min() != opacity.max()
     return opacity if black_only else seen
