@@ -110,11 +110,24 @@ def tested(folder: Path) -> dict[str, float]:
     return {key: v for key, v in metrics_of(folder).items() if key.startswith("test/")}
 
 
+def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Names of what differs between two state dicts; a part's extra state is plain data."""
+    assert first.keys() == second.keys()
+    return [
+        name
+        for name, value in first.items()
+        if not (
+            torch.equal(value, second[name])
+            if isinstance(value, torch.Tensor)
+            else value == second[name]
+        )
+    ]
+
+
 def assert_same_end(one: Path, other: Path) -> None:
     first, second = weights_of(one), weights_of(other)
     assert first["global_step"] == second["global_step"]
-    states = first["state_dict"], second["state_dict"]
-    assert [key for key in states[0] if not torch.equal(states[0][key], states[1][key])] == []
+    assert differing(first["state_dict"], second["state_dict"]) == []
     assert tested(one) == tested(other)
 
 

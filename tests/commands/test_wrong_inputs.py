@@ -186,5 +186,5 @@ def test_checkpoint_that_is_none(run_command: Run, tmp_path: Path) -> None:
     picture = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(picture)
     damaged = run_command("predict", f"ckpt_path={file}", f"input={picture}", output)
-    assert_refused(damaged, file, code=2)
+    assert_refused(damaged, file, code=3)
     assert "weights_only" not in damaged.err
