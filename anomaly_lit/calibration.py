@@ -11,23 +11,23 @@ import numpy as np
 from scipy import optimize, special
 from torch import Tensor
 
-CONFIDENCE = 0.95  # of the intervals of a promise
-LEAST_RISE = 1e-9  # rounding of count * fpr
+CONFIDENCE = 0.95  # of the intervals in a promise
+LEAST_RISE = 1e-9  # covers the rounding of count * fpr
 
 
 def threshold_at(scores: Tensor, fpr: float) -> tuple[float, str]:
     """Return the score that about `fpr` of normal images exceed, and the rule that gave it.
 
-    - `quantile`: with at least 1 / fpr scores, the lowest that at most `fpr` of them exceed.
-    - `prediction limit`: fewer scores cannot resolve the rate, and an image of the same kind easily
-      exceeds the greatest of a few. Then the one-sided limit for one more draw from a normal
-      distribution of their mean and deviation, mean + t * s * sqrt(1 + 1 / n) with Student's t of
-      n - 1 degrees of freedom, or the greatest score where that is higher.
+    - `quantile`: with at least 1 / fpr scores, the lowest score that at most `fpr` of them exceed.
+    - `prediction limit`: fewer scores cannot resolve the rate, and a new image of the same kind
+      easily exceeds the largest of a few. The threshold is then the one-sided limit for one more
+      draw from a normal distribution with their mean and deviation, mean + t * s * sqrt(1 + 1 / n)
+      with Student's t of n - 1 degrees of freedom, or the largest score if that is higher.
     - `maximum`: a single score is its own threshold.
 
     Args:
         scores: (n,) of held-out normal images, n > 0.
-        fpr: Share allowed above, in (0, 1).
+        fpr: Share allowed above the threshold, in (0, 1).
     """
     ordered = scores.double().sort().values
     count, greatest = len(ordered), float(ordered[-1])
@@ -41,7 +41,7 @@ def threshold_at(scores: Tensor, fpr: float) -> tuple[float, str]:
 
 
 def rule_of(count: int, fpr: float) -> str:
-    """Return the rule by which `threshold_at` takes a threshold from `count` > 0 scores."""
+    """Return the rule that `threshold_at` applies to `count` > 0 scores."""
     if count * fpr >= 1 - LEAST_RISE:
         return "quantile"
     return "maximum" if count == 1 else "prediction limit"
@@ -60,13 +60,13 @@ def _factor(count: int, fpr: float) -> float:
 def pixel_threshold(highest: Tensor, count: int, fpr: float) -> float:
     """Return the lowest pixel value that at most a share `fpr` of `count` pixels exceed.
 
-    It is one of the values, found exactly. Pixels of one image are not independent of each other,
-    so that no interval is given for the rate on new images.
+    The result is exact and one of the values. The pixels of an image depend on each other, so no
+    interval is given for the rate on new images.
 
     Args:
         highest: The highest of the values, at least floor(fpr * count) + 1 of them.
-        count: Pixels of all held-out maps.
-        fpr: Share allowed above, in (0, 1).
+        count: Number of pixels in all held-out maps.
+        fpr: Share allowed above the threshold, in (0, 1).
     """
     above = count - _rank_below(count, fpr)
     return float(highest.sort(descending=True).values[above - 1])
@@ -76,24 +76,24 @@ def promise(count: int, fpr: float) -> dict[str, Any]:
     """Return what a threshold from `count` held-out normal images can promise.
 
     The true false-alarm rate of a threshold is the share of all normal images above it. It depends
-    on which images happened to be held out; the interval covers it with a probability of 95 %,
-    provided that normal images to come are like the held-out ones, which training never saw.
+    on which images happened to be held out. The interval covers it with a probability of 95 %,
+    provided that future normal images are like the held-out ones, which training never saw.
 
-    - `quantile`, `maximum`: the rate of the k-th lowest of n scores follows the distribution
-      Beta(n - k + 1, k), whatever that of the scores (Wilks, 1941). The interval holds its middle
-      95 %. Equal scores only lower the rate.
+    - `quantile`, `maximum`: the rate of the k-th lowest of n scores is distributed as Beta(n - k +
+      1, k), whatever the distribution of the scores (Wilks, 1941). The interval is its central 95
+      %. Ties only lower the rate.
     - `prediction limit`: assumes that scores are normally distributed. The threshold is the higher
-      one of the limit and the greatest score, so that the upper end is the lower one of theirs,
-      and the lower end allows for either (Bonferroni): the interval covers the rate with at least
-      95 %.
+      of the limit and the largest score. The upper end of the interval is therefore the lower of
+      their two upper ends, and the lower end allows for both (Bonferroni): the interval covers the
+      rate with at least 95 %.
 
     Returns:
-        `count`, `fpr`, `rule`; `resolved`: whether the images can show a rate of `fpr` without an
-        assumption about the distribution of their scores; `needed`: images from which on they can;
-        `low` and `high`: the interval, shares; `high_free`: the rate is at most that with 95 %,
-        whatever the distribution of the scores; `needed_for_double`: images from which on the
-        interval ends below twice `fpr`. Without an image the rule is `none` and the interval is
-        that of all rates.
+        `count`, `fpr`, `rule`; `resolved`: whether there are enough images to show a rate of `fpr`
+        without assuming a distribution of the scores; `needed`: the number of images from which
+        there are; `low` and `high`: the interval, as shares; `high_free`: with 95 % confidence the
+        rate is at most this, whatever the distribution of the scores; `needed_for_double`: the
+        number of images from which the interval ends below twice `fpr`. Without images the rule is
+        `none` and the interval contains all rates.
     """
     found: dict[str, Any] = {
         "count": count,
@@ -119,17 +119,17 @@ def promise(count: int, fpr: float) -> dict[str, Any]:
 
 
 def _rate_of_rank(count: int, above: int, share: float) -> float:
-    """Return the rate that a share of thresholds stay below which `above` of `count` exceed."""
+    """Return the `share` quantile of a threshold's rate if `above` of `count` scores exceed it."""
     return float(special.betaincinv(above + 1, count - above, share))
 
 
 @cache
 def _rate_of_limit(count: int, fpr: float, share: float) -> float:
-    """Return the rate that a share of prediction limits stay below, for normal scores.
+    """Return the `share` quantile of a prediction limit's rate, for normally distributed scores.
 
     In units of the true deviation the limit is Z / sqrt(n) + factor * S, with Z standard normal and
-    (n - 1) S^2 chi-squared of n - 1 degrees of freedom: the chance that it is higher than a value
-    is integrated over the quantiles of S. (The noncentral t that it amounts to is not computed
+    (n - 1) S^2 chi-squared of n - 1 degrees of freedom: the probability that it exceeds a value is
+    integrated over the quantiles of S. (The equivalent noncentral t distribution is not computed
     reliably this far out.)
     """
     factor, root = _factor(count, fpr), math.sqrt(count)
@@ -141,16 +141,16 @@ def _rate_of_limit(count: int, fpr: float, share: float) -> float:
         higher = special.ndtr((factor * deviations - value) * root)
         return float((weights * higher).sum()) / 2 - share
 
-    # the lowest rates are those of the highest limits
+    # the highest limits have the lowest rates
     reach = 10 / root + factor * float(deviations.max())
     return float(special.ndtr(-optimize.brentq(excess, -10 / root, reach)))
 
 
 @cache
 def _needed_for_double(fpr: float) -> int:
-    """Return the number of images from which on the interval of a quantile ends below 2 fpr."""
+    """Return the number of images from which the interval of a quantile ends below 2 fpr."""
     above = 1
-    while True:  # the rate is least certain with the fewest images that allow so many above
+    while True:  # the rate is least certain with the fewest images that allow this many above
         count = math.ceil(above / fpr - LEAST_RISE)
         if _rate_of_rank(count, above, (1 + CONFIDENCE) / 2) <= min(1, 2 * fpr):
             return count
@@ -158,12 +158,12 @@ def _needed_for_double(fpr: float) -> int:
 
 
 def promise_sentence(calibration: Mapping[str, Any]) -> str:
-    """Return what the thresholds can promise, as a sentence for people.
+    """Return what the thresholds can promise, as a readable sentence.
 
-    Of several categories it speaks of the one with the fewest held-out images.
+    If there are several categories, it is about the one with the fewest held-out images.
 
     Args:
-        calibration: As `Evaluation` makes it; empty without held-out images.
+        calibration: As made by `Evaluation`; empty without held-out images.
     """
     categories: Mapping[str, Any] = calibration.get("categories", {})
     if not categories:
@@ -215,19 +215,19 @@ def verdict(score: float, threshold: float) -> dict[str, Any]:
 
 
 def limits_of(calibration: dict[str, Any], category: str | None) -> dict[str, Any]:
-    """Return a category's calibration, that of all together if unknown, empty if there is none."""
+    """Return a category's calibration; if unknown, that of all images; empty if there is none."""
     if not calibration:
         return {}
     return calibration["categories"].get(category, calibration["all"])
 
 
 def colour_range(limits: dict[str, Any], anomaly_map: np.ndarray) -> tuple[float, float]:
-    """Return the values at which colours begin and end.
+    """Return the values at which the colour scale begins and ends.
 
-    They begin half-way between the median and the high end (99.9 %) of normal maps, and end at
-    three times that high end above the median, or at the map's own peak if that is higher: what is
-    normal stays dark in every figure, and a strong defect shows its shape instead of one blot.
-    Without held-out maps the map's own range.
+    It begins half-way between the median and the high end (99.9 %) of normal maps. It ends three
+    times as far above the median as that high end, or at the map's own peak if that is higher.
+    Normal areas thus stay dark in every figure, and a strong defect shows its shape instead of a
+    blot. Without held-out maps it is the map's own range.
     """
     if "map_median" not in limits:
         return float(anomaly_map.min()), float(anomaly_map.max())
@@ -237,9 +237,9 @@ def colour_range(limits: dict[str, Any], anomaly_map: np.ndarray) -> tuple[float
 
 
 def outline_of(verdict: str, anomaly_map: np.ndarray, limits: dict[str, Any]) -> np.ndarray | None:
-    """Return where a defect lies: (H, W) bool, three times as far out as normal maps reach.
+    """Return where a defect is, (H, W) bool: values three times as far out as normal maps reach.
 
-    None where there is no defect, or no such place.
+    None if there is no defect, or no such value.
     """
     if verdict != "defect" or "map_median" not in limits:
         return None

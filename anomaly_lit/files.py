@@ -31,10 +31,10 @@ def lock(file: IO[Any], shared: bool = False) -> bool:
 
     Args:
         file: Any open file.
-        shared: Beside others that share it, instead of alone.
+        shared: Whether other processes may hold the lock at the same time.
 
     Returns:
-        Whether it was free; where the system has no such locks (`HAS_LOCKS`), true.
+        Whether the lock was free; always true on systems without such locks (`HAS_LOCKS`).
     """
     if not HAS_LOCKS:
         return True
@@ -46,14 +46,14 @@ def lock(file: IO[Any], shared: bool = False) -> bool:
 
 
 def cores() -> int:
-    """Return how many cores of the CPU this process may use."""
+    """Return how many CPU cores this process may use."""
     known = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
 
 
 @contextmanager
 def replace_file(path: str | Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
-    """Open a file next to `path` that replaces it once it is completely written."""
+    """Open a file next to `path` that replaces `path` once it is completely written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -116,7 +116,7 @@ def environment() -> dict[str, Any]:
 
 
 def without_secrets(value: Any) -> Any:
-    """Return a text, or plain data, with `***` for the user and password of every address in it.
+    """Return text or plain data with `***` for the user and password of every address in it.
 
     >>> without_secrets({"uri": "https://me:word@host/path"})
     {'uri': 'https://***@host/path'}
@@ -138,7 +138,7 @@ def _version(package: str) -> str | None:
 def code_commit() -> str | None:
     """Return the commit of the checkout that this code runs from; None outside a checkout.
 
-    `+changes` is added where tracked files differ from the commit.
+    `+changes` is added if tracked files differ from the commit.
     """
     folder = Path(__file__).resolve().parent
 
@@ -149,7 +149,7 @@ def code_commit() -> str | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != folder.parent:
-            return None  # installed inside somebody else's repository
+            return None  # installed within somebody else's repository
         dirty = git("status", "--porcelain", "--untracked-files=no", "--", "anomaly_lit", "conf")
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
@@ -157,7 +157,7 @@ def code_commit() -> str | None:
 
 
 def peak_memory_mb() -> dict[str, float]:
-    """Return the peak memory of this process in MB, also on the GPU if there is one."""
+    """Return this process's peak memory in MB, on the GPU too if there is one."""
     import torch
 
     peak = {}

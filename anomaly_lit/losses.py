@@ -1,8 +1,8 @@
 """Losses: `loss(prediction, target)` on two (B, C, H, W) maps gives a scalar.
 
-A loss of several terms has `terms`, which gives them weighted: they sum to the loss.
-`dice_loss` and `focal_loss` compare a probability with a truth and belong to methods that
-segment; they are no options of the group `loss`.
+A loss with several terms has a method `terms`, which returns the weighted terms; they add up to the
+loss. `dice_loss` and `focal_loss` compare a probability with a true mask. They are for methods that
+segment and are not options of the group `loss`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from anomaly_lit.types import UserError
 
 
 def loss_terms(loss: nn.Module, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """The weighted terms of a loss by name; one, `reconstruction`, where it has no names."""
+    """Return the weighted terms of a loss by name; a loss without names gives `reconstruction`."""
     terms: Any = getattr(loss, "terms", None)
     if terms is not None:
         return terms(prediction, target)
@@ -44,11 +44,11 @@ class SumOfTerms(nn.Module):
     """A loss that is the sum of its `terms`."""
 
     def terms(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Weighted scalars by name."""
+        """Return the weighted terms, scalars by name."""
         raise NotImplementedError
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Scalar from two (B, C, H, W) maps."""
+        """Return a scalar from two (B, C, H, W) maps."""
         return torch.stack(list(self.terms(prediction, target).values())).sum()
 
 
@@ -56,15 +56,15 @@ class CosineLoss(nn.Module):
     """Mean over images and positions of one minus the cosine between channel vectors."""
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Scalar in [0, 2] from two (B, C, H, W) maps."""
+        """Return a scalar in [0, 2] from two (B, C, H, W) maps."""
         return (1 - F.cosine_similarity(prediction, target, dim=1)).mean()
 
 
 class MSECosineLoss(SumOfTerms):
     """Distance and direction: mean squared error plus a weighted cosine term (AMI-Net).
 
-    AMI-Net hands over its maps with the positions of a patch folded into channels, so that its
-    direction term runs over patch tokens.
+    AMI-Net passes maps whose channels hold all positions of a patch, so that the direction is that
+    of patch tokens.
 
     Args:
         direction_weight: Weight of the cosine term (5 in AMI-Net's code).
@@ -76,7 +76,7 @@ class MSECosineLoss(SumOfTerms):
         self.direction = CosineLoss()
 
     def terms(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """`distance` and the weighted `direction`."""
+        """Return `distance` and the weighted `direction`."""
         return {
             "distance": F.mse_loss(prediction, target),
             "direction": self.direction_weight * self.direction(prediction, target),
@@ -89,7 +89,7 @@ class SSIMLoss(nn.Module):
     Args:
         window: Side of the Gaussian window, odd, in positions.
         sigma: Its standard deviation, in positions.
-        data_range: Distance between the least and the greatest value that maps should have.
+        data_range: Difference between the largest and the smallest value that maps should have.
 
     Raises:
         UserError: The window is even.
@@ -104,13 +104,13 @@ class SSIMLoss(nn.Module):
         self.data_range = data_range
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Scalar in [0, 2] from two (B, C, H, W) maps."""
+        """Return a scalar in [0, 2] from two (B, C, H, W) maps."""
         similarity = ssim_map(prediction, target, self.window, self.sigma, self.data_range)
         return 1 - similarity.mean()
 
 
 class HybridLoss(SumOfTerms):
-    """Pixel by pixel and in structure: mean squared error plus weighted SSIM loss (MFRNet).
+    """Pixels and structure: mean squared error plus a weighted SSIM loss (MFRNet).
 
     Args:
         structure_weight: Weight of the structural term.
@@ -131,7 +131,7 @@ class HybridLoss(SumOfTerms):
         self.structure = SSIMLoss(window, sigma, data_range)
 
     def terms(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """`pixel` and the weighted `structure`."""
+        """Return `pixel` and the weighted `structure`."""
         return {
             "pixel": F.mse_loss(prediction, target),
             "structure": self.structure_weight * self.structure(prediction, target),
@@ -139,7 +139,7 @@ class HybridLoss(SumOfTerms):
 
 
 class WeightedSum(SumOfTerms):
-    """Several losses, each with its weight.
+    """A weighted sum of several losses.
 
     Args:
         losses: Losses by name.
@@ -161,7 +161,7 @@ class WeightedSum(SumOfTerms):
         self.weights = dict(weights)
 
     def terms(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Each loss times its weight."""
+        """Return each loss times its weight."""
         return {
             name: self.weights[name] * loss(prediction, target)
             for name, loss in self.losses.items()
@@ -175,27 +175,27 @@ def ssim_map(
     sigma: float = 1.5,
     data_range: float = 1.0,
 ) -> Tensor:
-    """Structural similarity at every position and channel, in float32.
+    """Return the structural similarity at every position and channel, in float32.
 
-    Means, variances and the covariance are taken under a Gaussian window; beyond the border lie
-    zeros in both maps. Each of the five filters is one product with a banded matrix from either
-    side, which for maps of up to 64 x 64 is faster than a convolution.
+    Means, variances and the covariance are taken under a Gaussian window; both maps are padded with
+    zeros. Each of the five filters multiplies by a banded matrix from the left and from the right,
+    which is faster than a convolution for maps of up to 64 x 64.
 
     Args:
         prediction: (B, C, H, W).
         target: (B, C, H, W).
         window: Side of the window, odd.
         sigma: Its standard deviation.
-        data_range: Distance between the least and the greatest value that maps should have.
+        data_range: Difference between the largest and the smallest value that maps should have.
 
     Returns:
         (B, C, H, W) float32 in [-1, 1].
     """
-    with torch.autocast(prediction.device.type, enabled=False):  # differences of large numbers
+    with torch.autocast(prediction.device.type, enabled=False):  # subtracts large numbers
         x, y = prediction.float(), target.float()
         rows = _gaussian_band(x.shape[-2], window, sigma, x.device)
         columns = _gaussian_band(x.shape[-1], window, sigma, x.device)
-        # apart, so that a target without a gradient costs none
+        # separately, so that nothing is differentiated for a target without a gradient
         mean_y, square_y = (rows @ torch.stack([y, y * y]) @ columns).unbind(0)
         mean_x, square_x, product = (rows @ torch.stack([x, x * x, x * y]) @ columns).unbind(0)
         both, squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
@@ -206,7 +206,7 @@ def ssim_map(
 
 
 def _gaussian_band(length: int, window: int, sigma: float, device: torch.device) -> Tensor:
-    """(length, length) symmetric matrix that filters along an axis, with zeros beyond the ends."""
+    """Return a symmetric (length, length) matrix that filters an axis, with zero padding."""
     place = torch.arange(length, device=device, dtype=torch.float32)
     offset = (place[:, None] - place).abs()
     kernel = torch.arange(window, device=device, dtype=torch.float32) - window // 2
@@ -215,14 +215,14 @@ def _gaussian_band(length: int, window: int, sigma: float, device: torch.device)
 
 
 class MSGMSLoss(nn.Module):
-    """One minus the similarity of edges, over several scales (RIAD; Xue et al., 2014).
+    """One minus the similarity of edges at several scales (RIAD; Xue et al., 2014).
 
-    Edges are gradient magnitudes (Prewitt) of the channels' mean after a 3 x 3 median; each scale
-    halves the maps. Maps too small for a scale leave it out.
+    Edges are gradient magnitudes (Prewitt) of the channels' mean after a 3 x 3 median filter; each
+    scale halves the maps. Scales for which maps are too small are left out.
 
     Args:
-        scales: Most scales.
-        constant: Keeps flat areas alike; 0.0026 is meant for values in [0, 1].
+        scales: Largest number of scales.
+        constant: Keeps flat areas similar; 0.0026 is meant for values in [0, 1].
     """
 
     def __init__(self, scales: int = 4, constant: float = 0.0026) -> None:
@@ -231,7 +231,7 @@ class MSGMSLoss(nn.Module):
         self.constant = constant
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Scalar in [0, 1] from two (B, C, H, W) maps."""
+        """Return a scalar in [0, 1] from two (B, C, H, W) maps."""
         with torch.autocast(prediction.device.type, enabled=False):
             one, other = prediction.float(), target.float()
             gaps = []
@@ -247,7 +247,7 @@ class MSGMSLoss(nn.Module):
 
 
 def _edges(image: Tensor) -> Tensor:
-    """(B, 1, H, W) gradient magnitude of the channels' mean."""
+    """Return the (B, 1, H, W) gradient magnitude of the channels' mean."""
     grey = median_blur(image.mean(dim=1, keepdim=True), (3, 3))
     prewitt = torch.tensor([[-1.0, 0, 1]] * 3, device=image.device) / 3
     kernels = torch.stack([prewitt, prewitt.T])[:, None]
@@ -256,15 +256,15 @@ def _edges(image: Tensor) -> Tensor:
 
 
 def dice_loss(probability: Tensor, target: Tensor, factor: float = 1.0) -> Tensor:
-    """One minus the smoothed overlap of a probability with a truth, per image, then the mean.
+    """Return one minus the smoothed overlap of probability and true mask, averaged over images.
 
     1 - (factor * sum(p t) + 1) / (sum(p^2) + sum(t^2) + 1).
 
     Args:
         probability: (B, 1, H, W) in [0, 1].
         target: (B, 1, H, W) in {0, 1}.
-        factor: 2 is dice as usually written, with 0 for a perfect mask; 1 is the form in OneNIP's
-            code, where a perfect mask leaves about one half and gradients are half as large.
+        factor: 2 is the usual dice loss, 0 for a perfect mask; 1 is the form in OneNIP's code,
+            where a perfect mask gives about one half and gradients are half as large.
     """
     overlap = (probability * target).sum(dim=(1, 2, 3))
     total = probability.square().sum(dim=(1, 2, 3)) + target.square().sum(dim=(1, 2, 3))
@@ -272,12 +272,12 @@ def dice_loss(probability: Tensor, target: Tensor, factor: float = 1.0) -> Tenso
 
 
 def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
-    """Cross entropy of a two-class truth, weighted by (1 - p)^gamma of the true class; the mean.
+    """Return the mean cross entropy of two classes, weighted by (1 - p)^gamma of the true class.
 
-    Lin et al., 2017, without their class weight.
+    As in Lin et al., 2017, without their class weight.
 
     Args:
-        logits: (B, 1, H, W), of the class that is 1.
+        logits: (B, 1, H, W), of the class 1.
         target: (B, 1, H, W) in {0, 1}.
         gamma: 0 is plain cross entropy.
     """

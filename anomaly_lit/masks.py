@@ -1,8 +1,8 @@
 """Masks: what a network may not see. True where a position is hidden.
 
-Every mask is a callable `mask(batch, height, width, generator)` that returns `(n, B, h, w)`
-bool: n sets of hidden positions per image, n = 1 unless said otherwise. `for_scoring` gives the
-sets under which a method that hides positions at test time, too, should look at an image.
+Every mask is a callable `mask(batch, height, width, generator)` that returns `(n, B, h, w)` bool: n
+sets of hidden positions per image, with n = 1 unless stated otherwise. `for_scoring` returns the
+sets to use at test time, for methods that hide positions there too.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ class Mask:
     """Base of all masks."""
 
     def __call__(self, batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """(n, B, h, w) bool, true where hidden."""
+        """Return (n, B, h, w) bool, true where hidden."""
         raise NotImplementedError
 
     def for_scoring(self, height: int, width: int, generator: torch.Generator) -> list[Tensor]:
-        """Sets (n, 1, h, w) for any image; a score is the mean over the list."""
+        """Return sets (n, 1, h, w) for any image; a score is the mean over this list."""
         return [self(1, height, width, generator)]
 
 
 class NoMask(Mask):
-    """Hides nothing."""
+    """No position is hidden."""
 
     def __call__(self, batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """(1, B, h, w) bool, all false."""
+        """Return (1, B, h, w) bool, all false."""
         return torch.zeros(1, batch, height, width, dtype=torch.bool, device=generator.device)
 
 
 class RandomMask(Mask):
-    """Random positions in a random quantity (AMI-Net, training).
+    """A random number of random positions (AMI-Net, training).
 
-    Per image the share r is uniform in [low, high); floor(r * h * w) positions are hidden, drawn
-    without replacement.
+    For each image a share r is drawn uniformly from [low, high); floor(r * h * w) positions, drawn
+    without replacement, are hidden.
 
     Args:
-        low: Least share, in [0, 1].
-        high: Greatest share, in [low, 1].
+        low: Smallest share, in [0, 1].
+        high: Largest share, in [low, 1].
 
     Raises:
         UserError: The shares are out of order or range.
@@ -56,14 +56,14 @@ class RandomMask(Mask):
         self.high = high
 
     def __call__(self, batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """(1, B, h, w) bool."""
+        """Return (1, B, h, w) bool."""
         share = torch.rand(batch, 1, generator=generator, device=generator.device)
         share = self.low + (self.high - self.low) * share
         return _hide(share, height, width, generator)
 
 
 class FixedRatioMask(Mask):
-    """Random positions, the same share of every image.
+    """Random positions, the same share in every image.
 
     Args:
         ratio: Share of hidden positions, in [0, 1]; rounded down to whole positions.
@@ -78,7 +78,7 @@ class FixedRatioMask(Mask):
         self.ratio = ratio
 
     def __call__(self, batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """(1, B, h, w) bool."""
+        """Return (1, B, h, w) bool."""
         share = torch.full((batch, 1), self.ratio, device=generator.device)
         return _hide(share, height, width, generator)
 
@@ -86,15 +86,15 @@ class FixedRatioMask(Mask):
 class CrossedMasks(Mask):
     """Sets of square cells that together hide every position exactly once (MFRNet).
 
-    The cells of a grid are dealt at random, image by image, to `sets` sets of nearly equal
-    size; two sets are strict complements. Cells at the lower and right border are smaller where
-    the side of a cell does not divide the map.
+    For each image the cells of a grid are dealt at random to `sets` sets of nearly equal size; with
+    two sets, each is the complement of the other. Cells at the lower and right border are smaller
+    if their side does not divide that of the map.
 
     Args:
-        sizes: Sides of a cell, in positions; each call draws one of those that give the map at
-            least as many cells as there are sets.
+        sizes: Sides of a cell, in positions; each call draws one of those that give at least as
+            many cells as there are sets.
         sets: Number of sets, at least 2.
-        score_sizes: Sides used in scoring, one after the other; None takes all of `sizes`.
+        score_sizes: Sides used in scoring, one after the other; None uses all of `sizes`.
 
     Raises:
         UserError: A number is out of range, or, when called, no side gives enough cells.
@@ -115,16 +115,16 @@ class CrossedMasks(Mask):
             )
 
     def __call__(self, batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """(sets, B, h, w) bool; any two are disjoint and together they cover the map."""
+        """Return (sets, B, h, w) bool; any two are disjoint and together they cover the map."""
         drawn = [
             self._partition(size, batch, height, width, generator)
             for size in self._fitting(self.sizes, height, width)
         ]
         pick = torch.randint(len(drawn), (1,), generator=generator, device=generator.device)
-        return torch.stack(drawn).index_select(0, pick)[0]  # without waiting for the device
+        return torch.stack(drawn).index_select(0, pick)[0]  # does not wait for the device
 
     def for_scoring(self, height: int, width: int, generator: torch.Generator) -> list[Tensor]:
-        """One partition (sets, 1, h, w) for each of `score_sizes` that gives enough cells."""
+        """Return a partition (sets, 1, h, w) for each of `score_sizes` that gives enough cells."""
         sizes = self._fitting(self.score_sizes, height, width)
         return [self._partition(size, 1, height, width, generator) for size in sizes]
 

@@ -1,7 +1,7 @@
-"""Learning rate over training, as a function of the share of training that is done.
+"""Learning rate schedules, as functions of the share of training that is done.
 
-A schedule takes a fraction in [0, 1] and gives the factor of the optimiser's learning rate, so
-that a short run keeps the shape of a long one.
+A schedule maps a fraction in [0, 1] to a factor of the optimiser's learning rate, so that a short
+run has the same shape as a long one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Cosine:
         self.end = end
 
     def __call__(self, done: float) -> float:
-        """Factor at the share `done` of training."""
+        """Return the factor when a share `done` of training is over."""
         if done < self.warmup:
             return done / self.warmup
         fall = (min(done, 1.0) - self.warmup) / (1 - self.warmup)
@@ -37,11 +37,11 @@ class Cosine:
 
 
 class Step:
-    """Rises linearly over `warmup`, stays, then is lower by one factor.
+    """Rises linearly over `warmup`, stays constant, then drops once.
 
     Args:
-        at: Share of training after which the rate is lower, in [0, 1].
-        factor: By how much.
+        at: Share of training after which the rate drops, in [0, 1].
+        factor: Factor of the rate after the drop.
         warmup: Share of training, in [0, at].
 
     Raises:
@@ -56,21 +56,21 @@ class Step:
         self.warmup = warmup
 
     def __call__(self, done: float) -> float:
-        """Factor at the share `done` of training."""
+        """Return the factor when a share `done` of training is over."""
         if done < self.warmup:
             return done / self.warmup
         return self.factor if done >= self.at else 1.0
 
 
 class Decay:
-    """Lower by the same factor, several times, at even distances.
+    """Drops several times by the same factor, at equal distances.
 
     Args:
-        factor: Of each fall.
-        times: How many stretches of equal length training has; the first is at the full rate.
+        factor: Factor of each drop.
+        times: Number of parts of equal length; the first has the full rate.
 
     Raises:
-        UserError: There is no stretch.
+        UserError: There is no part.
     """
 
     def __init__(self, factor: float = 0.9, times: int = 10) -> None:
@@ -80,5 +80,5 @@ class Decay:
         self.times = times
 
     def __call__(self, done: float) -> float:
-        """Factor at the share `done` of training."""
+        """Return the factor when a share `done` of training is over."""
         return self.factor ** min(int(done * self.times), self.times - 1)

@@ -1,4 +1,4 @@
-"""Types that cross the borders between data, methods, metrics and commands.
+"""Types shared by data, methods, metrics and commands.
 
 Nothing heavy is imported here: the commands read these types before they import torch.
 """
@@ -19,25 +19,25 @@ class UserError(ValueError):
 
 
 class Stopped(BaseException):
-    """A signal of the scheduler ended the run; the same command resumes it.
+    """A scheduler's signal ended the run; the same command resumes it.
 
-    This is no error, and therefore no `Exception`.
+    This is not an error, and therefore not an `Exception`.
     """
 
 
 class Sample(NamedTuple):
-    """One image of a data set, before it is read."""
+    """One image of a data set, not yet read."""
 
     path: str
     category: str
     defect_type: str  # "good" for normal images
     label: bool  # true where the image is anomalous
-    mask_path: str | None = None  # None: normal image, or no mask was drawn for it
-    group: str = ""  # names what stays on one side of a split, such as a clip; "": the image alone
+    mask_path: str | None = None  # None: a normal image, or nobody drew a mask
+    group: str = ""  # what must not be split up, such as a clip; "": only the image itself
 
 
 class Batch(TypedDict):
-    """What a data loader yields and a method reads. Nobody writes into a batch."""
+    """What a data loader yields and a method reads. Do not write into a batch."""
 
     image: Tensor  # (B, 3, H, W) in [0, 1], never normalised: the backbone does that
     index: Tensor  # (B,) position in the split
@@ -50,7 +50,7 @@ class Batch(TypedDict):
     corruption: NotRequired[Tensor]  # (B, 1, H, W) bool, true where synthesis changed it
     prompt: NotRequired[Tensor]  # (B, 3, H, W), a normal image of the same category
     prompt_path: NotRequired[list[str]]
-    outlier: NotRequired[Tensor]  # (B, 3, H, W), a picture of something else
+    outlier: NotRequired[Tensor]  # (B, 3, H, W), an image of something else
     outlier_path: NotRequired[list[str]]
     features: NotRequired[dict[str, list[Tensor]]]  # cached clean features, by backbone
     prompt_features: NotRequired[dict[str, list[Tensor]]]  # those of the prompts
@@ -58,7 +58,7 @@ class Batch(TypedDict):
 
 
 class Prediction(NamedTuple):
-    """What a method returns for a batch: unbounded values, larger is more anomalous."""
+    """What a method returns for a batch: unbounded values; larger means more anomalous."""
 
-    anomaly_map: Tensor | None  # (B, 1, H, W) float; None of a method that scores images alone
+    anomaly_map: Tensor | None  # (B, 1, H, W) float; None from a method that scores images only
     score: Tensor  # (B,) float

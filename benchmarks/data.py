@@ -42,7 +42,7 @@ PLAIN = "decoded each time"
 
 
 def small_presets() -> list[str]:
-    """Return the methods' presets for CPUs, as ``method=`` takes them."""
+    """Return the methods' presets for CPUs, as `method=` takes them."""
     folder = Path(config_dir()) / "method"
     return sorted(path.stem for path in folder.glob("*_small.yaml"))
 

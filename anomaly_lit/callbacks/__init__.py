@@ -1,4 +1,4 @@
-"""Lightning callbacks; imported when first asked for, so that the package stays light."""
+"""Lightning callbacks, imported on first use so that importing the package stays fast."""
 
 from __future__ import annotations
 

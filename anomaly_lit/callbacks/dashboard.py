@@ -1,4 +1,4 @@
-"""Send figures, worst cases and thresholds of a run to the services of its loggers."""
+"""Send a run's figures, worst cases and thresholds to the services of its loggers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Results(NamedTuple):
 
     step: int
     findings: Sequence[Finding]  # worst mistakes first
-    pictures: dict[str, Path]  # by the name in the service
-    checkpoint: Path  # the tested one
+    pictures: dict[str, Path]  # by their name in the service
+    checkpoint: Path  # the one that was tested
 
 
 class Dashboard(pl.Callback):
@@ -80,7 +80,7 @@ class Dashboard(pl.Callback):
 
 
 def show(logger: Logger, results: Results, tested: bool = False) -> None:
-    """Send what a service can show; nothing to a CSV file, which holds numbers only."""
+    """Send what a service can show; a CSV file gets nothing, since it holds numbers only."""
     if isinstance(logger, WandbLogger):
         show_in_wandb(logger, results, tested)
     elif isinstance(logger, TensorBoardLogger):
@@ -90,7 +90,7 @@ def show(logger: Logger, results: Results, tested: bool = False) -> None:
 
 
 def show_in_wandb(logger: WandbLogger, results: Results, tested: bool) -> None:
-    """Send images with truth and finding as masks to switch on and off, a table, and a model."""
+    """Send images with truth and finding as masks that can be toggled, a table, and a model."""
     import wandb
 
     shown: dict[str, Any] = {key: wandb.Image(str(p)) for key, p in results.pictures.items()}

@@ -1,4 +1,4 @@
-"""Scores every method the same way, on raw scores, and calibrates thresholds without defects."""
+"""Score every method the same way, on raw scores, and set thresholds from normal images alone."""
 
 from __future__ import annotations
 
@@ -28,29 +28,30 @@ from anomaly_lit.types import Prediction, UserError
 class Evaluation(pl.Callback):
     """Collect the predictions of an evaluation, score them per category, and take the mean.
 
-    Validation sees held-out normal images. From their scores each category gets the threshold
-    that lets `fpr` of normal images pass as defects, and from their maps the pixel threshold that
-    `pixel_fpr` of normal pixels exceed; both are stored in the checkpoint with what they can
-    promise. A metric that needs both classes is undefined in validation, and NaN wherever a test
-    set lacks one class. A method that scores images only (`localises = False`) has no pixel metric
-    and no range of maps.
+    Validation sees held-out normal images. Their scores give each category the threshold that a
+    share `fpr` of normal images exceeds, and their maps give it the pixel threshold that a share
+    `pixel_fpr` of normal pixels exceeds. The checkpoint stores both, with what they can promise. A
+    metric that needs both classes is undefined in validation, and NaN if a test set lacks one
+    class. A method that scores images only (`localises = False`) has no pixel metric and no range
+    of maps.
 
     Args:
         fpr: Share of normal images above the threshold, in (0, 1).
         aupro_limits: False-positive rates up to which the per-region overlap is integrated.
-        engine: `exact`, `streaming` or `auto`, see `PixelMetrics`.
-        pixel_fpr: Share of the pixels of held-out normal maps above the pixel threshold, in (0, 1):
-            of all pixels of a category's maps the lowest value that at most that share exceed. It
-            gives precision, recall, F1 and IoU of the segmentation, which no test image tuned.
-        pixel_crop: Height and width of the middle of map and mask that pixel metrics and the pixel
-            threshold count, or one number for both, as some papers have it; None takes all.
+        engine: `exact`, `streaming` or `auto`; see `PixelMetrics`.
+        pixel_fpr: Share of the pixels of held-out normal maps above the pixel threshold, in (0, 1).
+            The threshold is the lowest pixel value of a category's maps that at most this share
+            exceeds. It decides precision, recall, F1 and IoU of the segmentation, so that no test
+            image tunes them.
+        pixel_crop: Height and width of the centre crop that pixel metrics and the pixel threshold
+            use, or one number for both, as in some papers; None uses whole maps.
         calibration: A stored calibration to start from.
 
     Attributes:
         calibration: Thresholds and the range of held-out maps, as plain data.
         results: Metrics of the last test, `<category>/<metric>` and the mean `<metric>`.
         rows: One per tested image: path, category, defect_type, label, score, threshold, verdict.
-        curves: Curves of each category of the last test: arrays, by name; see
+        curves: Curves of each category of the last test, as arrays by name; see
             `drawing.curves.save_curves`.
 
     Raises:
@@ -116,13 +117,13 @@ class Evaluation(pl.Callback):
         split = self._split_of[dataloader_idx]
         if split == "holdout":
             self._normal.add(batch, outputs)
-            if "synthetic" in self._scored:  # where every synthetic image has a defect
+            if "synthetic" in self._scored:  # whose own images all have a defect
                 self._scored["synthetic"].add(batch, outputs)
         else:
             self._scored[split].add(batch, outputs)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Calibrate; score synthetic anomalies and, for the oracle, the test set, where asked."""
+        """Calibrate; if configured, score synthetic anomalies and, for the oracle, the test set."""
         if trainer.sanity_checking:
             return
         self.calibration = self._calibrate()
@@ -196,12 +197,12 @@ class Evaluation(pl.Callback):
         pl_module.log_dict({f"test/{key}": value for key, value in self.results.items()})
 
     def threshold_of(self, category: str) -> float:
-        """Return the category's threshold; that of all held-out images for an unknown one."""
+        """Return the category's threshold; for an unknown category, that of all held-out images."""
         limits = self.limits_of(category)
         return float(limits["threshold"]) if limits else math.nan
 
     def limits_of(self, category: str) -> dict[str, Any]:
-        """Return a category's calibration; of all if unknown, empty without held-out images."""
+        """Return a category's calibration; that of all if unknown; empty if nothing was held out."""
         return limits_of(self.calibration, category)
 
     def _new_records(
@@ -211,18 +212,18 @@ class Evaluation(pl.Callback):
         split: str,
         thresholds: dict[str, Any] | None = None,
     ) -> Records:
-        """Make the records of a split; with its maps where there are maps and a truth.
+        """Make the records of a split; they include maps if there are maps and true masks.
 
         Args:
-            trainer: Knows whether the test set has masks.
+            trainer: Its data module knows whether the test set has masks.
             pl_module: The method.
             split: `test`, or `synthetic`, whose masks are always known.
-            thresholds: A calibration with the weights that are scored; None before there is one.
+            thresholds: A calibration of the weights that are scored; None if there is none yet.
         """
         has_masks = getattr(getattr(trainer, "datamodule", None), "has_masks", True)
         if not _localises(pl_module) or (split == "test" and not has_masks):
             return Records()
-        known = self.calibration  # as it is now: a rank without images makes its metrics later
+        known = self.calibration  # kept, since a rank without images makes its metrics later
 
         def new_metrics(category: str) -> MapMetrics:
             center = limits_of(known, category).get("map_median", 0.0)
@@ -278,7 +279,7 @@ class Evaluation(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restore it."""
+        """Restore the calibration."""
         self.calibration = checkpoint.get("anomaly_lit", {}).get("calibration", {})
 
 
@@ -298,7 +299,7 @@ def mean_over_categories(per_category: dict[str, dict[str, float]]) -> dict[str,
 
 
 def _validation_names(trainer: pl.Trainer) -> list[str]:
-    """What the data loaders of a validation hold; without our data module: normals, then a test."""
+    """Return what each validation loader holds; without our data module, normals, then a test."""
     names = getattr(getattr(trainer, "datamodule", None), "validation_names", None)
     if names is not None:
         return names()
@@ -307,12 +308,12 @@ def _validation_names(trainer: pl.Trainer) -> list[str]:
 
 
 def _localises(pl_module: pl.LightningModule) -> bool:
-    """Whether a module gives maps: any does that does not say otherwise."""
+    """Return whether a module gives maps; it does unless it says otherwise."""
     return bool(getattr(pl_module, "localises", True))
 
 
 def _check_map(pl_module: pl.LightningModule, prediction: Prediction) -> None:
-    """Refuse a map from a method that scores images only, and none from one that localises."""
+    """Raise if a method that scores images only gives a map, or one that localises gives none."""
     has_map: bool = prediction.anomaly_map is not None
     if has_map == _localises(pl_module):
         return

@@ -1,4 +1,4 @@
-"""What `selection=oracle` chooses weights by: for a comparison with a paper that chose so."""
+"""How `selection=oracle` chooses weights: for comparison with papers that chose by the test set."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import pytorch_lightning as pl
 
 from anomaly_lit.types import UserError
 
-CRITERION = "image_auroc+pixel_auroc"  # unless the method says another
+CRITERION = "image_auroc+pixel_auroc"  # unless the method names another
 
 
 def criterion_of(pl_module: pl.LightningModule, has_maps: bool) -> list[str]:
     """Return the metrics whose sum chooses the weights of `selection=oracle`.
 
-    `oracle_criterion` of the method names them, joined by `+`, as the paper chose its weights; the
-    sum of image and pixel AUROC where it says nothing. Without maps or masks those of images
+    The method's `oracle_criterion` names them, joined by `+`, as its paper chose weights; the
+    default is the sum of image and pixel AUROC. Without maps or masks only the image metrics
     remain.
 
     Raises:
-        UserError: None remains.
+        UserError: No metric remains.
     """
     name = type(pl_module).__name__
     asked = getattr(pl_module, "oracle_criterion", None) or CRITERION

@@ -28,12 +28,12 @@ KINDS = {
 
 
 class Finding(NamedTuple):
-    """A tested image that is worth a look."""
+    """A tested image that is worth looking at."""
 
     row: dict[str, Any]  # as in predictions.csv
     image: np.ndarray  # (H, W, 3) uint8
-    truth: np.ndarray | None  # (H, W) bool; None where nobody drew the defect
-    outline: np.ndarray | None  # (H, W) bool, the defect that the method found; None if it did not
+    truth: np.ndarray | None  # (H, W) bool; None if nobody drew the defect
+    outline: np.ndarray | None  # (H, W) bool, the defect that was found; None if there was none
     file: Path  # the panel
 
 
@@ -41,7 +41,7 @@ class Outputs(pl.Callback):
     """Write `predictions.csv`, `images/`, `overview.png` and `curves.png` after a test.
 
     The worst mistakes come first: defects far below their threshold, then normal images far above
-    it, then right verdicts of each category. The panels of a method that does not localise show
+    it, then correct verdicts of each category. The panels of a method that does not localise show
     the image and its verdict only.
 
     Args:
@@ -49,7 +49,7 @@ class Outputs(pl.Callback):
         max_images: Most panels to write; 0 writes none.
 
     Attributes:
-        findings: What the panels of the last test show, in their order.
+        findings: What the panels of the last test show, in the order of the panels.
     """
 
     def __init__(self, directory: str, max_images: int = 24) -> None:
@@ -87,7 +87,7 @@ class Outputs(pl.Callback):
         anomaly_map: np.ndarray | None,
         evaluation: Evaluation,
     ) -> Image.Image:
-        """Write and note the panel of one image."""
+        """Write the panel of one image and keep what it shows."""
         limits = evaluation.limits_of(row["category"])
         low, high, outline = 0.0, 1.0, None
         if anomaly_map is not None:
@@ -108,7 +108,7 @@ class Outputs(pl.Callback):
 def _score_again(batch: Batch, pl_module: Any) -> np.ndarray | None:
     """Return the anomaly map of one image, (H, W), or None from a method that does not localise.
 
-    To score the few chosen images again is cheaper than to keep the maps of all.
+    Scoring the few chosen images again is cheaper than keeping the maps of all images.
     """
     moved = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
     with torch.inference_mode():

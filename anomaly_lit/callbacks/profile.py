@@ -17,8 +17,8 @@ from torch import nn
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.reporting.terminal import print_table
 
-# An action of Lightning belongs to the first part that has a word of the action's name. "own
-# layers" is what remains of a step without the parts inside it.
+# An action of Lightning belongs to the first part with a word that occurs in the action's name.
+# "own layers" is what is left of a step without the parts inside it.
 PARTS = {
     "features for the cache": ("FillFeatureCache",),
     "backbone": ("backbone",),
@@ -61,9 +61,9 @@ COMPUTED = (
 class Profile(pl.Callback):
     """Print a table after training and after the test: seconds and share of each part.
 
-    The time of an action inside another counts for the inner one only, so that the shares add up
-    to 1. One exception: when a callback runs the network, that time counts for the callback. On a
-    GPU each action waits for the device, so the run is slower, but the times are right.
+    Time spent in a nested action counts for the inner one only, so that the shares add up to 1. One
+    exception: when a callback runs the network, that time counts for the callback. On a GPU each
+    action waits for the device, so that the times are right, although the run becomes slower.
     """
 
     def __init__(self) -> None:
@@ -84,12 +84,12 @@ class Profile(pl.Callback):
 
 
 class Clock(Profiler):
-    """Add up the time of Lightning's actions by part, each without the actions inside it."""
+    """Add up the time of Lightning's actions by part, each without its nested actions."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by part
-        self.running: list[tuple[str, float, float]] = []  # action, start, time of inner actions
+        self.running: list[tuple[str, float, float]] = []  # action, start, time of nested actions
 
     def setup(
         self, stage: str | None, local_rank: int | None = None, log_dir: str | None = None
@@ -98,7 +98,7 @@ class Clock(Profiler):
         super().setup(str(getattr(stage, "value", stage)), local_rank, log_dir)
 
     def start(self, action_name: str) -> None:
-        """Start an action, perhaps inside another."""
+        """Start an action, possibly inside another."""
         self.running.append((action_name, self._now(), 0.0))
 
     def stop(self, action_name: str) -> None:

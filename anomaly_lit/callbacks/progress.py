@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import ProgressBar, RichProgressBar
 
 
 def progress_bar() -> ProgressBar:
-    """Return a live bar for a terminal, plain lines for output that goes to a file."""
+    """Return a live bar for a terminal, or plain lines for output that goes to a file."""
     return LiveProgress(leave=False) if sys.stdout.isatty() else PlainProgress()
 
 
@@ -23,7 +23,7 @@ def shown(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 class LiveProgress(RichProgressBar):
-    """A bar that moves with every step, and fetches the loss twice a second."""
+    """A bar that moves with every step and fetches the loss twice a second."""
 
     every_seconds = 0.5
     asked = -math.inf
@@ -32,7 +32,7 @@ class LiveProgress(RichProgressBar):
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return the last numbers, or new ones after half a second."""
+        """Return the last numbers; fetch new ones after half a second."""
         if time.monotonic() - self.asked >= self.every_seconds:
             self.asked = time.monotonic()
             self.answer = shown(trainer)

@@ -1,4 +1,4 @@
-"""What an evaluation keeps of its images: scores, and statistics of maps, joined over all ranks."""
+"""What an evaluation keeps of its images: scores and statistics of maps, joined over all ranks."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from anomaly_lit.calibration import verdict
 from anomaly_lit.metrics import PixelMetrics, SegmentationMetrics
 from anomaly_lit.types import Batch, Prediction, UserError
 
-PIXELS_PER_MAP = 4096  # drawn from each held-out map to place the colours and the metrics' centre
+PIXELS_PER_MAP = 4096  # sampled from each held-out map for the colours and the centre of metrics
 KEPT = ("path", "category", "defect_type")  # of each sample
 
 
 class Maps(Protocol):
-    """What is kept of maps."""
+    """Whatever takes the maps of an evaluation."""
 
     def add(self, batch: Batch, maps: Tensor) -> None:
         """Take the maps of one batch, (B, 1, H, W)."""
 
 
 class OfCategory(NamedTuple):
-    """The images of a category, of all ranks, in the order of the data set; on the CPU."""
+    """A category's images from all ranks, in the order of the data set, on the CPU."""
 
     scores: Tensor  # (n,) float32
     labels: Tensor  # (n,) bool
@@ -41,7 +41,7 @@ class Records:
     Tensors stay on the device until the end, so that no step waits for it.
 
     Args:
-        maps: Takes the maps as well; None where there are none, or nobody reads them.
+        maps: Takes the maps as well; None if there are none, or if nobody reads them.
     """
 
     def __init__(self, maps: Maps | None = None) -> None:
@@ -61,8 +61,8 @@ class Records:
     def joined(self) -> tuple[Tensor, list[dict[str, Any]]]:
         """Return scores and samples of all ranks, on the CPU, in the order of the data set.
 
-        Every rank has to call it, and every rank gets all: whatever is computed from these must
-        not be summed or gathered over ranks again.
+        Every rank has to call this, and every rank gets everything: do not sum or gather what is
+        computed from it over ranks again.
         """
         scores = torch.cat(self.score).tolist() if self.score else []
         parts = gathered((scores, self.samples))
@@ -72,7 +72,7 @@ class Records:
         )
 
     def by_category(self) -> dict[str, OfCategory]:
-        """Return the images of each category; every rank has to call it."""
+        """Return the images of each category; every rank has to call this."""
         scores, samples = self.joined()
         rows: dict[str, list[int]] = defaultdict(list)
         for index, sample in enumerate(samples):
@@ -87,7 +87,7 @@ class Records:
         }
 
     def rows(self, threshold_of: Callable[[str], float]) -> list[dict[str, Any]]:
-        """Return one row per image with its score and verdict; every rank has to call it."""
+        """Return one row per image with its score and verdict; every rank has to call this."""
         scores, samples = self.joined()
         return [
             {**sample, "score": score, **verdict(score, threshold_of(sample["category"]))}
@@ -108,11 +108,11 @@ class MapMetrics(NamedTuple):
         return self
 
     def metrics(self) -> list[Metric]:
-        """Return those that there are."""
+        """Return the metrics that exist."""
         return [metric for metric in self if metric is not None]
 
     def compute(self) -> dict[str, float]:
-        """Return all values; all ranks have to call it together."""
+        """Return all values; all ranks have to call this together."""
         return {
             key: float(value)
             for metric in self.metrics()
@@ -121,12 +121,12 @@ class MapMetrics(NamedTuple):
 
 
 class ScoredMaps:
-    """Metrics of maps against their truth, by category.
+    """Metrics of maps against the true masks, by category.
 
     Args:
-        new_metrics: Makes those of a category.
-        crop: Height and width of the middle that counts; None is the whole map.
-        device: Of the metrics of a category of which this rank sees no image.
+        new_metrics: Makes the metrics of a category.
+        crop: Height and width of the centre crop that counts; None is the whole map.
+        device: Where to put the metrics of a category if this rank sees none of its images.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class ScoredMaps:
     def take(self, category: str) -> MapMetrics:
         """Return the metrics of a category and forget them here.
 
-        A rank that saw none of its images gives empty ones, since all ranks compute together.
+        A rank that saw none of its images returns empty metrics, since all ranks compute together.
         """
         if category in self.of:
             return self.of.pop(category)
@@ -165,15 +165,15 @@ class ScoredMaps:
 
 
 class NormalPixels(NamedTuple):
-    """What calibration reads of the held-out maps of a category, of all ranks; on the CPU."""
+    """What calibration reads of a category's held-out maps, from all ranks, on the CPU."""
 
-    drawn: Tensor  # some of each map, for its range
-    highest: Tensor  # the highest, for the pixel threshold
-    number: int  # of pixels within the crop
+    drawn: Tensor  # a sample of each map's pixels, for the range
+    highest: Tensor  # the highest pixels, for the pixel threshold
+    number: int  # pixels within the crop
 
     @classmethod
     def of(cls, parts: Sequence[NormalPixels]) -> NormalPixels:
-        """Join parts."""
+        """Join the statistics of several parts."""
         return cls(
             torch.cat([part.drawn for part in parts]),
             torch.cat([part.highest for part in parts]),
@@ -184,13 +184,14 @@ class NormalPixels(NamedTuple):
 class NormalMaps:
     """Statistics of the maps of held-out normal images, by category.
 
-    Only as many of the highest pixels are kept as can lie above the threshold in the end, so that
-    it is exact in little memory: 65,536 pixels x 400 images x 0.001 take 100 kB.
+    Only the highest pixels are kept, as many as can end up above the threshold. It is therefore
+    exact and needs little memory: 65,536 pixels x 400 images x 0.001 take 100 kB.
 
     Args:
-        share: Of pixels that exceed the pixel threshold, in (0, 1).
-        images: Number of held-out images of all ranks; None keeps all pixels.
-        crop: Height and width of the middle that counts for the threshold; None is the whole map.
+        share: Share of pixels that exceed the pixel threshold, in (0, 1).
+        images: Number of held-out images on all ranks together; None keeps all pixels.
+        crop: Height and width of the centre crop that counts for the threshold; None is the whole
+            map.
     """
 
     def __init__(self, share: float, images: int | None, crop: tuple[int, int] | None) -> None:
@@ -218,7 +219,7 @@ class NormalMaps:
         return values.topk(most).values if len(values) > most else values
 
     def by_category(self) -> dict[str, NormalPixels]:
-        """Return the statistics of each category; every rank has to call it."""
+        """Return the statistics of each category; every rank has to call this."""
         own = {
             name: NormalPixels(torch.cat(self.drawn[name]).cpu(), self.highest[name].cpu(), number)
             for name, number in self.number.items()
@@ -231,7 +232,7 @@ class NormalMaps:
 
 
 def gathered(value: Any) -> list[Any]:
-    """Return the value of every rank, in their order, to every rank."""
+    """Return the values of all ranks, in the order of the ranks, to every rank."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]
     parts: list[Any] = [None] * torch.distributed.get_world_size()
@@ -240,10 +241,10 @@ def gathered(value: Any) -> list[Any]:
 
 
 def middle(maps: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Cut the middle of `size` (height, width) out of (B, 1, H, W).
+    """Cut the centre of `size` (height, width) out of (B, 1, H, W).
 
     Raises:
-        UserError: The maps are smaller.
+        UserError: The maps are smaller than the crop.
     """
     if size is None:
         return maps

@@ -20,14 +20,14 @@ from anomaly_lit.inference.checkpoint import FORMAT_VERSION
 from anomaly_lit.methods.base import Method
 from anomaly_lit.types import Batch, Sample, Stopped, UserError
 
-TOGETHER = 10  # steps after which several ranks ask each other, since that waits for their devices
+TOGETHER = 10  # steps between two exchanges of several ranks: each exchange waits for their devices
 
 
 class StepSeeds(pl.Callback):
-    """Seeds torch anew at every step from (seed, stage, step, rank).
+    """Seed torch anew at every step from (seed, stage, step, rank).
 
-    Masks, jitter, dropout and synthesis then depend on nothing that came before, and a run that
-    was interrupted anywhere goes on exactly as if it had not been.
+    Masks, jitter, dropout and synthesis then do not depend on earlier steps, and an interrupted run
+    continues exactly as if nothing had happened.
 
     Args:
         seed: Any integer.
@@ -39,7 +39,7 @@ class StepSeeds(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Seeds by the number of batches consumed in all epochs."""
+        """Seed torch by the number of batches so far, over all epochs."""
         step = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
         torch.manual_seed(mixed_seed(self.seed, 0, step, trainer.global_rank))
 
@@ -51,7 +51,7 @@ class StepSeeds(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Seeds by the batch, so that every validation draws the same masks."""
+        """Seed torch by the batch, so that every validation draws the same masks."""
         torch.manual_seed(mixed_seed(self.seed, 1, batch_idx, trainer.global_rank))
 
     def on_test_batch_start(
@@ -62,25 +62,26 @@ class StepSeeds(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Seeds by the batch."""
+        """Seed torch by the batch."""
         torch.manual_seed(mixed_seed(self.seed, 2, batch_idx, trainer.global_rank))
 
 
 class ResumeCheckpoint(Checkpoint):
-    """Writes the whole state of training to ``checkpoints/last.ckpt`` from time to time.
+    """Write the whole state of training to `checkpoints/last.ckpt` from time to time.
 
-    The file is replaced at once, never half written; a run that dies loses what came since. Where
-    a validation follows the step, the file is written after it, so that none is lost. Among the
-    callbacks it belongs after those whose state a validation changes.
+    The file is replaced atomically, so it is never half written; a run that dies loses only what
+    came after the last write. If a validation follows the step, the file is written after the
+    validation, so that its result is kept. Place this callback after those whose state a validation
+    changes.
 
     Args:
-        directory: Where ``last.ckpt`` lies.
+        directory: Where `last.ckpt` lies.
         every_minutes: Least time between two writes.
-        every_steps: Optimiser steps between two writes instead; None leaves it to the time.
-        signals: After one of these the file is written, and training ends.
+        every_steps: Optimiser steps between two writes; None uses `every_minutes` instead.
+        signals: Once one of these arrives, the file is written and training ends.
 
     Raises:
-        UserError: ``every_steps`` is below one.
+        UserError: `every_steps` is below one.
     """
 
     def __init__(
@@ -99,10 +100,10 @@ class ResumeCheckpoint(Checkpoint):
         self.step = 0
         self.due = False
         self.signals = signals
-        self.asked = 0  # the signal that ends training, once all ranks know of it
+        self.asked = 0  # the signal that ends training, once all ranks know about it
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self.written = time.monotonic()
         self.step = trainer.global_step
 
@@ -114,7 +115,7 @@ class ResumeCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Writes where it is time; rank 0's clock decides for all."""
+        """Write the file if it is time; the clock of rank 0 decides for all ranks."""
         if trainer.global_step == self.step:
             return  # gradients are being accumulated, and no checkpoint holds them
         self.step = trainer.global_step
@@ -133,7 +134,7 @@ class ResumeCheckpoint(Checkpoint):
             self._write(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes what waited for the validation."""
+        """Write the file that was due before the validation."""
         if self.due:
             self._write(trainer)
 
@@ -146,7 +147,7 @@ class ResumeCheckpoint(Checkpoint):
 
 
 def _validation_follows(trainer: pl.Trainer) -> bool:
-    """Whether Lightning validates after this batch; it decides so by the same call."""
+    """Return whether Lightning validates after this batch; Lightning decides by the same call."""
     loop = trainer.fit_loop
     return sum(trainer.num_val_batches) > 0 and loop.epoch_loop._should_check_val_fx(
         loop._data_fetcher  # type: ignore[arg-type]
@@ -154,11 +155,11 @@ def _validation_follows(trainer: pl.Trainer) -> bool:
 
 
 class WholeCheckpoint(pl.Callback):
-    """Puts into every checkpoint what ``anomaly_lit.load`` needs: the format and the config.
+    """Put into every checkpoint what `anomaly_lit.load` needs: the format and the configuration.
 
     Args:
         config: The composed configuration as plain data.
-        data_digest: The data module's digest, by which a resumed run knows its images.
+        data_digest: The data module's digest, by which a resumed run recognises its images.
     """
 
     def __init__(self, config: dict[str, Any], data_digest: str = "") -> None:
@@ -168,7 +169,7 @@ class WholeCheckpoint(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds plain data only, so that the file loads with ``weights_only=True``."""
+        """Add plain data only, so that the file loads with `weights_only=True`."""
         entry = checkpoint.setdefault("anomaly_lit", {})
         entry["format_version"] = FORMAT_VERSION
         entry["config"] = self.config
@@ -176,11 +177,11 @@ class WholeCheckpoint(pl.Callback):
 
 
 class StopAtNaN(pl.Callback):
-    """Ends training with a clear error when a loss is no longer finite.
+    """End training with a clear error when a loss is no longer finite.
 
     Args:
-        every_steps: Batches between two looks; each waits for the device. A look comes before
-            each validation and at the end, too.
+        every_steps: Batches between two checks; each check waits for the device. There is also a
+            check before each validation and at the end.
     """
 
     def __init__(self, every_steps: int = 10) -> None:
@@ -196,18 +197,18 @@ class StopAtNaN(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Keeps the loss, and looks at it where it is time."""
+        """Keep the loss, and check it if it is time."""
         self.loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         self.paths = batch["path"]
         if trainer.global_step % self.every_steps == 0:
             self._look(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Looks before weights that are no numbers are judged."""
+        """Check the loss before a validation scores the weights."""
         self._look(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Looks a last time."""
+        """Check the loss a last time."""
         self._look(trainer)
 
     def _look(self, trainer: pl.Trainer) -> None:
@@ -220,11 +221,11 @@ class StopAtNaN(pl.Callback):
 
 
 class RanksAgree(pl.Callback):
-    """Stops a run whose processes were given different configurations or data.
+    """Stop a run whose processes were given different configurations or data.
 
     Args:
         config: The composed configuration as plain data.
-        data_digest: Of the data module's files.
+        data_digest: Digest of the data module's files.
     """
 
     def __init__(self, config: dict[str, Any], data_digest: str) -> None:
@@ -234,7 +235,7 @@ class RanksAgree(pl.Callback):
         }
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compares all ranks with the first."""
+        """Compare all ranks with the first."""
         if trainer.world_size == 1:
             return
         own = torch.tensor(list(self.marks.values()), device=pl_module.device)
@@ -251,10 +252,10 @@ class RanksAgree(pl.Callback):
 
 
 class FillFeatureCache(pl.Callback):
-    """Computes the features of frozen backbones once, before the first step, in its precision."""
+    """Compute frozen backbones' features once, before the first step, in training's precision."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Fills the data module's feature cache, if it has one."""
+        """Fill the data module's feature cache, if it has one."""
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         cache = getattr(datamodule, "feature_cache", None)
         if cache is None:

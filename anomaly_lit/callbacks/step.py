@@ -1,4 +1,4 @@
-"""How a training step is computed: compiled, in which layout, by which optimiser, fed by what."""
+"""How a training step is computed: compiled or not, memory layout, optimiser, data feeding."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ from anomaly_lit.data.caches.memory import DeviceCache
 from anomaly_lit.methods.base import Method
 from anomaly_lit.types import UserError
 
-# What is on where an option is null. On a CPU, what benchmarks/step.py found to pay.
+# Defaults for options left null; on a CPU, those that benchmarks/step.py measured as faster.
 ON = {"cpu": {"persistent_workers"}, "cuda": {"persistent_workers", "pin_memory"}}
 
 
 class FastStep(pl.Callback):
-    """Computes training steps in another way, which changes their results by rounding alone.
+    """Compute training steps faster; their results change by rounding only.
 
-    In training only: before a validation compiled code is left, and once training ends the
-    network is laid out as before, so that tests give what a loaded checkpoint gives. Checkpoints
-    have the same keys, and one made with an option goes on without it. None takes ``ON``.
+    Only training is affected: validations do not use compiled code, and once training ends the
+    network returns to its first memory layout, so that a test gives what a loaded checkpoint gives.
+    Checkpoints keep the same keys, and training can resume from one with other options. None takes
+    the default in `ON`.
 
     Args:
-        compile: Have ``torch.compile`` write code for the networks. Its first step takes long.
-        channels_last: Keep weights and maps with the channels innermost. Noise and dropout drawn
-            over a map then fall on other places of it.
-        fused: Let the optimiser move all parameters in one loop over memory.
-        pin_memory: Hand batches over in page-locked memory, from which a GPU copies by itself.
-        persistent_workers: Keep ``dataset.num_workers`` processes from one epoch to the next.
+        compile: Compile the networks with `torch.compile`. The first step then takes long.
+        channels_last: Store weights and maps with the channels innermost. Noise and dropout drawn
+            over a map then fall on other positions.
+        fused: Let the optimiser update all parameters in one loop over memory.
+        pin_memory: Hand over batches in page-locked memory, from which a GPU copies by itself.
+        persistent_workers: Keep the `dataset.num_workers` processes alive from one epoch to the
+            next.
 
     Raises:
-        UserError: When training starts, where an option that is set to true cannot be had.
+        UserError: When training starts, if an option set to true is not available here.
     """
 
     def __init__(
@@ -56,12 +58,12 @@ class FastStep(pl.Callback):
         self.compiled: dict[nn.Module, Callable[..., Any]] = {}
 
     def chosen(self, device: str) -> dict[str, bool]:
-        """All options for a type of device, such as ``cpu``."""
+        """Return all options for a type of device, such as `cpu`."""
         on = ON.get(device, set())
         return {k: k in on if value is None else value for k, value in self.options.items()}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Checks everything and prepares all but the compiled networks."""
+        """Check all options, and prepare everything except the compiled networks."""
         if stage != "fit":
             return
         assert isinstance(pl_module, Method)
@@ -74,7 +76,7 @@ class FastStep(pl.Callback):
         self._check_feeding(trainer, device)
 
     def feeding(self, device: str) -> dict[str, bool]:
-        """Return what a data module is to be built with for a type of device, such as `cpu`."""
+        """Return the arguments of a data module for a type of device, such as `cpu`."""
         chosen = self.chosen(device)
         return {name: chosen[name] for name in ("pin_memory", "persistent_workers")}
 
@@ -106,55 +108,56 @@ class FastStep(pl.Callback):
                 )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Fuse the optimisers, and let Lightning clip in front of them without a scaler."""
+        """Fuse the optimisers, and let Lightning clip gradients for them if there is no scaler."""
         for optimizer in trainer.optimizers:
             if self.options["fused"] is not None:
                 fuse(optimizer, self.options["fused"], trainer)
             if getattr(trainer.precision_plugin, "scaler", None) is None:
-                # Lightning 2.6 takes it for a sign that gradients are still scaled
+                # Lightning 2.6 takes this attribute to mean that gradients are still scaled
                 optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Fits a checkpoint's optimiser to this run, and has the networks compiled when called."""
+        """Adapt a checkpoint's optimiser state to this run, and mark networks for compilation."""
         for optimizer in trainer.optimizers:
             adapt_state(optimizer)
         if self.chosen(pl_module.device.type)["compile"]:
-            torch.compiler.reset()  # it counts networks of other jobs against the same limit
+            torch.compiler.reset()  # else networks of earlier jobs count against the same limit
             for network in networks(pl_module):
-                # the shapes of a training step never change; a draw is that of the plain network
+                # the shapes of a training step never change; random draws equal those of the plain
+                # network
                 network.compile(fullgraph=True, dynamic=False, options={"fallback_random": True})
                 self.compiled[network] = network._compiled_call_impl  # type: ignore[assignment]
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leaves compiled code."""
+        """Call the plain networks."""
         for network in self.compiled:
             network._compiled_call_impl = None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Goes back to it."""
+        """Call the compiled networks again."""
         for network, call in self.compiled.items():
             network._compiled_call_impl = call
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leaves compiled code for good."""
+        """Call the plain networks from now on."""
         self.on_validation_start(trainer, pl_module)
         self.compiled.clear()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Lays the network out as it was."""
+        """Restore the network's first memory layout."""
         if stage == "fit" and self.chosen(pl_module.device.type)["channels_last"]:
             lay_out(pl_module, torch.contiguous_format)
 
 
 def lay_out(module: nn.Module, layout: torch.memory_format) -> None:
-    """Brings weights of four dimensions into a layout; `Module.to` stumbles over those of five."""
+    """Bring weights with four dimensions into a layout; `Module.to` fails on those with five."""
     for tensor in [*module.parameters(), *module.buffers()]:
         if tensor.ndim == 4:
             tensor.data = tensor.data.contiguous(memory_format=layout)
 
 
 def networks(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost parts that are called as a whole and consist of several layers."""
+    """Yield the outermost parts that are called as a whole and consist of several layers."""
     for child in module.children():
         called = type(child).forward is not nn.Module.forward
         if not called:
@@ -164,10 +167,10 @@ def networks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compiles next to nothing.
+    """Compile a trivial function to see whether the compiler works.
 
     Raises:
-        UserError: Not even that can be compiled here.
+        UserError: It does not work here.
     """
     try:
         torch.compile(torch.neg, fullgraph=True)(torch.ones(2, device=device))
@@ -180,7 +183,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_error(error: BaseException) -> str | None:
-    """In words, where torch failed to compile a network."""
+    """Return a readable message if torch failed to compile a network, else None."""
     if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
         return None
     text = str(error).strip().splitlines()
@@ -188,7 +191,7 @@ def compile_error(error: BaseException) -> str | None:
 
 
 def fuse(optimizer: Optimizer, fused: bool, trainer: pl.Trainer) -> None:
-    """Have an optimiser move all parameters in one loop over memory, or not.
+    """Switch an optimiser's update of all parameters in one loop over memory on or off.
 
     Raises:
         UserError: It has no fused form, or none for its device, its other arguments or a scaler.
@@ -202,7 +205,7 @@ def fuse(optimizer: Optimizer, fused: bool, trainer: pl.Trainer) -> None:
     settings = {key: value for key, value in optimizer.defaults.items() if key in known}
     groups = [{"params": group["params"]} for group in optimizer.param_groups]
     try:
-        type(optimizer)(groups, **{**settings, "fused": fused})  # refuses what cannot be
+        type(optimizer)(groups, **{**settings, "fused": fused})  # raises if impossible
     except RuntimeError as error:
         raise UserError(f"step.fused={str(fused).lower()}: {error}") from error
     for holder in (optimizer.defaults, *optimizer.param_groups):
@@ -210,7 +213,7 @@ def fuse(optimizer: Optimizer, fused: bool, trainer: pl.Trainer) -> None:
 
 
 def why_not_fused(optimizer: Optimizer, trainer: pl.Trainer) -> str | None:
-    """Return what stands against a fused optimiser; None is nothing."""
+    """Return why an optimiser cannot be fused, or None if it can."""
     if "fused" not in inspect.signature(type(optimizer)).parameters:
         return f"{type(optimizer).__name__} has no such form; Adam, AdamW, SGD and Adagrad have"
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
@@ -222,9 +225,10 @@ def why_not_fused(optimizer: Optimizer, trainer: pl.Trainer) -> str | None:
 
 
 def adapt_state(optimizer: Optimizer) -> None:
-    """Fits what a checkpoint brought to this optimiser's form and to the parameters' layout.
+    """Adapt a checkpoint's optimiser state to this optimiser's form and the parameters' layout.
 
-    A fused step trusts both: it would take moments in another order of memory for the right ones.
+    A fused step does not check them: it would read moments stored in another memory order as if
+    they were in the right one.
     """
     fused = optimizer.defaults.get("fused")
     for group in optimizer.param_groups:

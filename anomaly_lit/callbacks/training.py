@@ -29,7 +29,7 @@ class TrainingPictures(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Write the file on the first rank, unless this run or the one that it resumes wrote it."""
+        """Write the file on the first rank, unless this run wrote it before it was resumed."""
         if not self.max_images or not trainer.is_global_zero or self.path.exists():
             return
         optional = {
@@ -95,7 +95,7 @@ class LossCurves(pl.Callback):
         for key, value in trainer.callback_metrics.items():
             if key.startswith(prefix):
                 line = self.history.setdefault(key, [])
-                if not line or line[-1][1] != float(value):  # else it was not logged again
+                if not line or line[-1][1] != float(value):  # else it was not logged anew
                     line.append((trainer.global_step, float(value)))
 
     def state_dict(self) -> dict[str, Any]:

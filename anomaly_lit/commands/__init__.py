@@ -1,1 +1,1 @@
-"""What a person types: parse, call, print."""
+"""The commands: they parse, call and print."""

@@ -55,7 +55,7 @@ def clear_cache() -> None:
 def check_data(datamodule: AnomalyDataModule, output_dir: str | Path, columns: int = 6) -> Report:
     """Check a data set, and write `report.json` and `sample_grid.png`.
 
-    The grid shows rows of `columns` images as a method would see them, with outlines of the truth.
+    The grid shows rows of `columns` images as a method would see them, with true defects outlined.
 
     Raises:
         UserError: The data set does not exist, or `output_dir` cannot be written.

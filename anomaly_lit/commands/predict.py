@@ -1,4 +1,4 @@
-"""`anomaly-predict`: verdicts, overlays and maps for a picture or a folder of pictures."""
+"""`anomaly-predict`: verdicts, overlays and maps for an image or a folder of images."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from anomaly_lit.config.hydra import output_folder, plain
 from anomaly_lit.config.validate import validate
 from anomaly_lit.types import UserError
 
-GOOD, DEFECT, NOT_JUDGED, FAILED = 0, 1, 2, 3  # exit codes; those but FAILED with exit_code=true
+GOOD, DEFECT, NOT_JUDGED, FAILED = 0, 1, 2, 3  # 1 and 2: with exit_code=true only
 
 
 def main() -> None:
-    """Enter the command, and exit with one of the codes above."""
+    """Run the command, and exit with one of the codes above."""
     outcome: list[int] = []
     run_command(lambda cfg: outcome.append(predict(cfg)), "predict", FAILED)
-    sys.exit(max(outcome, default=GOOD))  # of all jobs with -m
+    sys.exit(max(outcome, default=GOOD))  # over all jobs of a multirun (-m)
 
 
 def predict(cfg: DictConfig) -> int:
-    """Judge every picture.
+    """Judge every image.
 
     Returns:
         The exit code.

@@ -1,6 +1,6 @@
-"""`anomaly-report`: the runs of a folder as tables, and as one page that needs no network.
+"""`anomaly-report`: the runs of a folder as tables, and as one page that works offline.
 
-It reads what runs leave behind, also of sweeps that are not finished, and changes nothing there.
+It reads what runs leave behind, even in unfinished sweeps, and changes nothing there.
 """
 
 from __future__ import annotations

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Enter the command."""
+    """Run the command."""
     run_command(test, "test")
 
 
 def test(cfg: DictConfig) -> None:
-    """Load the checkpoint, test it, and write what `anomaly-train` writes of a test."""
+    """Load the checkpoint, test it, and write what `anomaly-train` writes about a test."""
     config = plain(cfg)
     validate(config, "test")
     directory = output_folder()
@@ -49,7 +49,7 @@ def test(cfg: DictConfig) -> None:
     trained = checkpoint["anomaly_lit"]["config"]
     node = trained["method"] | config["method"]
     dataset = trained["dataset"] | {k: v for k, v in config["dataset"].items() if v is not None}
-    if not config["method"]:  # no validation, so nothing is corrupted
+    if not config["method"]:  # there is no validation, so nothing is corrupted
         dataset |= {"synthesis": None, "validate_on_synthesis": False}
     trust = config["trust"]
     dataset = admit(dataset, "dataset", trust)
@@ -57,7 +57,7 @@ def test(cfg: DictConfig) -> None:
     method = build_method({**trained, "method": node}, trust)
     load_weights(method, checkpoint["state_dict"], config["method"])
     datamodule = instantiate(dataset, "dataset")
-    if trust or config["dataset"]["root"] is not None:  # it may write: only where the user says so
+    if trust or config["dataset"]["root"] is not None:  # it may write, so only if the user says so
         datamodule.prepare_data()
     datamodule.setup("test")
     calibration = checkpoint["anomaly_lit"].get("calibration", {})
@@ -91,7 +91,7 @@ def test(cfg: DictConfig) -> None:
 
 
 def load_weights(method: Method, weights: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Load weights into a method that differs in some values from the trained one.
+    """Load weights into a method some of whose values differ from training.
 
     Raises:
         UserError: The values do not fit the weights.

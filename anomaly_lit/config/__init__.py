@@ -1,1 +1,1 @@
-"""Configurations as plain data: build, validate, trust."""
+"""Configurations as plain data: build them, validate them, decide what to trust."""

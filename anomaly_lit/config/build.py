@@ -1,4 +1,4 @@
-"""From plain data to objects: what a configuration describes is built here, without Hydra."""
+"""From plain data to objects: build what a configuration describes, without Hydra."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from anomaly_lit.types import UserError
 def instantiate(config: Any, path: str = "") -> Any:
     """Build what plain data describes: a node with a `_target_` becomes a call of it.
 
-    As with Hydra, `_args_` are its positional arguments, and `_partial_` gives a function that
-    waits for the rest. All nodes within are built first.
+    As in Hydra, `_args_` are its positional arguments, and `_partial_` gives a function that still
+    takes the other arguments. Nested nodes are built first.
 
     Args:
-        config: Plain data; what has no `_target_` comes back as it is.
-        path: Where it lies in the configuration, for errors.
+        config: Plain data; anything without a `_target_` is returned unchanged.
+        path: Its place in the configuration, for error messages.
 
     Raises:
         UserError: A `_target_` cannot be imported, or its call failed.
@@ -53,7 +53,7 @@ def import_target(path: str) -> Any:
     """Return the class or function that a `_target_` names.
 
     Raises:
-        UserError: There is none of that name.
+        UserError: There is nothing of that name.
     """
     parts = str(path).split(".")
     if not all(part.isidentifier() for part in parts) or len(parts) < 2:
@@ -64,7 +64,7 @@ def import_target(path: str) -> Any:
             found = importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-                continue  # a class within, perhaps
+                continue  # the last parts may name a nested class
             raise UserError(f"cannot import {path!r}: {error}") from error
         except Exception as error:
             raise UserError(f"cannot import {path!r}: {error}") from error
@@ -79,7 +79,7 @@ def import_target(path: str) -> Any:
 
 
 def nodes(config: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every node with a ``_target_``, with its path, outermost first."""
+    """Yield every node with a `_target_` and its path, outermost first."""
     if isinstance(config, Mapping):
         if "_target_" in config:
             yield path, config
@@ -91,7 +91,7 @@ def nodes(config: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def moved(config: Any, folder: str) -> Any:
-    """The configuration of a run as it reads after its output_dir was renamed to ``folder``."""
+    """Return a run's configuration as if its output_dir had been `folder`."""
     old = config["output_dir"]
 
     def move(value: Any) -> Any:
@@ -105,7 +105,7 @@ def moved(config: Any, folder: str) -> Any:
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[str]:
-    """The keys in which two plain configurations differ, each with both values."""
+    """Return the keys in which two plain configurations differ, each with both values."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         keys = list(dict.fromkeys([*before, *after]))
         absent = object()

@@ -1,4 +1,4 @@
-"""What of Hydra a run needs to know: where configurations lie, the job, its folder."""
+"""What a run needs to know from Hydra: where configurations are, the job, and its folder."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 
 def config_dir() -> str:
-    """The folder of configurations: inside an installed package, beside it in a checkout."""
+    """Return the folder of configurations: in an installed package, or beside it in a checkout."""
     here = Path(__file__).resolve().parents[1]
     return str(next(path for path in (here / "conf", here.parent / "conf") if path.is_dir()))
 
 
 def job_folder(overrides: str) -> str:
-    """Name of a sweep job's folder: its overrides, short and safe for every file system.
+    """Return the folder name of a sweep's job: its overrides, short and safe on any file system.
 
-    Where they are long, each key is reduced to its last part, and each value to 16 letters; a hash
-    of the whole tells apart what then looks the same. At most 120 letters, since dashboards cut
-    names at 128.
+    If they are long, each key is reduced to its last part and each value to 16 characters, and a
+    hash of the full text keeps names distinct. At most 120 characters, since dashboards cut names
+    at 128.
 
     >>> job_folder("method=uniad,dataset.categories=[a b]")
     'method=uniad,dataset.categories=_a_b_'
@@ -46,27 +46,27 @@ OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 
 def message_of(error: BaseException) -> str:
-    """What went wrong, in words, with the cause that Hydra keeps apart."""
+    """Return what went wrong, in words, with the cause that Hydra keeps separately."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return message_of(error.__cause__)
     text = str(error) or type(error).__name__
     if text.startswith("Caught UserError in DataLoader worker"):
-        text = text.rpartition("UserError: ")[2].strip()  # torch puts a traceback before it
+        text = text.rpartition("UserError: ")[2].strip()  # torch puts a traceback in front
     if isinstance(error.__cause__, OmegaConfBaseException):
         text += f"\n{error.__cause__}"
     return text
 
 
 def in_sweep() -> bool:
-    """Whether this job is one of a multirun."""
+    """Return whether this job is part of a multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def output_folder() -> Path:
-    """The folder of this run or of this job of a sweep."""
+    """Return the folder of this run or of this job of a sweep."""
     return Path(HydraConfig.get().runtime.output_dir)
 
 
 def plain(config: Any) -> Any:
-    """Dicts, lists and numbers, with every interpolation resolved."""
+    """Return dicts, lists and numbers, with every interpolation resolved."""
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)

@@ -1,9 +1,9 @@
 """What a checkpoint of unknown origin may build.
 
-A checkpoint holds a configuration, and a configuration names classes. From a checkpoint that is
-not trusted, only the classes of `KINDS` are built: our own, found by their type, and torch's losses
-and optimisers, named here. None of them opens, writes, starts or fetches anything when it is built
-with the arguments that are let through; `tests/test_trust.py` tries every other name.
+A checkpoint holds a configuration, and a configuration names classes. If the checkpoint is not
+trusted, only the classes of `KINDS` are built: our own, found by their type, and torch's losses and
+optimisers, listed here. None of them opens, writes, starts or downloads anything when built with
+the allowed arguments; `tests/test_trust.py` tries every other name.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ OPTIMISERS = (  # of torch.optim
     "Rprop",
     "SGD",
 )
-BACKBONE_OPTIONS = (  # arguments of timm's networks; those of timm.create_model can fetch files
+BACKBONE_OPTIONS = (  # arguments of timm's networks; those of timm.create_model can download files
     "drop_path_rate",
     "dynamic_img_pad",
     "dynamic_img_size",
@@ -56,17 +56,17 @@ BACKBONE_OPTIONS = (  # arguments of timm's networks; those of timm.create_model
     "pad_type",
     "strict_img_size",
 )
-MOST_DEPTH, MOST_VALUES = 32, 100_000  # of a configuration; ours have about 6 and 200
+MOST_DEPTH, MOST_VALUES = 32, 100_000  # of a configuration; ours have about 6 levels and 200 values
 
 
 class Kind(NamedTuple):
-    """Classes of one sort.
+    """A kind of class that a checkpoint may name.
 
     Attributes:
-        module: Where a `_target_` finds them: `module.Name`, and no other path.
-        base: What they derive from.
-        names: If not empty, the only names.
-        waits: Whether they are handed over unbuilt, with `_partial_: true`.
+        module: The module of their `_target_`: `module.Name`, and no other path.
+        base: Their base class.
+        names: The allowed names; empty allows all.
+        waits: Whether they are passed on unbuilt, with `_partial_: true`.
     """
 
     module: str
@@ -80,14 +80,14 @@ CACHES = (
     Kind("anomaly_lit.data", "anomaly_lit.data.caches.memory.ImageCache"),
     Kind("anomaly_lit.data", "anomaly_lit.data.caches.features.FeatureCache"),
 )
-KINDS: dict[Part, tuple[Kind, ...]] = {  # what a part itself may be
+KINDS: dict[Part, tuple[Kind, ...]] = {  # what each part may be
     "method": (Kind("anomaly_lit.methods", "anomaly_lit.methods.base.Method"),),
     "dataset": (Kind("anomaly_lit.data", "anomaly_lit.data.datamodule.AnomalyDataModule"),),
     "evaluation": (
         Kind("anomaly_lit.callbacks", "anomaly_lit.callbacks.evaluation.Evaluation"),
     ),
 }  # fmt: skip
-KINDS_WITHIN: dict[Part, tuple[Kind, ...]] = {  # and what it may be made of
+KINDS_WITHIN: dict[Part, tuple[Kind, ...]] = {  # and what it may contain
     "method": (
         BACKBONE,
         Kind("anomaly_lit.masks", "anomaly_lit.masks.Mask"),
@@ -102,10 +102,10 @@ KINDS_WITHIN: dict[Part, tuple[Kind, ...]] = {  # and what it may be made of
 
 
 def admit(node: Any, part: Part, trust: bool = False) -> Any:
-    """Return a checkpoint's node as it may be built.
+    """Return a checkpoint's node in a form that may be built.
 
-    What only training reads from files is left out (see `without_files`). If the checkpoint is
-    not trusted, every `_target_` must be an allowed class in a place that is meant for it.
+    What only training reads from files is left out (see `without_files`). If the checkpoint is not
+    trusted, every `_target_` must be an allowed class, in a place meant for it.
 
     Args:
         node: Plain data from a checkpoint.
@@ -113,10 +113,10 @@ def admit(node: Any, part: Part, trust: bool = False) -> Any:
         trust: Allow all code.
 
     Raises:
-        UserError: The node names what is not allowed, or does not fit the code.
+        UserError: The node names something that is not allowed, or does not fit the code.
     """
     check_size(node, part)
-    if trust is not True:  # a text such as "no" is not trust
+    if trust is not True:  # a string such as "no" must not count as trust
         refuse([*_foreign(part, node, part)])
     node = without_files(node, part)
     validate({part: node}, None)
@@ -133,10 +133,10 @@ def refuse(problems: list[str]) -> None:
 
 
 def check_size(config: Any, path: str) -> None:
-    """Refuse configurations that are endless, or that a short file makes very large.
+    """Refuse endless configurations, and short files that expand to very large ones.
 
     Raises:
-        UserError: It is nested too deeply, or holds too many values.
+        UserError: The configuration is nested too deeply, or holds too many values.
     """
     level, left = [config], MOST_VALUES
     for _ in range(MOST_DEPTH):
@@ -160,10 +160,11 @@ def _values_in(items: list[Any]) -> Iterator[Any]:
 
 
 def without_files(node: Any, part: Part) -> Any:
-    """Leave out what would be read from files, or kept in them, and is for training alone.
+    """Leave out what only training reads from files or keeps in them.
 
-    The state dict brings the weights of backbones, textures are for training, and a cache on disk
-    does not pay for one pass. The folders of a data set stay: a test has to read it.
+    The state dict holds the weights of backbones, textures are for training, and a cache on disk
+    does not pay off in a single pass. The folders of a data set stay, since a test has to read
+    them.
     """
     if isinstance(node, list | tuple):
         return [without_files(value, part) for value in node]
@@ -183,14 +184,14 @@ def without_files(node: Any, part: Part) -> Any:
 
 
 def names_file(parameter: str) -> bool:
-    """Whether a parameter of this name takes a file or a folder, if its value is a string."""
+    """Return whether a parameter of this name takes a file or a folder if its value is a string."""
     return parameter.split("_")[-1] in ("dir", "file", "folder", "path", "stem", "weights")
 
 
 def found_class(target: Any, kinds: tuple[Kind, ...]) -> type | None:
     """Return the class of one of these kinds that a `_target_` names, or None.
 
-    Only the module of the kind is imported, and one name looked up in it.
+    Only the module of the kind is imported, and only one name is looked up in it.
     """
     if not isinstance(target, str):
         return None
@@ -216,7 +217,7 @@ def _is_of(found: type, kinds: tuple[Kind, ...]) -> bool:
 
 
 def _foreign(path: str, node: Any, part: Part) -> Iterator[str]:
-    """Say what of a part is not allowed."""
+    """Yield what is not allowed in a part."""
     odd = [*_odd_values(path, node)]
     yield from odd
     if not isinstance(node, Mapping) or "_target_" not in node:
@@ -235,7 +236,7 @@ def _foreign_classes(path: str, node: Mapping[str, Any], part: Part) -> Iterator
 
 
 def _misnamed(path: str, node: Mapping[str, Any], kinds: tuple[Kind, ...]) -> Iterator[str]:
-    """Say where the class is none of these kinds, and where it is called in another way."""
+    """Yield what is wrong where a class is of none of these kinds, or is to be called wrongly."""
     target, waiting = node["_target_"], tuple(kind for kind in kinds if kind.waits)
     found = found_class(target, kinds)
     if found is None:
@@ -251,10 +252,10 @@ def _misnamed(path: str, node: Mapping[str, Any], kinds: tuple[Kind, ...]) -> It
 
 
 def _misplaced(path: str, node: Mapping[str, Any], found: type, part: Part) -> Iterator[str]:
-    """Say which arguments hold classes that the parameter is not meant for."""
+    """Yield the arguments that hold classes not meant for their parameter."""
     hints = typing.get_type_hints(found.__init__)  # type: ignore[misc]
     parameters = inspect.signature(found).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # nn.Module's own do
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # as nn.Module does
     for key, value in node.items():
         if takes_any and key not in (*parameters, "_target_", "_partial_"):
             yield f"{path}: {node['_target_']} has no parameter {key!r}"
@@ -267,7 +268,7 @@ def _misplaced(path: str, node: Mapping[str, Any], found: type, part: Part) -> I
 
 
 def _not_taken(path: str, value: Any, hints: tuple[Any, ...], part: Part) -> Iterator[str]:
-    """Go through the values of an argument; `hints` are the types that its parameter takes."""
+    """Yield the values of an argument whose parameter, of the types `hints`, does not take them."""
     options = [option for hint in hints for option in _alternatives(hint)]
     if isinstance(value, list | tuple):
         for position, item in enumerate(value):
@@ -287,7 +288,7 @@ def _alternatives(hint: Any) -> list[Any]:
 
 
 def _types_within(options: list[Any]) -> tuple[Any, ...]:
-    """Return the types of the values of lists and mappings."""
+    """Return the types of the values in lists and mappings."""
     inner: list[Any] = []
     for option in options:
         origin, arguments = typing.get_origin(option), typing.get_args(option)
@@ -299,18 +300,18 @@ def _types_within(options: list[Any]) -> tuple[Any, ...]:
 
 
 def _takes(option: Any, found: type, node: Mapping[str, Any]) -> bool:
-    """Whether a parameter of this type takes what the node builds."""
+    """Return whether a parameter of this type takes what the node builds."""
     if typing.get_origin(option) is Callable:
         if not node.get("_partial_"):
             return any("__call__" in vars(base) for base in found.__mro__)
-        option = typing.get_args(option)[-1]  # what the call gives
+        option = typing.get_args(option)[-1]  # what the call returns
     elif node.get("_partial_"):
         return False
     return inspect.isclass(option) and option not in (object, Any) and issubclass(found, option)
 
 
 def _odd_values(path: str, value: Any) -> Iterator[str]:
-    """Say what is no plain data, and which texts would refer to something else."""
+    """Yield what is not plain data, and strings that would refer to other values."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):

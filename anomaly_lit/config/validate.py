@@ -1,4 +1,4 @@
-"""Whether a configuration fits the code: names, types, and what is missing."""
+"""Check that a configuration fits the code: names, types, and missing values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEED = Annotated[int, 0, 2**32 - 1]  # what numpy takes
 COUNT = Annotated[int, 1]
 IMAGE_SIZE = int | list[int]
 
-HINTS: dict[Command, dict[str, Any]] = {  # of keys that belong to no node with a signature
+HINTS: dict[Command, dict[str, Any]] = {  # types of keys that belong to no node with a signature
     "train": {
         "seed": SEED,
         "image_size": IMAGE_SIZE,
@@ -34,7 +34,7 @@ HINTS: dict[Command, dict[str, Any]] = {  # of keys that belong to no node with 
         "ckpt_path": str | None,
         "output_dir": str,
         "method": dict,
-        "dataset._target_": str | None,  # null: as in training, as for all below
+        "dataset._target_": str | None,  # null: as in training; the same below
         "dataset.root": str | None,
         "dataset.categories": str | list[str] | None,
         "dataset.batch_size": int | None,
@@ -66,21 +66,21 @@ HINTS: dict[Command, dict[str, Any]] = {  # of keys that belong to no node with 
     },
 }
 
-NODES: dict[Command, tuple[str, ...]] = {  # keys whose values say by `_target_` what they are
+NODES: dict[Command, tuple[str, ...]] = {  # keys whose values have a `_target_`
     "train": ("callbacks", "dataset", "logger", "method", "pruning", "step", "trainer"),
     "test": ("dataset", "method"),
     "predict": (),
     "data": ("dataset",),
 }
-NAMED = ("callbacks", "logger")  # whose values are several nodes, by name
+NAMED = ("callbacks", "logger")  # keys that hold several nodes, by name
 
 
 def validate(config: Mapping[str, Any], command: Command | None = "train") -> None:
-    """Compare every `_target_` node with the signature it is meant for, and a command's own keys.
+    """Check every `_target_` node against its signature, and the command's own keys.
 
     Args:
         config: The composed configuration as plain data.
-        command: Whose configuration it is; None for a part, of which only nodes are compared.
+        command: The command it belongs to; None for a part, of which only nodes are checked.
 
     Raises:
         UserError: Lists every unknown, missing or ill-typed parameter with its path.
@@ -90,7 +90,7 @@ def validate(config: Mapping[str, Any], command: Command | None = "train") -> No
     problems += [
         problem
         for path, node in nodes(config)
-        if f"{path}._target_" not in hints  # else the node is complete with the checkpoint's alone
+        if f"{path}._target_" not in hints  # else the checkpoint completes the node
         for problem in _misfits(path, node)
     ]
     for path, hint in hints.items():
@@ -104,7 +104,7 @@ def validate(config: Mapping[str, Any], command: Command | None = "train") -> No
 
 
 def _strangers(config: Mapping[str, Any], command: Command) -> Iterator[str]:
-    """Say which keys nobody would read: Hydra adds any with `+KEY=VALUE`."""
+    """Yield the keys that nothing reads: Hydra adds any key with `+KEY=VALUE`."""
     hints = HINTS[command]
     sections = {path.rpartition(".")[0] for path in hints if "." in path}
     known = {path.partition(".")[0] for path in hints} | {*NODES[command]}
@@ -135,13 +135,13 @@ def _misfits(path: str, node: Mapping[str, Any]) -> Iterator[str]:
     function = target.__init__ if inspect.isclass(target) else target
     try:
         parameters = dict(inspect.signature(target).parameters)
-    except ValueError:  # a builtin that does not tell
+    except ValueError:  # a builtin without a signature
         return
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     given = {key: value for key, value in node.items() if not key.startswith("_")}
     try:
         hints = typing.get_type_hints(function)
-    except Exception:  # an annotation that only a type checker can read
+    except Exception:  # an annotation that only a type checker can resolve
         hints = {}
     for key, value in given.items():
         if key not in parameters:
@@ -161,17 +161,17 @@ def _misfits(path: str, node: Mapping[str, Any]) -> Iterator[str]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether plain data may be passed where ``hint`` is expected; unknown hints accept all."""
+    """Return whether plain data fits a parameter of type `hint`; unknown hints take anything."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, Mapping) and "_target_" in value:
-        return True  # built before it is passed
+        return True  # is built before it is passed on
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, argument) for argument in arguments)
     if origin is typing.Literal:
         return value in arguments
     if hint is None or hint is type(None):
         return value is None
-    if origin is Annotated:  # with the least, and perhaps the greatest number
+    if origin is Annotated:  # with the smallest and possibly the largest number
         kind, least, *greatest = arguments
         return fits(value, kind) and value >= least and all(value <= most for most in greatest)
     if hint is bool or hint is str:

@@ -1,1 +1,1 @@
-"""From a checkpoint to verdicts."""
+"""From a checkpoint to verdicts on images."""

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, read without running any code that it might hold."""
+"""Read what a checkpoint holds, without running any code in it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from anomaly_lit.types import UserError
 
 FORMAT_VERSION = 2  # of the checkpoints that this version writes
 OLDEST_READABLE = 2
-WRITERS = {1: "0.1"}  # which version of anomaly_lit wrote a format that is no longer read
-RECORD = b"PK\x03\x04"  # how a zip archive begins, and so every checkpoint
+WRITERS = {1: "0.1"}  # the version of anomaly_lit that wrote each old format
+RECORD = b"PK\x03\x04"  # the first bytes of a zip archive, and so of every checkpoint
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return the plain content of a checkpoint; no code that it might hold is run.
+    """Return the plain content of a checkpoint, without running any code in it.
 
     The checksum of every record is compared first, which takes about a millisecond for each MB.
 
     Raises:
-        UserError: The file is absent, damaged, of another kind or of another format.
+        UserError: The file is missing, damaged, not a checkpoint, or of another format.
     """
     path = Path(path)
     try:
@@ -40,7 +40,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except pickle.UnpicklingError as error:  # torch's text advises to run whatever it holds
+    except pickle.UnpicklingError as error:  # torch's message advises running its code
         raise UserError(
             f"the checkpoint {path} is no checkpoint, or holds more than plain data: give one that "
             "anomaly-train wrote"
@@ -56,10 +56,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def check_archive(file: BinaryIO, path: Path) -> None:
-    """Compare every record of a zip archive with its checksum, a part at a time.
+    """Compare every record of a zip archive with its checksum, chunk by chunk.
 
     Raises:
-        UserError: The file is empty, cut short, changed, or no archive as torch writes it.
+        UserError: The file is empty, truncated, changed, or not an archive as torch writes it.
     """
     size = os.fstat(file.fileno()).st_size
     if not size:
@@ -72,7 +72,7 @@ def check_archive(file: BinaryIO, path: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
-            odd = any(  # torch reads a record marked as a folder as whatever lies in memory
+            odd = any(  # torch would read uninitialised memory for a record marked as a folder
                 record.compress_type != zipfile.ZIP_STORED or record.external_attr
                 for record in records
             )
@@ -81,7 +81,7 @@ def check_archive(file: BinaryIO, path: Path) -> None:
             damaged = archive.testzip()
     except OSError:
         raise
-    except Exception as error:  # zipfile raises all kinds
+    except Exception as error:  # zipfile raises many kinds
         raise UserError(
             f"the checkpoint {path} is damaged or cut short ({error}): copy it again or use "
             "another one"
@@ -94,10 +94,10 @@ def check_archive(file: BinaryIO, path: Path) -> None:
 
 
 def build_method(config: Mapping[str, Any], trust: bool = False) -> Method:
-    """Build the untrained method of a checkpoint's configuration, without weights of a backbone.
+    """Build the untrained method of a checkpoint's configuration, without backbone weights.
 
     Raises:
-        UserError: It names what a checkpoint may not name, or does not fit the code.
+        UserError: It names something that a checkpoint may not name, or does not fit the code.
     """
     return instantiate(admit(config["method"], "method", trust), "method")
 
@@ -106,7 +106,7 @@ def method_of(checkpoint: Mapping[str, Any], trust: bool = False) -> Method:
     """Build the method of a checkpoint with its weights.
 
     Raises:
-        UserError: As `build_method`, or the weights do not fit the configuration.
+        UserError: As in `build_method`, or the weights do not fit the configuration.
     """
     method = build_method(checkpoint["anomaly_lit"]["config"], trust)
     try:
@@ -124,7 +124,7 @@ def geometry_of(config: Mapping[str, Any]) -> Resize:
     """Return the geometry with which the images of a run were read.
 
     Raises:
-        UserError: The configuration has none, or its values are of another type.
+        UserError: The configuration has none, or its values have the wrong type.
     """
     dataset = config["dataset"]
     names = {"image_size": "image_size", "resize": "policy", "center_crop": "center_crop",
@@ -141,13 +141,13 @@ def _opened(path: Path) -> BinaryIO:
         raise UserError(f"the checkpoint {path} is a folder; set ckpt_path={hint}")
     if not path.exists():
         raise UserError(f"the checkpoint {path} does not exist; set ckpt_path=FILE")
-    if not path.is_file():  # opening a pipe would wait for its other end
+    if not path.is_file():  # opening a pipe would wait for a writer
         raise UserError(f"the checkpoint {path} is no regular file; set ckpt_path=FILE")
     return path.open("rb")
 
 
 def _check_content(checkpoint: Any, path: Path) -> None:
-    """Refuse what lacks a part, and formats that this version does not read."""
+    """Raise if a part is missing, or this version does not read the format."""
     entry = checkpoint.get("anomaly_lit") if isinstance(checkpoint, Mapping) else None
     if not isinstance(entry, Mapping) or "config" not in entry:
         raise UserError(
@@ -172,7 +172,7 @@ def _check_content(checkpoint: Any, path: Path) -> None:
 
 
 def check_format(version: Any, path: Path) -> None:
-    """Refuse formats of checkpoints that this version does not read.
+    """Raise if this version does not read a checkpoint's format.
 
     Raises:
         UserError: The format is older than `OLDEST_READABLE` or newer than `FORMAT_VERSION`.

@@ -1,4 +1,4 @@
-"""From a checkpoint to a detector, without Hydra, a hub or the files of the training machine."""
+"""Load a detector from a checkpoint, without Hydra, a hub or files of the training machine."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from anomaly_lit.inference.openvino import OpenVINO, check_installed
 from anomaly_lit.methods.base import Method
 from anomaly_lit.types import Batch, Prediction, UserError
 
-ALONE = (str, Path, bytes, io.IOBase, np.ndarray, Image.Image)  # one picture, not several
+ALONE = (str, Path, bytes, io.IOBase, np.ndarray, Image.Image)  # one image, not several
 Picture = str | Path | bytes | IO[bytes] | np.ndarray | Image.Image
 
 
 class Finding(NamedTuple):
-    """What a detector says of one image."""
+    """What a detector says about one image."""
 
     score: float
     threshold: float  # NaN without held-out images in training
-    verdict: str  # good, defect, or unknown without a threshold or a finite score
-    anomaly_map: np.ndarray | None  # (H, W) float32 at the picture's own size; None without maps
-    image: np.ndarray  # (H, W, 3) uint8, the picture as it was read
+    verdict: str  # good, defect, or unknown (no threshold, or no finite score)
+    anomaly_map: np.ndarray | None  # (H, W) float32 at the image's own size; None without maps
+    image: np.ndarray  # (H, W, 3) uint8, the image as it was read
 
 
 class Detector:
-    """A trained method with the geometry and the thresholds that belong to it.
+    """A trained method with its input geometry and its thresholds.
 
     Args:
         method: The trained method.
-        resize: Geometry of its input.
+        resize: Geometry of the method's input.
         calibration: Thresholds by category; empty if there were no held-out images.
-        engine: What computes, ``torch`` or, on a CPU, ``openvino``; see ``load``.
+        engine: What computes: `torch` or, on a CPU, `openvino`; see `load`.
 
     Raises:
         UserError: There is no such engine, or it is not installed.
@@ -67,11 +67,11 @@ class Detector:
 
     @property
     def categories(self) -> list[str]:
-        """Categories that have a threshold of their own."""
+        """The categories that have a threshold of their own."""
         return list(self.calibration.get("categories", {}))
 
     def to(self, device: str | torch.device) -> Detector:
-        """Moves the network.
+        """Move the network.
 
         Raises:
             UserError: The engine computes on a CPU only.
@@ -88,18 +88,19 @@ class Detector:
         batch_size: int = 16,
         max_pixels: int | None = MAX_PIXELS,
     ) -> list[Finding]:
-        """Scores pictures of any size.
+        """Score images of any size.
 
         Args:
-            images: Paths, bytes or open files of pictures, Pillow images, (H, W, 3) uint8 arrays
-                whose channels are red, green, blue, or one of these.
-            category: Whose threshold to use; None takes the only one, else that of all together.
+            images: A list, or a single one, of these: paths, bytes or open files of images, Pillow
+                images, (H, W, 3) uint8 arrays with channels red, green, blue.
+            category: Category whose threshold to use; None takes the only one, or else that of all
+                together.
             batch_size: Images scored at once.
             max_pixels: Pixels of the largest file that is read; None sets no limit.
 
         Raises:
-            UserError: A picture cannot be read, the category is unknown, or the engine cannot do
-                what the method needs.
+            UserError: An image cannot be read, the category is unknown, or the engine lacks
+                something that the method needs.
         """
         if category is not None and category not in self.categories:
             known = ", ".join(self.categories) or "none"
@@ -146,7 +147,7 @@ class Detector:
         ]
 
     def _score(self, batch: Batch) -> Prediction:
-        """Scores images of one category."""
+        """Score images of one category."""
         if self.engine == "torch":
             with torch.inference_mode():
                 return self.method.score_batch(batch)
@@ -162,19 +163,19 @@ def load(
     trust: bool = False,
     engine: Literal["torch", "openvino"] = "torch",
 ) -> Detector:
-    """Loads a detector from a checkpoint that ``anomaly-train`` wrote.
+    """Load a detector from a checkpoint that `anomaly-train` wrote.
 
     Args:
         path: The checkpoint.
-        device: Such as ``cpu`` or ``cuda``; None takes a GPU if there is one.
-        trust: Build whatever classes the checkpoint names, which may run any code; false allows
-            only those of `anomaly_lit.config.trust`.
-        engine: ``torch``, or ``openvino``, which is faster on a CPU but takes seconds to start
+        device: For example `cpu` or `cuda`; None takes a GPU if there is one.
+        trust: Build any class that the checkpoint names, which may run any code; false allows only
+            the classes of `anomaly_lit.config.trust`.
+        engine: `torch`, or `openvino`, which is faster on a CPU but takes seconds to start
             and compares its first maps with torch's.
 
     Raises:
-        UserError: The file is absent, damaged, of another kind, or names foreign code; the engine
-            is unknown, not installed, or not for this device.
+        UserError: The file is missing, damaged, not a checkpoint, or names code that is not
+            allowed; or the engine is unknown, not installed, or not for this device.
     """
     checkpoint = read_checkpoint(path)
     entry = checkpoint["anomaly_lit"]

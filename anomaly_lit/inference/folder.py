@@ -1,4 +1,4 @@
-"""A folder of pictures: find them, judge them, write verdicts, overlays and maps."""
+"""A folder of images: find them, judge them, write verdicts, overlays and maps."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from anomaly_lit.types import UserError
 VERDICTS = "predictions.csv"
 OVERLAYS, MAPS = "overlays", "maps"
 COLUMNS = ("path", "category", "score", "threshold", "verdict", "error")
-MOST_PIXELS = 64_000_000  # of the pictures that are held in memory at once
-LONGEST_NAME = 255  # bytes of a file's name, on most file systems
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of a formula
+MOST_PIXELS = 64_000_000  # of the images held in memory at once
+LONGEST_NAME = 255  # bytes in a file's name, on most file systems
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what starts a formula in a spreadsheet
 
 
 class Found(NamedTuple):
-    """The pictures of a source, and the folder that their names are relative to."""
+    """The images of a source, and the folder that their names are relative to."""
 
     paths: list[Path]
     root: Path
-    results: list[Path]  # folders of earlier results, which were passed over
-    others: str = ""  # how many other files were passed over, in words
+    results: list[Path]  # folders of earlier results, which were skipped
+    others: str = ""  # how many other files were skipped, in words
 
 
 def find_pictures(source: Path, output: Path) -> Found:
-    """Find the picture, or all pictures below a folder; results of this program are passed over.
+    """Find an image, or all images below a folder; earlier results of this program are skipped.
 
     Args:
-        source: A picture or a folder.
-        output: Where results will go; it may lie in the folder.
+        source: An image or a folder.
+        output: Where results will go; it may be inside the folder.
 
     Raises:
-        UserError: There is no such file, or no picture in the folder.
+        UserError: There is no such file, or no image in the folder.
     """
     if source.is_file():
         return Found([source], source.parent, [])
@@ -73,13 +73,13 @@ def find_pictures(source: Path, output: Path) -> Found:
 
 
 def batches_of(paths: list[Path], most: int) -> Iterator[list[Path]]:
-    """Give at most so many paths at once, fewer where pictures are large; one at least."""
+    """Yield at most `most` paths at a time, fewer if images are large, but at least one."""
     batch: list[Path] = []
     pixels = 0
     for path in paths:
         try:
             own = math.prod(read_header(path).size)
-        except UserError:  # told when it is judged
+        except UserError:  # reported when it is judged
             own = 0
         if batch and (len(batch) >= most or pixels + own > MOST_PIXELS):
             yield batch
@@ -91,10 +91,10 @@ def batches_of(paths: list[Path], most: int) -> Iterator[list[Path]]:
 
 
 class Judge:
-    """Judges pictures and writes what it finds as it goes, so that no later fault loses it.
+    """Judge images and write results along the way, so that a later error loses none.
 
     Args:
-        detector: Scores the pictures.
+        detector: Scores the images.
         root: Folder that the names of overlays and maps are relative to.
         directory: Where `predictions.csv`, `overlays` and `maps` are written.
         category: Whose threshold to use; None takes the only one, else that of all together.
@@ -138,7 +138,7 @@ class Judge:
         self._file.close()
 
     def judge(self, paths: list[Path]) -> None:
-        """Judge a batch; a picture that cannot be read is noted and does not stop the others."""
+        """Judge a batch; an image that cannot be read is noted and does not stop the others."""
         read: dict[Path, Pixels] = {}
         errors: dict[Path, str] = {}
         for path in paths:
@@ -148,7 +148,7 @@ class Judge:
                 errors[path] = printable(str(error))
         findings = self.detector.predict([*read.values()], self.category, len(read) or 1)
         found = dict(zip(read, findings, strict=True))
-        with ThreadPoolExecutor() as pool:  # pictures take longer to write than to judge
+        with ThreadPoolExecutor() as pool:  # images take longer to write than to judge
             list(pool.map(self._save, found, found.values()))
         for path in paths:
             self._note(path, found.get(path), errors.get(path, ""))
@@ -156,7 +156,7 @@ class Judge:
 
     @property
     def all_judged(self) -> bool:
-        """Whether every picture got a verdict that something stands behind."""
+        """Return whether every image got a verdict of good or defect."""
         return not (self.counts.get("unknown") or self.counts.get("unreadable"))
 
     def _save(self, path: Path, finding: Finding) -> None:
@@ -194,15 +194,15 @@ class Judge:
 
 
 def name_of(path: Path) -> Path:
-    """Return the name of what is written about a picture: its own, mirrored in another folder.
+    """Return the name for what is written about an image: its own, mirrored in another folder.
 
-    A name that would be too long with its new ending is cut, and gets a hash of the whole.
+    A name that would be too long with its new ending is cut and gets a hash of the full name.
 
     Args:
-        path: Of the picture, relative to the folder that was judged.
+        path: The image's path, relative to the folder that is judged.
     """
     name = os.fsencode(path.name)
-    room = LONGEST_NAME - len(".12345678.png") - 8  # also for the name of a draft
+    room = LONGEST_NAME - len(".12345678.png") - 8  # also leaves room for the name of a draft
     if len(name) <= room:
         return path
     mark = hashlib.sha256(name).hexdigest()[:12]
@@ -210,10 +210,10 @@ def name_of(path: Path) -> Path:
 
 
 def printable(text: str | Path) -> str:
-    """Return a text for terminals and UTF-8 files; bytes that are no UTF-8 are spelt out."""
+    """Return text for terminals and UTF-8 files; bytes that are not UTF-8 are spelt out."""
     return os.fsencode(str(text)).decode("utf-8", "backslashreplace")
 
 
 def cell(text: str) -> str:
-    """Return a text that no spreadsheet takes for a formula: behind an apostrophe if it would."""
+    """Return text that no spreadsheet takes for a formula: an apostrophe is added if needed."""
     return f"'{text}" if text.startswith(FORMULA) else text

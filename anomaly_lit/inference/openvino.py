@@ -1,4 +1,4 @@
-"""OpenVINO in the place of torch, for scoring on a CPU."""
+"""OpenVINO in place of torch, for scoring on a CPU."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from anomaly_lit.methods.base import Method
 from anomaly_lit.types import Batch, Prediction, UserError
 
 NEEDED = ("openvino", "onnx", "onnxscript")
-FURTHEST = 1e-3  # of a map's range; a threshold is no more exact than that
+FURTHEST = 1e-3  # of a map's range; a threshold is not more precise than this
 
 
 class OpenVINO:
     """A trained method's scoring, compiled for the CPU in float32.
 
-    Compiling takes some 5 to 10 seconds and is for images of one size and category. Images are then
-    scored one at a time, which is as fast as a batch (``benchmarks/README.md``, inference).
+    Compiling takes about 5 to 10 seconds and holds for images of one size and category. Images are
+    then scored one at a time, which is as fast as in batches (`benchmarks/README.md`, inference).
 
     Args:
         method: On the CPU, in evaluation mode.
-        category: Of the images.
-        image: (B, 3, H, W) float32 in [0, 1]. What comes out for the first and for seven variants
-            of it is compared with torch.
+        category: Category of the images.
+        image: (B, 3, H, W) float32 in [0, 1]. Results for the first image and for seven variants of
+            it are compared with torch's.
 
     Raises:
         UserError: The method cannot be exported, or OpenVINO's maps and scores differ from torch's
-            by more than 0.1 % of their range, or are not numbers.
+            by more than 0.1 % of their range, or are NaN.
     """
 
     def __init__(self, method: Method, category: str, image: Tensor) -> None:
@@ -56,7 +56,7 @@ class OpenVINO:
             self._compare(scoring(shown), self(shown))
 
     def __call__(self, image: Tensor) -> Prediction:
-        """(B, 3, H, W) float32 in [0, 1] to maps and scores, as ``Method.score_batch``."""
+        """Map (B, 3, H, W) float32 in [0, 1] to maps and scores, like `Method.score_batch`."""
         found: list[Any] = [self._model(one[None]) for one in image.numpy()]
         maps, scores = (
             torch.from_numpy(np.concatenate([each[i] for each in found])) for i in (0, 1)
@@ -67,10 +67,10 @@ class OpenVINO:
         span = expected[0].amax(dim=(1, 2, 3)) - expected[0].amin(dim=(1, 2, 3))
         assert found.anomaly_map is not None
         away = (found.anomaly_map - expected[0]).abs().amax(dim=(1, 2, 3))
-        span = span.clamp(min=1e-12)  # of a flat map
+        span = span.clamp(min=1e-12)  # for a flat map
         scores = (found.score - expected[1]).abs() / torch.maximum(span, expected[1].abs())
         worst = float(torch.maximum(away / span, scores).max())
-        if not worst <= FURTHEST:  # NaN counts
+        if not worst <= FURTHEST:  # also true for NaN
             raise UserError(
                 f"engine=openvino gives maps or scores that differ from torch's by {worst:.2%} of "
                 f"their range, where {FURTHEST:.2%} is allowed: thresholds taken in training would "
@@ -79,13 +79,13 @@ class OpenVINO:
 
 
 def probes(image: Tensor) -> Tensor:
-    """Of (1, 3, H, W) all four flips, as they are and at two thirds of the brightness: (8, ...)."""
+    """Return the four flips of (1, 3, H, W), as they are and at two thirds brightness: (8, ...)."""
     flips = [image, image.flip(2), image.flip(3), image.flip(2, 3)]
     return torch.cat([*flips, *(flip / 1.5 for flip in flips)])
 
 
 class Scoring(nn.Module):
-    """A method as a network of tensors alone, for images of one category."""
+    """A method as a network that takes and gives tensors only, for images of one category."""
 
     def __init__(self, method: Method, category: str) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Scoring(nn.Module):
         self.category = category
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) to the maps (B, 1, H, W) and the scores (B,), float32."""
+        """Map (B, 3, H, W) to the maps (B, 1, H, W) and the scores (B,), float32."""
         batch: Batch = {"image": image, "category": [self.category] * len(image)}  # type: ignore[typeddict-item]
         anomaly_map, score = self.method.predict_batch(batch)
         assert anomaly_map is not None
@@ -101,20 +101,20 @@ class Scoring(nn.Module):
 
 
 def export(scoring: Scoring, image: Tensor, file: Path) -> None:
-    """Writes an ONNX file for images of one shape.
+    """Write an ONNX file for images of one shape.
 
     Raises:
-        UserError: The method does what ONNX cannot say.
+        UserError: The method does something that ONNX cannot express.
     """
     heard = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # hundreds of lines on what exporters fold
+    logging.disable(logging.ERROR)  # exporters log hundreds of lines
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(scoring, (image.clone(),), dynamo=True, verbose=False)
             assert program is not None
             program.save(file)
-    except Exception as error:  # exporters raise all kinds
+    except Exception as error:  # exporters raise many kinds
         while error.__cause__ is not None:
             error = error.__cause__  # type: ignore[assignment]
         reason = (str(error).strip() or repr(error)).splitlines()[0]
@@ -127,18 +127,18 @@ def export(scoring: Scoring, image: Tensor, file: Path) -> None:
 
 
 def compiled(file: Path, threads: int) -> Any:
-    """OpenVINO's model of an ONNX file: called with an array, it gives the arrays that come out."""
+    """Return OpenVINO's model of an ONNX file: called with an array, it gives the output arrays."""
     core = silent_openvino().Core()
     settings = {
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",  # its own choice may be bfloat16
+        "INFERENCE_PRECISION_HINT": "f32",  # by default it may choose bfloat16
         "PERFORMANCE_HINT": "LATENCY",  # one request at a time
     }
     return core.compile_model(core.read_model(file), "CPU", settings)
 
 
 def silent_openvino() -> ModuleType:
-    """OpenVINO, whose import reports itself to a server where ``openvino_telemetry`` is found."""
+    """Import OpenVINO without `openvino_telemetry`, which would report the import to a server."""
     unseen = "openvino_telemetry"
     hidden = unseen not in sys.modules
     if hidden:
@@ -151,7 +151,7 @@ def silent_openvino() -> ModuleType:
 
 
 def check_installed() -> None:
-    """Looks for what the engine needs.
+    """Check that the packages of the engine are installed.
 
     Raises:
         UserError: A package is missing.

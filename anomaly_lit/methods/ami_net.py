@@ -193,7 +193,7 @@ class InpaintingNetwork(nn.Module):
         self.apply(init_linear).apply(init_as_one)
 
     def forward(self, tokens: Tensor, hidden: Tensor, jitter: float = 0.0) -> Tensor:
-        """(B, N, token_dim) and (B, N) bool to (B, N, token_dim)."""
+        """Map (B, N, token_dim) and (B, N) bool to (B, N, token_dim)."""
         x = self.embed(tokens)
         x = torch.where(hidden[..., None], self.mask_token.to(x.dtype), x)
         x = add_jitter(x, jitter) + self.positions
@@ -217,7 +217,7 @@ class ClusterBranch(nn.Module):
         self.blocks.apply(init_linear).apply(init_as_one)
 
     def forward(self, tokens: Tensor, jitter: float = 0.0) -> tuple[Tensor, Tensor]:
-        """(B, N, token_dim) to embedded patches (B, N, dim) and centres (B, K, dim).
+        """Map (B, N, token_dim) to embedded patches (B, N, dim) and centres (B, K, dim).
 
         Noise reaches the centres alone: distances are taken from the clean patches.
         """

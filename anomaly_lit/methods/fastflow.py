@@ -120,7 +120,7 @@ class FastFlow(Method):
             self.averaged.update_parameters(self.flows)
 
     def scoring_flows(self) -> nn.ModuleList:
-        """The averaged flows, where an average is kept."""
+        """Return the averaged flows, where an average is kept."""
         if self.averaged is None:
             return self.flows
         assert isinstance(self.averaged.module, nn.ModuleList)
@@ -184,7 +184,7 @@ class Flow(nn.Module):
         )
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, h, w) to noise of the same shape and (B,) log determinants.
+        """Map (B, C, h, w) to noise of the same shape and (B,) log determinants.
 
         The determinant is that of the steps: the normalisation before them is part of the data.
         """
@@ -238,7 +238,7 @@ class CouplingStep(nn.Module):
         self.register_buffer("permutation", torch.randperm(channels))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, h, w) to the same and the (B,) log determinant."""
+        """Map (B, C, h, w) to the same and the (B,) log determinant."""
         kept, changed = x.split(self.halves, dim=1)
         changed, log_det = _couple(changed, self.subnet(kept), self.clamp)
         if self.other_subnet is not None:
@@ -271,7 +271,7 @@ def _subnet(read: int, changed: int, kernel: int, hidden_ratio: float) -> nn.Seq
 
 
 def _couple(x: Tensor, answer: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
-    """The changed half, and the (B,) log determinant."""
+    """Return the changed half, and the (B,) log determinant."""
     raw, shift = (0.1 * answer).chunk(2, dim=1)
     log_scale = clamp * torch.tanh(raw)
     return x * log_scale.exp() + shift, log_scale.sum(dim=(1, 2, 3))

@@ -154,7 +154,7 @@ class Student(nn.Module):
         self.register_buffer("std", teacher.std.clone(), persistent=False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) in [0, 1] to the maps of all of the teacher's stages but the last."""
+        """Map (B, 3, H, W) in [0, 1] to the maps of all of the teacher's stages but the last."""
         return list(self.network((image - self.mean) / self.std))
 
 
@@ -264,17 +264,17 @@ class BasicBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) to the same."""
+        """Map (B, C, h, w) to the same."""
         return F.relu(x + self.body(x))
 
 
 def distance(teacher: Tensor, student: Tensor) -> Tensor:
-    """(B, 1, h, w): 1 - cosine of channel vectors, half the squared distance of unit vectors."""
+    """Return (B, 1, h, w): 1 - cosine of channel vectors, half the squared distance of unit vectors."""
     return 1 - F.cosine_similarity(teacher.float(), student.float(), dim=1)[:, None]
 
 
 def at_size(map_: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, 1, h, w) to (B, 1, *size), bilinear."""
+    """Map (B, 1, h, w) to (B, 1, *size), bilinear."""
     return F.interpolate(map_, (size[0], size[1]), mode="bilinear")
 
 

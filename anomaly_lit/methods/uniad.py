@@ -123,7 +123,7 @@ class UniAD(Method):
             silence(self.head)
 
     def reconstruct(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) to the same, in float32; with jitter in training."""
+        """Map (B, C, h, w) to the same, in float32; with jitter in training."""
         tokens = features.flatten(2).transpose(1, 2)  # (B, N, C)
         tokens = self.embed(add_jitter(tokens, self.jitter if self.training else 0.0))
         positions = self.positions()
@@ -179,7 +179,7 @@ class QueryDecoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, encoded: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
-        """(B, N, dim), (N, dim) and (N, N) bool to (B, N, dim)."""
+        """Map (B, N, dim), (N, dim) and (N, N) bool to (B, N, dim)."""
         output = encoded
         for layer in self.layers:
             output = layer(encoded, output, positions, allowed)

@@ -154,12 +154,12 @@ def aupimo(
 
 
 def curves(anomaly_map: Tensor, gt_mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """The ROC, precision-recall and per-region overlap curves; arguments as in `aupro`."""
+    """Return the ROC, precision-recall and per-region overlap curves; arguments as in `aupro`."""
     return ranking_curves(_rank_maps(anomaly_map, gt_mask))
 
 
 def item_curves(scores: Tensor, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """The ROC and precision-recall curves of scores; arguments as in `auroc`."""
+    """Return the ROC and precision-recall curves of scores; arguments as in `auroc`."""
     found = ranking_curves(rank_items(scores, labels))
     return {name: found[name] for name in ("roc", "pr")}
 

@@ -157,5 +157,5 @@ class ImageMetrics(Metric):
 
 
 def _listed(state: list[Tensor] | Tensor) -> list[Tensor]:
-    """A list state is one tensor once processes are joined."""
+    """Return a list state is one tensor once processes are joined."""
     return [state] if isinstance(state, Tensor) else state

@@ -201,7 +201,7 @@ class PixelMetrics(Metric):
             setattr(self, name, [])
 
     def _rank(self) -> Ranking:
-        """The one ordering of all scores; ends in the bins if they are used at all."""
+        """Return the one ordering of all scores; ends in the bins if they are used at all."""
         if self.unfinite_images:
             finite = [torch.ones(0, dtype=torch.bool), *(part.cpu() for part in self._finite)]
             _raise_unfinite(self._names, torch.cat(finite))
@@ -245,13 +245,13 @@ class PixelMetrics(Metric):
         return values | {f"{name}_bound": estimate.bound for name, estimate in estimates.items()}
 
     def curves(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The curves behind the values: see `ranking_curves`; in bins their corners."""
+        """Return the curves behind the values: see `ranking_curves`; in bins their corners."""
         with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
             return ranking_curves(self._rank())
 
 
 def _split(scores: Tensor, regions: Regions) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The parts of a batch, in the order of HELD."""
+    """Return the parts of a batch, in the order of HELD."""
     device, images = scores.device, regions.defective
     normal = scores.index_select(0, send((~images).nonzero().squeeze(1), device)).flatten()
     anomalous = scores.index_select(0, send(images.nonzero().squeeze(1), device)).flatten()
@@ -260,7 +260,7 @@ def _split(scores: Tensor, regions: Regions) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def _listed(state: list[Tensor] | Tensor) -> list[Tensor]:
-    """A list state is one tensor once processes are joined."""
+    """Return a list state is one tensor once processes are joined."""
     return [state] if isinstance(state, Tensor) else state
 
 

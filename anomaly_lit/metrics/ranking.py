@@ -236,7 +236,7 @@ def ranking_aupimo(ranking: Ranking, limits: tuple[float, float] = AUPIMO_LIMITS
 
 
 def _points(before: Tensor, after: Tensor, y: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """The corners of a curve from (0, 0) to (1, 1), two for each group: (2 G + 2,)."""
+    """Return the corners of a curve from (0, 0) to (1, 1), two for each group: (2 G + 2,)."""
     x = torch.stack([before, after], dim=1).flatten() / total
     y = torch.stack([_before(y), y], dim=1).flatten()
     zero, one = y.new_zeros(1), y.new_ones(1)

@@ -110,7 +110,7 @@ def find_regions(gt_mask: Tensor) -> Regions:
 
 
 def _find_on_device(gt_mask: Tensor) -> Regions:
-    """The same by kornia's union-find, for masks that are on a GPU already."""
+    """Return the same by kornia's union-find, for masks that are on a GPU already."""
     mask = gt_mask.flatten(1)
     position = mask.flatten().nonzero().squeeze(1)
     labels = _label_on_device(gt_mask).flatten()[position]

@@ -94,7 +94,7 @@ def grid_of(image_size: int | Sequence[int], stride: int) -> tuple[int, int]:
 
 
 def pooled_maximum(anomaly_map: Tensor, window: int) -> Tensor:
-    """(B,) greatest mean over a square window that lies within the (B, 1, H, W) map."""
+    """Return (B,) greatest mean over a square window that lies within the (B, 1, H, W) map."""
     height, width = anomaly_map.shape[-2:]
     size = (min(window, height), min(window, width))
     return F.avg_pool2d(anomaly_map, size, stride=1).amax(dim=(1, 2, 3))

@@ -30,7 +30,7 @@ class Attention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None
     ) -> Tensor:
-        """(B, N, dim), (B, M, dim), (B, M, dim) and (N, M) bool or None to (B, N, dim)."""
+        """Map (B, N, dim), (B, M, dim), (B, M, dim) and (N, M) bool or None to (B, N, dim)."""
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, dim / heads)
             for part in (self.query(query), self.key(key), self.value(value))

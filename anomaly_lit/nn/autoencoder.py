@@ -26,7 +26,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) to the maps of all stages, finest first."""
+        """Map (B, 3, H, W) to the maps of all stages, finest first."""
         maps = []
         for stage in self.stages:
             image = stage(image)

@@ -56,7 +56,7 @@ class LearnedPositions(nn.Module):
         self.column = nn.Parameter(torch.rand(columns, dim // 2))
 
     def forward(self) -> Tensor:
-        """(N, dim): the column's code, then the row's."""
+        """Return (N, dim): the column's code, then the row's."""
         rows, columns = len(self.row), len(self.column)
         column = self.column.expand(rows, -1, -1)
         row = self.row[:, None].expand(-1, columns, -1)
@@ -84,7 +84,7 @@ class NeighbourEncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
-        """(B, N, dim), (N, dim) and (N, N) bool to (B, N, dim)."""
+        """Map (B, N, dim), (N, dim) and (N, N) bool to (B, N, dim)."""
         placed = tokens + positions
         tokens = self.norm1(tokens + self.dropout(self.attention(placed, placed, tokens, allowed)))
         return self.norm2(tokens + self.dropout(self.mlp(tokens)))
@@ -110,7 +110,7 @@ class NeighbourEncoder(nn.Module):
         )
 
     def forward(self, tokens: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
-        """(B, N, dim), (N, dim) and (N, N) bool to (B, N, dim)."""
+        """Map (B, N, dim), (N, dim) and (N, N) bool to (B, N, dim)."""
         for layer in self.layers:
             tokens = layer(tokens, positions, allowed)
         return tokens

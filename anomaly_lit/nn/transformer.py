@@ -29,7 +29,7 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, dim) to (B, N, dim)."""
+        """Map (B, N, dim) to (B, N, dim)."""
         normed = self.norm1(tokens)
         tokens = tokens + self.attention(normed, normed, normed)
         return tokens + self.mlp(self.norm2(tokens))

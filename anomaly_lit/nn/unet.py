@@ -31,7 +31,7 @@ class UNet(nn.Module):
         self.out = nn.Conv2d(widths[0], classes, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, classes, H, W); each stage but the first halves H and W."""
+        """Map (B, C, H, W) to (B, classes, H, W); each stage but the first halves H and W."""
         stages: list[Tensor] = []
         for number, stage in enumerate(self.down):
             x = stage(F.max_pool2d(x, 2) if number else x)
@@ -50,5 +50,5 @@ def conv3(*channels: int) -> nn.Sequential:
 
 
 def doubled(x: Tensor) -> Tensor:
-    """(B, C, h, w) to (B, C, 2 h, 2 w), bilinear with aligned corners."""
+    """Map (B, C, h, w) to (B, C, 2 h, 2 w), bilinear with aligned corners."""
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)

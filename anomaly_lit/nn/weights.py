@@ -19,7 +19,7 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 def find_weights(
     name: str, weights: str, stem: str | None = None, key: str = "method.backbone.weights"
 ) -> Path | None:
-    """The file to read, or None where the weights are random or come from the hub.
+    """Return the file to read, or None where the weights are random or come from the hub.
 
     Args:
         name: timm's name with its tag, such as `resnet18.tv_in1k`.

@@ -34,7 +34,7 @@ class Run:
 
     @cached_property
     def categories(self) -> list[str]:
-        """The categories that were tested; before the test, those that will be."""
+        """Return the categories that were tested; before the test, those that will be."""
         tested = [key.split("/")[1] for key in self.metrics if key.count("/") == 2]
         told = str(self.settings.get("dataset.categories", "all")).strip("[]").split(", ")
         return list(dict.fromkeys(tested)) or [name.strip("'") for name in told]

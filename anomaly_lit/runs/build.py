@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: data, method, trainer, loggers."""
+"""Build the parts of a run from its configuration: data, method, trainer, loggers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def find_all_weights(config: dict[str, Any]) -> None:
-    """Looks for the weights of every backbone before anything heavy is imported."""
+    """Look for the weights of every backbone before anything slow is imported."""
     from anomaly_lit.nn.weights import find_weights
 
     for path, node in nodes(config["method"], "method"):
@@ -33,7 +33,7 @@ def find_all_weights(config: dict[str, Any]) -> None:
 
 
 def build(config: dict[str, Any]) -> tuple[AnomalyDataModule, Method]:
-    """Build the data module, checked, and the method, with its backbones' weights."""
+    """Build and check the data module, and build the method with its backbones' weights."""
     datamodule = build_data(config)
     if is_first_process():
         datamodule.prepare_data()
@@ -47,7 +47,7 @@ def build(config: dict[str, Any]) -> tuple[AnomalyDataModule, Method]:
 
 
 def build_data(config: dict[str, Any]) -> AnomalyDataModule:
-    """Build the data module with what method, selection and step ask of it."""
+    """Build the data module with what the method, the selection and the step require."""
     step = instantiate(config["step"], "step")
     extras = {
         "needs": sorted(import_target(config["method"]["_target_"]).needs),
@@ -58,10 +58,10 @@ def build_data(config: dict[str, Any]) -> AnomalyDataModule:
 
 
 def check_synthesis(datamodule: AnomalyDataModule, method: Method) -> None:
-    """Refuses corrupted images that nobody reads, and a method that lacks them.
+    """Raise if corrupted images are made but not read, or needed but not made.
 
     Raises:
-        UserError: What the method reads and what the data module makes do not fit.
+        UserError: What the method reads differs from what the data module makes.
     """
     name, needed = type(method).__name__, "corrupted" in method.needs
     if needed and datamodule.synthesis is None:
@@ -85,7 +85,7 @@ def build_trainer(
     signals: StopSignals,
     pruner: Pruning | None = None,
 ) -> tuple[pl.Trainer, Evaluation]:
-    """The trainer with the callbacks that every run has and those of the configuration."""
+    """Return the trainer with the callbacks of every run and those of the configuration."""
     from pytorch_lightning.callbacks import ModelCheckpoint
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -150,12 +150,12 @@ def build_trainer(
     make = instantiate({**settings, "_partial_": True})
     try:
         return make(callbacks=callbacks, logger=loggers or False, plugins=plugins), evaluation
-    except (MisconfigurationException, ImportError, ValueError) as error:  # no such device, ...
+    except (MisconfigurationException, ImportError, ValueError) as error:  # such as no device
         raise UserError(f"trainer: {error}") from error
 
 
 def check_validates(config: dict[str, Any]) -> None:
-    """Refuses a choice among validations where none would take place.
+    """Raise if weights are to be chosen by validations but there would be none.
 
     Raises:
         UserError: Training ends before the first validation.
@@ -171,10 +171,10 @@ def check_validates(config: dict[str, Any]) -> None:
 
 
 def build_loggers(config: dict[str, Any], data_digest: str) -> list[Any]:
-    """The loggers, opened before hours are spent, with the configuration written to each.
+    """Return the loggers, opened before any training, with the configuration written to each.
 
     Raises:
-        UserError: A logger's package is missing, or its service refuses or does not answer.
+        UserError: A logger's package is missing, or its service refuses or does not respond.
     """
     from anomaly_lit.files import environment
     from anomaly_lit.loggers import describe
@@ -196,7 +196,7 @@ def build_loggers(config: dict[str, Any], data_digest: str) -> list[Any]:
 
 
 def device_type(accelerator: str) -> str:
-    """Return the type of device that training will be on, such as `cpu` or `cuda`."""
+    """Return the type of device that training will use, such as `cpu` or `cuda`."""
     import torch
 
     if accelerator in ("auto", "gpu"):
@@ -205,7 +205,7 @@ def device_type(accelerator: str) -> str:
 
 
 def default_precision(accelerator: str) -> str:
-    """bf16 where the device multiplies it natively, else float32."""
+    """Return bf16 if the device supports it natively, else float32."""
     import torch
 
     if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda"):

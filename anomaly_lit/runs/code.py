@@ -1,8 +1,8 @@
 """The code that a run's numbers depend on, and a digest of what it does.
 
-Comments, docstrings and layout say nothing about numbers, and neither does code that a run never
-used: neither may train a finished run again. The digest is taken over the syntax trees of what the
-run's own `_target_`s import, directly or not.
+Comments, docstrings, layout and code that a run never used do not change its numbers, so a change
+of these must not make a finished run train again. The digest covers the syntax trees of everything
+that the run's own `_target_`s import, directly or indirectly.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import anomaly_lit
 from anomaly_lit.config.build import import_target, nodes
 
 PACKAGE = "anomaly_lit"
-# what every run's numbers depend on although no configuration names it, without what these import
+# what every run depends on although no configuration names it; what these import is left out
 ALWAYS = ("anomaly_lit.callbacks.run", "anomaly_lit.runs.fit")
-EVALUATION = "anomaly_lit.callbacks.evaluation"  # of the callbacks, the one that makes numbers
-# parts of the configuration whose code decides no number: where data is kept
+EVALUATION = "anomaly_lit.callbacks.evaluation"  # the only callback that makes numbers
+# parts of the configuration whose code changes no number: where data is kept
 APART = ("cache", "feature_cache")
 
 
@@ -53,9 +53,9 @@ def files_of(config: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
 
 
 def targets_of(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the modules that define what method, data set and evaluation are built of.
+    """Yield the modules that define the parts of method, data set and evaluation.
 
-    Those of installed libraries are left out: their versions are noted beside the results.
+    Installed libraries are left out: their versions are recorded with the results.
     """
     own = _module_of(config["method"])
     dataset = {key: value for key, value in config["dataset"].items() if key not in APART}
@@ -74,7 +74,7 @@ def _module_of(node: Mapping[str, Any]) -> str:
 
 
 def _is_installed(top: str) -> bool:
-    """Whether a module on the top level is a library's, or Python's own."""
+    """Return whether a top-level module belongs to a library or to Python itself."""
     if top in sys.stdlib_module_names:
         return True
     file = Path(sys.modules[top].__file__ or "") if top in sys.modules else Path()
@@ -82,9 +82,9 @@ def _is_installed(top: str) -> bool:
 
 
 def imported_by(root: str) -> set[str]:
-    """Return a module and all that it imports, of this package or beside a method of one's own.
+    """Return a module and everything it imports from this package or from beside a user's method.
 
-    Imports within functions count; those for type checkers only do not.
+    Imports within functions count; those that only type checkers see do not.
     """
     found: set[str] = set()
     waiting = [root]
@@ -97,9 +97,9 @@ def imported_by(root: str) -> set[str]:
 
 
 def _file_of(name: str, root: str) -> Path | None:
-    """Return the source file of a module that lies in this package, or with the module `root`.
+    """Return the source file of a module in this package, or in the same place as module `root`.
 
-    With `root` lie the modules of its package, and those beside it where it is a lone file. Nothing
+    In the same place are the modules of its package or, for a single file, those beside it. Nothing
     is imported.
     """
     top, package = root.partition(".")[0], Path(anomaly_lit.__file__).parent
@@ -118,7 +118,7 @@ def _file_of(name: str, root: str) -> Path | None:
 
 
 def _imports(name: str, root: str) -> Iterator[str]:
-    """Yield the modules that a module names; of lazy packages, those that define what is asked."""
+    """Yield the modules that a module imports; for lazy packages, those that define the names."""
     file = _file_of(name, root)
     assert file is not None
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
@@ -130,7 +130,7 @@ def _imports(name: str, root: str) -> Iterator[str]:
 
 
 def _run_time(node: ast.AST) -> Iterator[ast.AST]:
-    """Walk a tree without the branches that only a type checker reads."""
+    """Walk a tree, except for branches that only type checkers read."""
     yield node
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
         children: Iterable[ast.AST] = node.orelse
@@ -151,9 +151,9 @@ def _home_of(source: str, name: str, root: str) -> str:
 
 
 class _Read(NamedTuple):
-    """What a source file says."""
+    """What is known about a source file."""
 
-    digest: str  # of its syntax tree, without comments, docstrings and line numbers
+    digest: str  # of the syntax tree, without comments, docstrings and line numbers
     imports: tuple[tuple[int, str, tuple[str, ...]], ...]  # level, module, names
 
 
@@ -164,7 +164,7 @@ def tree_digest(file: Path) -> str:
 
 @cache
 def _read(file: Path, changed: int) -> _Read:
-    """Read a file once for each time that it was `changed`."""
+    """Read a file; once for each time of change, `changed`."""
     tree = ast.parse(file.read_bytes())
     imports: list[tuple[int, str, tuple[str, ...]]] = []
     for node in _run_time(tree):
@@ -177,7 +177,7 @@ def _read(file: Path, changed: int) -> _Read:
 
 
 def _shape(value: Any) -> Any:
-    """Return a tree as nested tuples that are the same in every version of Python."""
+    """Return a tree as nested tuples that are the same in all versions of Python."""
     if isinstance(value, list):
         return tuple(_shape(item) for item in value)
     if not isinstance(value, ast.AST):

@@ -45,11 +45,11 @@ def run(
     Args:
         config: The composed and validated configuration as plain data.
         directory: The run's folder.
-        goes_on: Whether the folder holds a checkpoint to go on from.
-        pruning: Describes a `Pruning`; None trains to the end.
+        goes_on: Whether the folder holds a checkpoint to resume from.
+        pruning: Configuration of a `Pruning`; None trains to the end.
 
     Returns:
-        The metrics, or where a study gave the run up, the step and the value.
+        The metrics or, if a study pruned the run, the step and the value.
 
     Raises:
         UserError: The data cannot be used, a package is missing, or a device has too little memory.
@@ -76,7 +76,7 @@ def run(
         )
         try:
             return whole.fit_and_test()
-        except SystemExit as end:  # how Lightning answers Ctrl-C
+        except SystemExit as end:  # Lightning's response to Ctrl-C
             raise KeyboardInterrupt from end
         except BaseException as error:
             words = in_words(error, trainer, config)
@@ -88,14 +88,14 @@ def run(
 
 
 def note_configuration(config: dict[str, Any], directory: Path) -> None:
-    """Write `config.yaml`, without passwords; a run that begins anew is no longer a pruned one."""
+    """Write `config.yaml` without passwords; a run that starts again no longer counts as pruned."""
     with replace_file(directory / "config.yaml", encoding="utf-8") as file:
         yaml.safe_dump(without_secrets(config), file, sort_keys=False)
     (directory / PRUNED).unlink(missing_ok=True)
 
 
 def in_words(error: BaseException, trainer: pl.Trainer, config: dict[str, Any]) -> str | None:
-    """Return what went wrong where the user can mend it; None where the error speaks for itself."""
+    """Return what went wrong if the user can fix it; None if the error speaks for itself."""
     lost = end_ranks(trainer, error)
     if lost:
         return lost
@@ -115,13 +115,13 @@ class Run:
     Args:
         config: The composed configuration as plain data.
         directory: The run's folder.
-        datamodule: Images, checked.
-        method: With its backbones' weights.
-        trainer: With all callbacks.
-        evaluation: The one of the callbacks that scores.
-        signals: Which of a scheduler's signals came.
-        pruner: Gives a run up within a study; None where there is none.
-        start: The checkpoint to go on from; None begins anew.
+        datamodule: The images, already checked.
+        method: The method, with its backbones' weights.
+        trainer: The trainer, with all callbacks.
+        evaluation: The callback that scores.
+        signals: Notes the scheduler's signals.
+        pruner: Ends bad trials of a study early; None outside a study.
+        start: The checkpoint to resume from; None starts anew.
     """
 
     config: dict[str, Any]
@@ -136,7 +136,7 @@ class Run:
 
     @property
     def last(self) -> Path:
-        """The checkpoint from which the run goes on if it is interrupted."""
+        """The checkpoint from which the run resumes if it is interrupted."""
         return self.directory / "checkpoints" / LAST
 
     @property
@@ -148,7 +148,7 @@ class Run:
         """Go through all steps.
 
         Returns:
-            The metrics, or where a study gave the run up, the step and the value.
+            The metrics or, if a study pruned the run, the step and the value.
         """
         timings = self.fit()
         if self.pruner is not None and self.pruner.step:
@@ -160,7 +160,7 @@ class Run:
         return record(self, timings, validation)
 
     def fit(self) -> Timings:
-        """Train, from the last checkpoint where there is one."""
+        """Train, from the last checkpoint if there is one."""
         start, cpu_start = time.perf_counter(), time.process_time()
         self.trainer.fit(
             self.method,
@@ -174,7 +174,7 @@ class Run:
         """Take thresholds from held-out images with the chosen weights, and save both.
 
         Returns:
-            What the validation logged, `val/...`; empty where nothing is held out.
+            What the validation logged, `val/...`; empty if nothing is held out.
         """
         if self.chosen != self.last:
             self.trainer.save_checkpoint(self.last)
@@ -192,7 +192,7 @@ class Run:
         return validation
 
     def test(self) -> float:
-        """Score the test images; return how many seconds that took."""
+        """Score the test images; return the time in seconds."""
         start = time.perf_counter()
         self.trainer.test(self.method, datamodule=self.datamodule, verbose=False)
         return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""What a sweep optimises: by normal images and pseudo-anomalies, never by the test set."""
+"""What a sweep optimises: metrics of normal images and pseudo-anomalies, not of the test set."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 from anomaly_lit.types import UserError
 
-PRUNED = "pruned.json"  # in the folder of a run that its study gave up
-ORACLE = "oracle/"  # in front of a metric of the test set, which then is asked for in so many words
+PRUNED = "pruned.json"  # in the folder of a run that its study pruned
+ORACLE = "oracle/"  # prefix of a metric of the test set, which must be asked for explicitly
 HIGHER_IS_BETTER = ("auroc", "ap", "f1max", "aupro", "aupimo")
 
 
 def check_objective(config: Mapping[str, Any]) -> None:
-    """Refuses, before anything is trained, an objective that cheats or that no run would have.
+    """Raise, before any training, if the objective cheats or if no run would have it.
 
     Args:
         config: The composed configuration of a run.
 
     Raises:
-        UserError: ``optimized_metric`` is of the test set and does not say so, or needs other data.
+        UserError: `optimized_metric` is of the test set without saying so, or needs other data.
     """
     name = config.get("optimized_metric")
     if name is None or name.startswith(ORACLE):
@@ -47,10 +47,10 @@ def check_objective(config: Mapping[str, Any]) -> None:
 
 
 def direction_of(metric: str) -> str:
-    """``minimize`` or ``maximize``, by the metric's name.
+    """Return `minimize` or `maximize`, by the metric's name.
 
     Raises:
-        UserError: The name does not tell.
+        UserError: The name does not say which.
     """
     if metric.endswith("loss"):
         return "minimize"
@@ -63,14 +63,14 @@ def direction_of(metric: str) -> str:
 
 
 def objective(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> float | None:
-    """The value that a sweeper optimises; NaN where the metric is undefined for this run.
+    """Return the value that a sweeper optimises; NaN if the metric is undefined for this run.
 
     Args:
         config: The composed configuration of the run.
         metrics: Its results.
 
     Raises:
-        UserError: ``optimized_metric`` names none of the metrics.
+        UserError: `optimized_metric` is not one of the metrics.
     """
     name = config.get("optimized_metric")
     if name is None:

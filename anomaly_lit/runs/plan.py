@@ -1,4 +1,4 @@
-"""What a run will need, told before it starts."""
+"""What a run will need, printed before it starts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from anomaly_lit.data.datamodule import AnomalyDataModule
     from anomaly_lit.methods.base import Method
 
-BACKWARD_SHARE = 2.0  # a backward pass costs about twice its forward pass
+BACKWARD_SHARE = 2.0  # a backward pass costs about twice as much as its forward pass
 
 
 def plan_of(trainer: pl.Trainer, method: Method, datamodule: AnomalyDataModule) -> Iterator[str]:
-    """Lines on parameters, memory and time; the time is measured on one batch, without training."""
+    """Yield lines on parameters, memory and time, which is measured on a batch without training."""
     trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in method.parameters()) - trainable
     state = 4 * (4 * trainable + frozen) / 2**20  # weights, gradients, two moments of AdamW
@@ -49,7 +49,7 @@ def print_plan(trainer: pl.Trainer, method: Method, datamodule: AnomalyDataModul
 
 
 def steps_of(trainer: pl.Trainer, steps_per_epoch: int) -> int | None:
-    """Steps until the end; None where nothing bounds them."""
+    """Return the number of steps until the end; None if nothing limits it."""
     limits = []
     if trainer.max_steps is not None and trainer.max_steps >= 0:
         limits.append(trainer.max_steps)
@@ -59,7 +59,7 @@ def steps_of(trainer: pl.Trainer, steps_per_epoch: int) -> int | None:
 
 
 def seconds_per_step(trainer: pl.Trainer, method: Method, datamodule: AnomalyDataModule) -> float:
-    """Forward pass of the loss on one batch, in evaluation mode, twice; the second one counts."""
+    """Compute a batch's loss twice in evaluation mode, and estimate a step from the second."""
     batch = next(iter(datamodule.train_dataloader()))
     if datamodule.synthesis is not None:
         batch = datamodule.corrupt(batch)
@@ -67,7 +67,7 @@ def seconds_per_step(trainer: pl.Trainer, method: Method, datamodule: AnomalyDat
     state = torch.get_rng_state()
     method.eval()
     with torch.no_grad(), trainer.precision_plugin.forward_context():
-        share_frozen = 0.5  # about half of the pass
+        share_frozen = 0.5  # about half of the forward pass
         if datamodule.feature_cache is not None:
             batch, share_frozen = with_features(batch, method), 0.0
         for _ in range(2):
@@ -81,7 +81,7 @@ def seconds_per_step(trainer: pl.Trainer, method: Method, datamodule: AnomalyDat
 
 
 def with_features(batch: Batch, method: Method) -> Batch:
-    """Return the batch with the features that the cache will hold of its images and companions."""
+    """Return the batch with the features of images and companions that the cache will hold."""
     backbones, values = method.training_backbones(), cast(dict[str, Any], {**batch})
     for images, key in FEATURES.items():
         if images in values:

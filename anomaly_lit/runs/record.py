@@ -1,4 +1,4 @@
-"""What a finished run writes down."""
+"""What a finished run records."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Timings(NamedTuple):
 
     resumed: bool
     training_seconds: float
-    training_cpu_seconds: float  # tells more on a busy machine
+    training_cpu_seconds: float  # more telling on a busy machine
     test_seconds: float = 0.0
 
 
@@ -55,7 +55,7 @@ def record(run: Run, timings: Timings, validation: dict[str, float]) -> dict[str
 
 
 def metrics_of(run: Run, timings: Timings, validation: dict[str, float]) -> dict[str, Any]:
-    """Return all that `metrics.json` says: results, how they came about, costs, versions."""
+    """Return the content of `metrics.json`: results, how they came about, costs, versions."""
     method, datamodule = run.method, run.datamodule
     trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
     return {
@@ -86,7 +86,7 @@ def metrics_of(run: Run, timings: Timings, validation: dict[str, float]) -> dict
 
 
 def record_pruned(directory: Path, trainer: pl.Trainer, pruner: Pruning) -> dict[str, Any]:
-    """Note that a study gave the run up; it is neither calibrated nor tested."""
+    """Record that a study pruned the run; it is neither calibrated nor tested."""
     facts = {"step": pruner.step, pruner.metric: pruner.value}
     if trainer.is_global_zero:
         write_json(directory / PRUNED, facts)
@@ -95,7 +95,7 @@ def record_pruned(directory: Path, trainer: pl.Trainer, pruner: Pruning) -> dict
 
 
 def selection_of(config: dict[str, Any], method: Method) -> str:
-    """How the weights were chosen, and what else was taken from the test set, for tables."""
+    """Return how the weights were chosen and what else used the test set, for tables."""
     metric = config.get("optimized_metric") or ""
     sweep = f"ORACLE: swept for {metric}" if metric.startswith(ORACLE) else ""
     texts = (SELECTIONS[config["selection"]], method.oracle, sweep)
@@ -103,7 +103,7 @@ def selection_of(config: dict[str, Any], method: Method) -> str:
 
 
 def latency(method: Method, datamodule: AnomalyDataModule) -> float:
-    """Median time from one prepared image on the device to its map and score, in seconds."""
+    """Return the median seconds from a prepared image on the device to its map and score."""
     image = torch.rand(1, 3, *datamodule.resize.size, device=method.device)
     batch: Any = {"image": image, "index": torch.zeros(1, dtype=torch.long), "label": [False],
                   "category": [datamodule.categories[0]], "path": [""]}  # fmt: skip
@@ -118,6 +118,6 @@ def latency(method: Method, datamodule: AnomalyDataModule) -> float:
 
 
 def tested(trainer: pl.Trainer, evaluation: Evaluation) -> dict[str, float]:
-    """Everything of the last test, ``test/...``: what a method logged itself, and the metrics."""
+    """Return everything from the last test, `test/...`: what the method logged, and the metrics."""
     logged = {k: float(v) for k, v in trainer.callback_metrics.items() if k[:5] == "test/"}
     return logged | {f"test/{key}": value for key, value in evaluation.results.items()}

@@ -1,4 +1,4 @@
-"""Checkpoints that no kill, full disk or failing machine leaves half written."""
+"""Checkpoints that are never half written, whether a process is killed or the disk is full."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LAST, EARLIER = "last.ckpt", "last.earlier.ckpt"
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes a checkpoint beside its target, syncs it, and only then replaces the old one.
+    """Write a checkpoint beside its target, sync it, and only then replace the old one.
 
-    Lightning's own writer goes through the folder for temporary files: where that is another file
-    system, a kill in the middle leaves half a file. Of `last.ckpt` the one before is kept, as
-    `last.earlier.ckpt`, so a run needs room for three of them while it writes.
+    Lightning's own writer uses the folder for temporary files: if that is on another file system, a
+    kill in the middle leaves half a file. The previous `last.ckpt` is kept as `last.earlier.ckpt`,
+    so a run needs room for three checkpoints while it writes.
     """
 
     def save_checkpoint(
@@ -30,7 +30,7 @@ class WholeFiles(TorchCheckpointIO):
         """Write a checkpoint.
 
         Raises:
-            UserError: The disk is full; what was there before is as it was.
+            UserError: The disk is full; earlier files are unchanged.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,14 +56,14 @@ class WholeFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint as plain data, whatever it might hold besides."""
+        """Read a checkpoint as plain data, whatever else it might hold."""
         return read_checkpoint(path)
 
 
 def checkpoint_to_go_on_from(directory: Path) -> tuple[Path | None, str]:
-    """Return the newest whole checkpoint of a run, and a word on one that is not.
+    """Return a run's newest undamaged checkpoint, and a sentence about a damaged one.
 
-    Drafts that a kill left are removed.
+    Drafts left by a killed process are removed.
 
     Args:
         directory: The run's folder.
@@ -90,7 +90,7 @@ def checkpoint_to_go_on_from(directory: Path) -> tuple[Path | None, str]:
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, tells of a full disk or quota."""
+    """Return whether an error or its cause reports a full disk or quota."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -99,7 +99,7 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the disk keep the names in a folder."""
+    """Sync a folder, so that the disk keeps the names in it."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows
         return
     handle = os.open(folder, os.O_DIRECTORY)

@@ -118,7 +118,7 @@ class CMAAE(Method):
         self.segmentation = MetricCollection(scores, prefix="test/segmentation_")  # type: ignore[arg-type]
 
     def repair(self, image: Tensor) -> tuple[Tensor, list[Recall]]:
-        """(B, 3, H, W) to the same in [0, 1], and what each memory did, coarsest first."""
+        """Map (B, 3, H, W) to the same in [0, 1], and what each memory did, coarsest first."""
         stages = self.encoder(image)
         recalls = [memory(z) for memory, z in zip(self.memories, reversed(stages), strict=False)]
         return self.decoder([recall.out for recall in recalls]), recalls
@@ -178,7 +178,7 @@ class CMAAE(Method):
             self.map_std.copy_((moments[1] - moments[0].square()).clamp(min=0).sqrt())
 
     def segment(self, anomaly_map: Tensor) -> Tensor:
-        """(B, 1, H, W) bool: above mean + 3 deviations, opened by 3 x 3, without small regions."""
+        """Return (B, 1, H, W) bool: above mean + 3 deviations, opened by 3 x 3, without small regions."""
         high = (anomaly_map > self.map_mean + 3 * self.map_std).float()
         opened = F.max_pool2d(1 - F.max_pool2d(1 - high, 3, 1, 1), 3, 1, 1) > 0
         for mask in opened[:, 0].cpu().numpy() if self.least_region > 1 else []:

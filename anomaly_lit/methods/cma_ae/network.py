@@ -48,7 +48,7 @@ class ClearMemory(nn.Module):
             nn.init.ones_(self.gate.bias[:channels])  # type: ignore[index]  # near a plain auto-encoder
 
     def read(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, h, w) to the memory's version of it and the (B, h * w, items) attention.
+        """Map (B, C, h, w) to the memory's version of it and the (B, h * w, items) attention.
 
         Softmax over cosines, then hard shrinkage at 1 / items and normalisation (MemAE).
         """
@@ -61,7 +61,7 @@ class ClearMemory(nn.Module):
         return (attention @ items).mT.reshape(z.shape).to(z.dtype), attention
 
     def forward(self, z: Tensor) -> Recall:
-        """(B, C, h, w) to what is handed on."""
+        """Map (B, C, h, w) to what is handed on."""
         if self.gates == "none":
             return Recall(z, torch.ones_like(z), None)
         remembered, attention = self.read(z)
@@ -74,5 +74,5 @@ class ClearMemory(nn.Module):
 
 
 def cover(corruption: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, 1, H, W) bool to (B, 1, *size) in {0., 1.}: 1 where a position holds any of it."""
+    """Map (B, 1, H, W) bool to (B, 1, *size) in {0., 1.}: 1 where a position holds any of it."""
     return F.adaptive_max_pool2d(corruption.float(), (size[0], size[1]))

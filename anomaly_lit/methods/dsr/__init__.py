@@ -229,7 +229,7 @@ class DSR(Method):
         return self.object_decoder(torch.cat([fine, self.latent.high(high)], dim=1))
 
     def detect(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, H, W) as it ought to be, as it is, and (B, 2, H, W) shares of the two classes."""
+        """Map (B, 3, H, W) as it ought to be, as it is, and (B, 2, H, W) shares of the two classes."""
         codes, _, _ = self.latent.codes(image)
         general = self.latent.decoder(self.latent.joined(codes))
         specific = self.show(self.restrict_low(codes.low), self.restrict_high(codes.high))
@@ -281,7 +281,7 @@ class DSR(Method):
             break
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """The base class's; in the first stage it also moves the codebooks."""
+        """Return the base class's; in the first stage it also moves the codebooks."""
         self.encodings = None
         loss = super().training_step(batch, batch_idx)
         if self.encodings is not None:
@@ -289,7 +289,7 @@ class DSR(Method):
         return loss
 
     def move_codebooks(self, encodings: tuple[Tensor, Tensor]) -> None:
-        """A step of both codebooks' averages, over all ranks; logs how many vectors are in use."""
+        """Return a step of both codebooks' averages, over all ranks; logs how many vectors are in use."""
         for name, book, z in zip(
             ("low", "high"), (self.latent.low, self.latent.high), encodings, strict=True
         ):
@@ -311,7 +311,7 @@ class DSR(Method):
 
 
 def odds(logits: Tensor) -> Tensor:
-    """(B, 2, H, W) logits to the one, (B, 1, H, W), whose sigmoid is the second class's share."""
+    """Map (B, 2, H, W) logits to the one, (B, 1, H, W), whose sigmoid is the second class's share."""
     return (logits[:, 1:] - logits[:, :1]).float()
 
 
@@ -322,7 +322,7 @@ def mirrored(image: Tensor) -> Tensor:
 
 
 def turned(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """A share of images turned by up to 90 degrees, black where nothing is."""
+    """Return a share of images turned by up to 90 degrees, black where nothing is."""
     draw = torch.rand(2, len(image), generator=generator, device=image.device)
     angle = torch.where(draw[0] < share, 180 * draw[1] - 90, torch.zeros_like(draw[1]))
     with torch.autocast(image.device.type, enabled=False):
@@ -331,7 +331,7 @@ def turned(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
 
 
 def read_latent(path: str) -> dict[str, Tensor]:
-    """The latent model's part of a checkpoint.
+    """Return the latent model's part of a checkpoint.
 
     Raises:
         UserError: It cannot be read or holds none.

@@ -49,15 +49,15 @@ class Codebook(nn.Module):
         self.register_buffer("idle", torch.zeros(count, dtype=torch.long))
 
     def nearest(self, z: Tensor) -> Tensor:
-        """(B, D, h, w) to (B, h, w) numbers of the nearest vectors (squared distance)."""
+        """Map (B, D, h, w) to (B, h, w) numbers of the nearest vectors (squared distance)."""
         return nearest_rows(tokens(z), self.vectors).view(len(z), *z.shape[2:])
 
     def look_up(self, number: Tensor) -> Tensor:
-        """(B, h, w) numbers to (B, D, h, w)."""
+        """Map (B, h, w) numbers to (B, D, h, w)."""
         return F.embedding(number, self.vectors).permute(0, 3, 1, 2)
 
     def forward(self, z: Tensor) -> Tensor:
-        """(B, D, h, w) to the nearest vectors; the gradient passes through as if to `z`."""
+        """Map (B, D, h, w) to the nearest vectors; the gradient passes through as if to `z`."""
         nearest = self.look_up(self.nearest(z.detach())).to(z.dtype)
         return z + (nearest - z).detach()
 
@@ -76,7 +76,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def assigned(self, z: Tensor) -> Tensor:
-        """(K, D + 1): the sum of what each vector gets of (B, D, h, w), and how often."""
+        """Return (K, D + 1): the sum of what each vector gets of (B, D, h, w), and how often."""
         rows = tokens(z)
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
         total = rows.new_zeros(len(self.vectors), rows.shape[1])
@@ -95,7 +95,7 @@ class Codebook(nn.Module):
 
 
 def tokens(z: Tensor) -> Tensor:
-    """(B, D, h, w) to (B * h * w, D) float32."""
+    """Map (B, D, h, w) to (B * h * w, D) float32."""
     return z.float().permute(0, 2, 3, 1).flatten(0, 2)
 
 
@@ -120,7 +120,7 @@ class ResidualStack(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) to the same."""
+        """Map (B, C, h, w) to the same."""
         for block in self.blocks:
             x = x + block(x)
         return F.relu(x)
@@ -167,16 +167,16 @@ class LatentModel(nn.Module):
         )
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) to the finer features (B, D, H / 4, W / 4) and the low level's encoding."""
+        """Map (B, 3, H, W) to the finer features (B, D, H / 4, W / 4) and the low level's encoding."""
         features = self.encode_high(image)
         return features, self.encode_low(features)
 
     def encoding_high(self, features: Tensor, low: Tensor) -> Tensor:
-        """The high level's encoding, which depends on the low level's codes."""
+        """Return the high level's encoding, which depends on the low level's codes."""
         return self.join(torch.cat([features, self.up(low)], dim=1))
 
     def joined(self, codes: Codes) -> Tensor:
-        """(B, 2 D, H / 4, W / 4), as decoders read it."""
+        """Return (B, 2 D, H / 4, W / 4), as decoders read it."""
         return torch.cat([self.up(codes.low), codes.high], dim=1)
 
     def codes(self, image: Tensor) -> tuple[Codes, Tensor, Tensor]:
@@ -244,7 +244,7 @@ class Restriction(nn.Module):
         self.out = nn.Conv2d(w, dim, 3, padding=1)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """(B, D, h, w) to the same; h and w are multiples of 4."""
+        """Map (B, D, h, w) to the same; h and w are multiples of 4."""
         for number, stage in enumerate(self.down):
             codes = stage(F.max_pool2d(codes, 2) if number else codes)
         for stage in self.up:

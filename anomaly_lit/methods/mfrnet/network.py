@@ -52,7 +52,7 @@ class RestorationNetwork(nn.Module):
         self.head = nn.Conv2d(dims[0], channels, 1)
 
     def forward(self, visible: Tensor, hidden: Tensor) -> Tensor:
-        """(B, C, h, w) with hidden positions filled, and (B, 1, h, w), 1 where hidden."""
+        """Return (B, C, h, w) with hidden positions filled, and (B, 1, h, w), 1 where hidden."""
         x = self.levels[0](self.stem(torch.cat([visible, hidden], dim=1)))
         skips = []
         for shrink, level in zip(self.shrink, list(self.levels)[1:], strict=True):
@@ -87,7 +87,7 @@ class HybridBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) to the same."""
+        """Map (B, C, h, w) to the same."""
         x = x + self.position(x)
         x = x + self.attention(_normed(self.norm1, x))
         return x + self.mlp(_normed(self.norm2, x))
@@ -115,7 +115,7 @@ class MultiPoolingAttention(nn.Module):
         self.output = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) to the same."""
+        """Map (B, C, h, w) to the same."""
         pooled = [
             refine(F.adaptive_avg_pool2d(x, size)).flatten(2)
             for size, refine in zip(self.pools, self.refine, strict=True)
@@ -128,7 +128,7 @@ class MultiPoolingAttention(nn.Module):
         return mixed.transpose(1, 2).unflatten(2, x.shape[-2:])
 
     def _split(self, tokens: Tensor) -> Tensor:
-        """(B, N, C) to (B, heads, N, C / heads)."""
+        """Map (B, N, C) to (B, heads, N, C / heads)."""
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 

@@ -168,7 +168,7 @@ class OneNIP(Method):
             silence(self.head)
 
     def encode(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) to tokens (B, N, dim); with jitter in training."""
+        """Map (B, C, h, w) to tokens (B, N, dim); with jitter in training."""
         tokens = features.flatten(2).transpose(1, 2)  # (B, N, C)
         tokens = self.embed(add_jitter(tokens, self.jitter if self.training else 0.0))
         return self.encoder(tokens, self.positions(), self.allowed)
@@ -198,7 +198,7 @@ class OneNIP(Method):
         return terms
 
     def refine(self, rebuilt: Tensor, given: Tensor, size: Sequence[int]) -> Tensor:
-        """(B, C, h, w) twice to the probability of a defect, (B, 1, H, W) in [0, 1]."""
+        """Map (B, C, h, w) twice to the probability of a defect, (B, 1, H, W) in [0, 1]."""
         rebuilt = rebuilt.detach() if self.stop_gradient else rebuilt
         return resize(self.refiner((rebuilt - given).abs()).float(), size).sigmoid()
 
