@@ -202,7 +202,7 @@ class Evaluation(pl.Callback):
         return float(limits["threshold"]) if limits else math.nan
 
     def limits_of(self, category: str) -> dict[str, Any]:
-        """Return a category's calibration; that of all if unknown; empty if nothing was held out."""
+        """Return a category's calibration, or that of all if unknown; empty if none was made."""
         return limits_of(self.calibration, category)
 
     def _new_records(

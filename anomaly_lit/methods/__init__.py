@@ -1,4 +1,4 @@
-"""Methods, one file or folder each; found by a look at the files, imported when asked for."""
+"""Methods, one file or folder each; found by listing the files, and imported on first use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLASS = re.compile(r"^class (\w+)\(Method\):$", re.MULTILINE)
 
 @cache
 def files() -> dict[str, str]:
-    """Return the name of the file or folder of each method's class, without importing any."""
+    """Return the file or folder name of each method's class, without importing any."""
     folder = Path(__file__).parent
     found: dict[str, str] = {}
     for path in sorted([*folder.glob("*.py"), *folder.glob("*/__init__.py")]):

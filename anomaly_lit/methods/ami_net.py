@@ -1,20 +1,20 @@
 """AMI-Net: adaptive mask inpainting (Luo et al., IEEE T-ASE 22, 2024, arXiv:2412.11802).
 
 A frozen backbone turns an image into one map of multi-scale features. A transformer learns to
-inpaint the maps of normal images from which a random share of the patches was hidden. At test
-time the mask is adaptive: a second branch groups the patches around a few cluster centres of
-this very image and hides those that lie far from theirs, so that defects are hidden before
-they can be copied. What was inpainted differs from what was there; distance times direction of
-that difference is the anomaly map, and its standard deviation over the image is the score.
+inpaint the maps of normal images, of which a random share of the patches is hidden. At test time
+the mask is adaptive: a second branch groups the patches of an image around a few cluster centres
+and hides those far from their centre, so that defects are hidden before they can be copied. The
+anomaly map is the distance between the inpainted and the original features, times their difference
+in direction; the score is the map's standard deviation over the image.
 
 Follows the authors' published code where the paper leaves a choice open. Differs from it:
 
-- `jitter` is the norm of the noise relative to the token's; the code's factor 20 belongs to
-  its width of 768 (20 / sqrt(768) = 0.72) and would grow with a narrower network.
-- The distances between a centre and itself are left out of the cluster loss rather than summed
-  as zeros: same value, and no gradient of a norm at zero.
-- `average=False`, `normalise=True` and `score="max"` are the code's variants for other
-  backbones and the customary score of the field.
+- `jitter` is the norm of the noise relative to that of the token; the code's factor 20 fits its
+  width of 768 (20 / sqrt(768) = 0.72) and would be stronger in a narrower network.
+- The cluster loss leaves out the distance of a centre to itself instead of adding zeros: the value
+  is the same, and there is no gradient of a norm at zero.
+- `average=False` and `normalise=True` are the code's variants for other backbones, and
+  `score="max"` is the usual score of the field.
 
 Paper: Luo, Yao, Yu, Li: Adaptive Mask Inpainting Network for Industrial Anomaly Detection and
 Localization. IEEE T-ASE 22, 2024, arXiv:2412.11802.
@@ -52,28 +52,29 @@ class AMINet(Method):
 
     Args:
         backbone: Frozen feature extractor; the paper takes stages 1-3 of WideResNet-50-2.
-        mask: Hides patches in training, as (n, B, h, w) bool: n copies are inpainted.
-        loss: Reconstruction loss on maps whose channels are whole patches.
+        mask: Hides patches in training, (n, B, h, w) bool: n copies of each image are inpainted.
+        loss: Reconstruction loss on maps whose channels hold whole patches.
         optimizer: Builds the optimiser.
-        schedule: Factor of the learning rate over training; None keeps it constant, as published.
+        schedule: Factor of the learning rate over training; None keeps the rate constant, as
+            published.
         grid: Side, or height and width, of the feature map, in positions.
         patch: Side of a patch, in positions; it divides the grid.
         dim: Width of a token.
-        heads: Attention heads; they divide the width.
+        heads: Attention heads; their number divides the width.
         depth: Transformer blocks of the inpainting network.
         clusters: Cluster centres per image (K).
         cluster_depth: Transformer blocks that form the centres (N_s).
         cluster_weight: Weight of the cluster loss.
-        sigma: Standard deviations over the mean distance from which a patch is hidden.
-        adaptive_mask: Hide patches at test time; without, nothing is hidden there.
-        jitter: Norm of the noise on tokens in training, relative to the token's norm.
-        average: Mean over 3 x 3 neighbours of each resized stage (WideResNet-50-2 in the code).
-        normalise: Unit length of each stage's channel vectors (ResNet-101 in the code).
+        sigma: How many standard deviations above the mean distance a patch is hidden.
+        adaptive_mask: Hide patches at test time; if false, nothing is hidden there.
+        jitter: Norm of the noise on tokens in training, relative to the norm of the token.
+        average: Average each resized stage over 3 x 3 neighbours (WideResNet-50-2 in the code).
+        normalise: Scale each stage's channel vectors to unit length (ResNet-101 in the code).
         smoothing: Standard deviation of the Gaussian filter on both maps, in pixels.
         score: `std` (the paper's code) or `max` of the map.
 
     Raises:
-        UserError: The patch does not divide the grid, or the heads the width.
+        UserError: `patch` does not divide `grid`, or `heads` does not divide `dim`.
     """
 
     def __init__(
@@ -127,21 +128,21 @@ class AMINet(Method):
         self.clustering = ClusterBranch(token_dim, dim, heads, cluster_depth, clusters, positions)
 
     def tokens(self, features: Sequence[Tensor]) -> Tensor:
-        """Aggregate the stages and cuts the map into patches: (B, N, C * patch^2)."""
+        """Aggregate the stages and cut the map into patches: (B, N, C * patch^2)."""
         if self.normalise:
             features = [F.normalize(feature, dim=1) for feature in features]
         aggregated = aggregate(features, self.grid, self.average)
         return F.pixel_unshuffle(aggregated, self.patch).flatten(2).transpose(1, 2)
 
     def map_of(self, tokens: Tensor) -> Tensor:
-        """Channels of whole patches, (B, C * patch^2, h, w), from tokens."""
+        """Turn tokens into a map whose channels hold whole patches, (B, C * patch^2, h, w)."""
         return tokens.transpose(1, 2).unflatten(2, self.cells)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Inpainting over all patches, hidden and visible alike, and the cluster loss.
+        """Return the inpainting loss over all patches, hidden or not, and the cluster loss.
 
-        The branches share no trainable weight: the cluster loss trains the clusters alone. It
-        has no lower bound at zero, so the total may turn negative.
+        The branches share no trainable weights: the cluster loss trains only the clusters. It can
+        fall below zero, so the total may become negative.
         """
         target = self.tokens(self.features(self.backbone, batch))
         hidden = self.mask(len(target), *self.cells, self.generator())  # (n, B, rows, columns)
@@ -174,10 +175,10 @@ class AMINet(Method):
 
 
 class InpaintingNetwork(nn.Module):
-    """Vision transformer that rebuilds all patches from those it may see.
+    """Vision transformer that rebuilds all patches from the visible ones.
 
-    Hidden patches are replaced by one learned token; unlike in MAE all tokens pass all blocks
-    and there is no decoder.
+    Hidden patches are replaced by a learned token; unlike in MAE, all tokens pass through all
+    blocks and there is no decoder.
     """
 
     positions: Tensor
@@ -219,7 +220,7 @@ class ClusterBranch(nn.Module):
     def forward(self, tokens: Tensor, jitter: float = 0.0) -> tuple[Tensor, Tensor]:
         """Map (B, N, token_dim) to embedded patches (B, N, dim) and centres (B, K, dim).
 
-        Noise reaches the centres alone: distances are taken from the clean patches.
+        Noise affects only the centres: distances use the clean patches.
         """
         x = self.embed(tokens)
         noisy = add_jitter(x, jitter) + self.positions
@@ -229,16 +230,16 @@ class ClusterBranch(nn.Module):
 
 
 def token_distance(tokens: Tensor, centres: Tensor) -> Tensor:
-    """Euclidean distance times one minus the cosine: (B, N, D), (B, K, D) to (B, N, K)."""
-    with torch.autocast(tokens.device.type, enabled=False):  # differences need full precision
-        # by products for any number of tokens; the other way has no form in ONNX
+    """Multiply Euclidean distance by one minus cosine: (B, N, D), (B, K, D) to (B, N, K)."""
+    with torch.autocast(tokens.device.type, enabled=False):  # subtraction needs full precision
+        # as products for any number of tokens: the alternative cannot be exported to ONNX
         euclidean = torch.cdist(tokens, centres, compute_mode="use_mm_for_euclid_dist")
         cosine = F.normalize(tokens, dim=-1) @ F.normalize(centres, dim=-1).mT
     return euclidean * (1 - cosine)
 
 
 def cluster_loss(tokens: Tensor, centres: Tensor) -> Tensor:
-    """Patches near a centre, centres apart: mean nearest distance - 0.1 mean centre distance."""
+    """Return mean nearest distance - 0.1 mean centre distance: patches near, centres far apart."""
     clusters = centres.shape[1]
     near = token_distance(tokens, centres).amin(dim=-1).mean()
     between = token_distance(centres, centres)
@@ -248,14 +249,14 @@ def cluster_loss(tokens: Tensor, centres: Tensor) -> Tensor:
 
 
 def adaptive_mask(distance: Tensor, sigma: float) -> Tensor:
-    """Hide the patches that lie far from their centre, cluster by cluster.
+    """Hide the patches that are far from their centre, cluster by cluster.
 
     A patch belongs to its nearest centre. In a cluster of two or more, those at or beyond mean +
-    sigma * standard deviation (unbiased) of the cluster's distances are hidden; a cluster whose
-    members are all equally far is hidden whole. Smaller clusters hide nothing.
+    sigma * standard deviation (unbiased) of the cluster's distances are hidden; if all are equally
+    far, the whole cluster is hidden. In smaller clusters nothing is hidden.
 
     Args:
-        distance: (B, N, K) of each patch to each centre.
+        distance: (B, N, K), from each patch to each centre.
         sigma: Any float; larger hides less.
 
     Returns:

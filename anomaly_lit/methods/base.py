@@ -1,4 +1,4 @@
-"""What every method shares: its hooks, the sum of its losses, optimisers, prediction steps."""
+"""What all methods share: hooks, the sum of their losses, optimisers, prediction steps."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ __all__ = ["Method", "OptimizerFn", "ScheduleFn"]
 
 
 class Method(Optimised):
-    """Base of all methods. A method writes `losses` and `forward`; the rest is optional.
+    """Base of all methods. A method defines `losses` and `forward`; everything else is optional.
 
     Args:
         optimizer: Builds the optimiser from the trainable parameters.
-        schedule: Factor of the learning rate at a share of training, in [0, 1]; None keeps it.
-        gradient_clip: Largest norm of all gradients together, for methods that cannot do without
-            clipping; `trainer.gradient_clip_val` has precedence.
+        schedule: Factor of the learning rate at a share of training, in [0, 1]; None keeps the rate
+            constant.
+        gradient_clip: Largest norm of all gradients together, for methods that need clipping;
+            `trainer.gradient_clip_val` takes precedence.
 
     Attributes:
         needs: Keys of a training batch that the method reads besides the image: `corrupted` (with
             `corruption`), `prompt`.
-        localises: Whether predictions have an anomaly map; False for methods that only score
-            whole images.
-        oracle: What scoring takes from the test set, shown in every results table; empty for
+        localises: Whether predictions have an anomaly map; false for methods that score whole
+            images only.
+        oracle: What scoring takes from the test set, shown in every results table; empty if
             nothing.
         oracle_criterion: The metrics of the test set, joined by `+`, whose sum `selection=oracle`
             raises: what the paper chose its weights by.
         learned: Whether `learn` has run; part of the state dict.
-        calibrated: Whether `calibrate` has run with the present weights; part of the state dict.
+        calibrated: Whether `calibrate` has run with the current weights; part of the state dict.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -59,17 +60,17 @@ class Method(Optimised):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the terms of the loss, each a scalar; training lowers their sum.
 
-        No term in training means: skip this batch (on every rank). Figures that are not part of
-        the sum go to `report`.
+        Returning no term in training skips the batch (on every rank). Pass numbers that are not
+        part of the sum to `report`.
         """
         raise NotImplementedError
 
     def forward(self, image: Tensor) -> Prediction:
-        """Score images, (B, 3, H, W) in [0, 1]; the only place that computes anomaly maps."""
+        """Score images, (B, 3, H, W) in [0, 1]; anomaly maps are computed only here."""
         raise NotImplementedError
 
     def learn(self) -> None:
-        """Take from normal images what training starts from: statistics, first codes, a bank.
+        """Compute from normal images what training starts from: statistics, first codes, a bank.
 
         Runs once in a new run, before the first step, without gradients, in evaluation mode and
         in the precision of training. Keep the result in parameters, buffers or a `Bank`: a
@@ -77,11 +78,11 @@ class Method(Optimised):
         """
 
     def calibrate(self) -> None:
-        """Take from normal images what scoring needs of the present weights.
+        """Compute from normal images what scoring with the current weights needs.
 
-        Runs before every validation, after training where no images are held out, and before a
-        test if the weights have changed since; without gradients, in evaluation mode and in
-        float32, as scores are. Keep the result as `learn` does.
+        Runs before every validation, after training if no images are held out, and before a test if
+        the weights have changed since; without gradients, in evaluation mode and in float32, like
+        scoring. Keep the result as for `learn`.
         """
 
     def predict_batch(self, batch: Batch) -> Prediction:
@@ -91,7 +92,7 @@ class Method(Optimised):
     def training_backbones(self) -> dict[str, Backbone]:
         """Return the backbones whose features of clean images training reads, by attribute path.
 
-        All of them; a method that uses one only for scoring overrides this.
+        By default these are all; a method that uses one only for scoring overrides this.
         """
         return {name: m for name, m in self.named_modules() if isinstance(m, Backbone)}
 
@@ -99,7 +100,7 @@ class Method(Optimised):
 
     @property
     def done(self) -> float:
-        """Share of training that is done, in [0, 1]; 1 outside of training.
+        """The share of training that is done, in [0, 1]; 1 outside of training.
 
         Counts optimiser steps; with several optimisers, those of the first.
         """
@@ -119,8 +120,8 @@ class Method(Optimised):
         """Return features of clean images of the batch, from the cache if there is one.
 
         Args:
-            backbone: Computes them otherwise.
-            batch: Its images, and what the cache holds of them.
+            backbone: Computes them if they are not cached.
+            batch: The images, and what the cache holds for them.
             name: The backbone's attribute path in this module, such as `teacher`.
             of: Key of the images in the batch, such as `prompt`.
         """
@@ -133,16 +134,17 @@ class Method(Optimised):
     ) -> Iterator[Batch]:
         """Yield normal images for `learn` or `calibrate`, on this device, in a fixed order.
 
-        The same on every rank. Images of `train` bring what the cache holds of their features
-        (see `features`): those that training reads, so computed in its precision and rounded
-        where `dataset.feature_cache.dtype` says so.
+        They are the same on every rank. Images of `train` come with their cached features (see
+        `features`): those that training reads, in training's precision, and rounded if
+        `dataset.feature_cache.dtype` says so.
 
         Args:
-            split: What is trained on, or what is held out.
-            most: Images to give at most, as many of each category (at least one); None gives all.
+            split: The images for training, or the held-out ones.
+            most: Largest number of images, spread evenly over the categories (at least one each);
+                None gives all.
 
         Raises:
-            UserError: The trainer has no data module to ask.
+            UserError: The trainer has no data module.
         """
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is None:
@@ -162,17 +164,17 @@ class Method(Optimised):
         return torch.Generator(self.device).manual_seed(seed)
 
     def report(self, figures: Mapping[str, Tensor]) -> None:
-        """Log figures that are no terms of the loss as `train/<name>`; only in a training step."""
+        """Log numbers that are not terms of the loss as `train/<name>`; only in a training step."""
         if self._trainer is not None and self._trainer.training and self.training:
             self.log_dict({f"train/{name}": value.detach() for name, value in figures.items()})
 
     # ----------------------------------------------------------------------------- training
 
     def setup(self, stage: str) -> None:
-        """Read the weights of backbones that have none yet.
+        """Load the weights of backbones that have none yet.
 
         Raises:
-            UserError: The method clips gradients, and nobody would.
+            UserError: The method sets `gradient_clip`, which cannot act.
         """
         for module in self.modules():
             if isinstance(module, Backbone):
@@ -184,7 +186,7 @@ class Method(Optimised):
             )
 
     def on_fit_start(self) -> None:
-        """Learn once; a method without trainable parameters is then ready."""
+        """Call `learn` once; a method without trainable parameters is then ready."""
         if not self.learned:
             with self._evaluating(), self.trainer.precision_plugin.forward_context():
                 self.learn()
@@ -196,7 +198,7 @@ class Method(Optimised):
             self._calibrate()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Note that weights are about to change; an override calls this one."""
+        """Note that weights are about to change; an override must call this."""
         self.calibrated = False
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
@@ -208,19 +210,19 @@ class Method(Optimised):
         if not terms:
             return None
         loss = total(terms)
-        for name, value in {**terms, "loss": loss}.items():  # prog_bar=True would wait each step
+        for name, value in {**terms, "loss": loss}.items():  # prog_bar=True would wait in each step
             self.log(f"train/{name}", value, batch_size=len(batch["image"]))
         return loss
 
     def on_train_end(self) -> None:
-        """Calibrate the last weights if no validation does; an override calls this one."""
+        """Calibrate the last weights if no validation does; an override must call this."""
         if not sum(self.trainer.num_val_batches):
             self._calibrate()
 
     # -------------------------------------------------------------------------------- scoring
 
     def on_validation_start(self) -> None:
-        """Calibrate; an override calls this one."""
+        """Calibrate; an override must call this."""
         self._calibrate()
 
     def validation_step(  # type: ignore[override]
@@ -228,7 +230,8 @@ class Method(Optimised):
     ) -> Prediction:
         """Log `val/loss`, the training loss on held-out normal images.
 
-        Further data loaders, such as the test set of `selection=oracle`, are predicted only.
+        Batches of further data loaders, such as the test set of `selection=oracle`, are only
+        predicted.
         """
         if dataloader_idx == 0:
             terms = self.losses(batch)
@@ -244,11 +247,11 @@ class Method(Optimised):
         return self.score_batch(batch)
 
     def on_test_start(self) -> None:
-        """Calibrate weights that are not; an override calls this one."""
+        """Calibrate the weights if they are not; an override must call this."""
         self._calibrate()
 
     def test_step(self, batch: Batch, batch_idx: int) -> Prediction:  # type: ignore[override]
-        """Predict; the `Evaluation` callback scores what comes back."""
+        """Predict; the `Evaluation` callback scores the result."""
         return self.score_batch(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
@@ -256,7 +259,7 @@ class Method(Optimised):
         return self.score_batch(batch)
 
     def score_batch(self, batch: Batch) -> Prediction:
-        """Predict in float32, whatever precision training has, so that thresholds carry over."""
+        """Predict in float32, whatever the precision of training, so that thresholds stay valid."""
         with torch.autocast(self.device.type, enabled=False):
             return self.predict_batch(batch)
 
@@ -267,11 +270,11 @@ class Method(Optimised):
         return {"learned": self.learned, "calibrated": self.calibrated}
 
     def set_extra_state(self, state: dict[str, bool]) -> None:
-        """Take what `get_extra_state` gave."""
+        """Restore what `get_extra_state` returned."""
         self.learned, self.calibrated = state["learned"], state["calibrated"]
 
     def _calibrate(self) -> None:
-        """Calibrate, unless the present weights are calibrated."""
+        """Calibrate unless the current weights already are."""
         if self.calibrated:
             return
         with self._evaluating(), torch.autocast(self.device.type, enabled=False):
@@ -280,11 +283,11 @@ class Method(Optimised):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients; afterwards each part is in the mode it had."""
+        """Set evaluation mode without gradients; afterwards restore the mode of each part."""
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            with torch.inference_mode(False), torch.no_grad():  # what is kept may be trained on
+            with torch.inference_mode(False), torch.no_grad():  # training may use the result
                 yield
         finally:
             for module, mode in modes:

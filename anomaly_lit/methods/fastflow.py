@@ -1,21 +1,21 @@
 """FastFlow: normalising flows on feature maps (Yu et al., 2021, arXiv:2111.07677).
 
-Per stage of a frozen backbone, an invertible network of coupling steps, convolutional so that a
-position sees its neighbours, turns the maps of normal images into white noise. Where the noise of
-an image is unlikely, the image is anomalous.
+For each stage of a frozen backbone, an invertible network of coupling steps turns the maps of
+normal images into white noise; it is convolutional, so that a position sees its neighbours. Where
+the noise of an image is unlikely, the image is anomalous.
 
-The authors published no code; the text and the public re-implementations were followed. Differs:
+The authors published no code, so this follows the text and public re-implementations. Differences:
 
-- Maps are normalised as a whole before the flow, without weights of their own (`affine`): needed
-  to match the published results, and steadier without weights.
-- The weights that score are a moving average of the trained ones (`average`), and the learning
-  rate falls: re-implementations at a constant rate lose a point of pixel AUROC from their best
-  epoch to their last, and only the last is reported here.
-- A transformer's maps pass its last layer normalisation (the backbone's `final_norm`).
+- Maps are normalised as a whole before the flow, without trainable weights (`affine`): the
+  published results need the normalisation, and it is more stable without weights.
+- Scoring uses a moving average of the trained weights (`average`), and the learning rate falls:
+  re-implementations with a constant rate lose a point of pixel AUROC from their best epoch to their
+  last, and only the last is reported here.
+- A transformer's maps pass through its last layer normalisation (the backbone's `final_norm`).
 
-With WideResNet-50-2, eight steps and alternating kernels there are 41.3 million parameters. For
-the paper's transformers the steps described have 7.1 million, not the published 14.8;
-`double_coupling` gives 14.1, which may be what was meant.
+With WideResNet-50-2, eight steps and alternating kernels there are 41.3 million parameters. For the
+paper's transformers, the steps as described have 7.1 million instead of the published 14.8;
+`double_coupling` gives 14.1, which may be what the authors used.
 
 Paper: Yu et al.: FastFlow: Unsupervised Anomaly Detection and Localization via 2D Normalizing
 Flows. arXiv:2111.07677.
@@ -47,19 +47,19 @@ class FastFlow(Method):
         backbone: Frozen feature extractor.
         optimizer: Builds the optimiser.
         schedule: Factor of the learning rate over training.
-        gradient_clip: Greatest norm of the gradients; their norm grows with the size of the maps.
-        image_size: Height and width of the images, or one number; read only where `affine`.
+        gradient_clip: Largest norm of the gradients, which grows with the size of the maps.
+        image_size: Height and width of the images, or one number for both; only used if `affine`.
         steps: Coupling steps of each flow.
-        kernels: `3-1` alternates kernels of 3 x 3 and 1 x 1; `3-3` has the former only.
-        hidden_ratio: Hidden channels of a step over the channels it reads.
-        double_coupling: Whether a step changes both halves of the channels, not one.
+        kernels: `3-1` alternates between 3 x 3 and 1 x 1 kernels; `3-3` uses 3 x 3 only.
+        hidden_ratio: Hidden channels of a step divided by the channels it reads.
+        double_coupling: Whether a step changes both halves of the channels instead of one.
         affine: Whether the normalisation before a flow has weights, one for each value of a map.
-        average: Decay of the moving average of the weights that score, in [0, 1); 0 takes the
-            trained weights themselves. Early steps decay faster.
+        average: Decay of the moving average of the weights used for scoring, in [0, 1); 0 uses the
+            trained weights themselves. The decay is lower in early steps.
         smoothing: Standard deviation of a Gaussian filter on the map, in pixels.
 
     Raises:
-        UserError: A stage has one channel only, or `average` is out of range.
+        UserError: A stage has only one channel, or `average` is out of range.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class FastFlow(Method):
             self.averaged.requires_grad_(False)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Return each stage's negative log likelihood; per value it is logged as `stage<i>`."""
+        """Return each stage's negative log likelihood; it is logged per value as `stage<i>`."""
         features = self.features(self.backbone, batch)
         flows = self.flows if self.training else self.scoring_flows()
         terms = {}
@@ -114,13 +114,13 @@ class FastFlow(Method):
         return terms
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Move the average with the weights, before a checkpoint is written."""
+        """Update the average after the weights, before a checkpoint is written."""
         super().optimizer_step(*args, **kwargs)
         if self.averaged is not None:
             self.averaged.update_parameters(self.flows)
 
     def scoring_flows(self) -> nn.ModuleList:
-        """Return the averaged flows, where an average is kept."""
+        """Return the averaged flows, or the trained ones if no average is kept."""
         if self.averaged is None:
             return self.flows
         assert isinstance(self.averaged.module, nn.ModuleList)
@@ -138,7 +138,7 @@ class FastFlow(Method):
 
 
 class MovingAverage:
-    """Exponential moving average whose decay is less in the first steps: (1 + n) / (10 + n).
+    """Exponential moving average with a lower decay in the first steps: (1 + n) / (10 + n).
 
     Args:
         decay: Decay after many steps.
@@ -151,7 +151,7 @@ class MovingAverage:
     def __call__(
         self, averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int
     ) -> None:
-        """Move `averaged` in place; `count` is the number of moves so far."""
+        """Update `averaged` in place; `count` is the number of updates so far."""
         early = (1 + count) / (10 + count)
         decay = torch.as_tensor(early, device=averaged[0].device).clamp(max=self.decay)
         for old, new in zip(averaged, current, strict=True):
@@ -159,7 +159,7 @@ class MovingAverage:
 
 
 class Flow(nn.Module):
-    """Normalisation and coupling steps on a map of fixed channels.
+    """Normalisation and coupling steps for maps with a fixed number of channels.
 
     Args:
         channels: Channels C of the map.
@@ -186,7 +186,8 @@ class Flow(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, C, h, w) to noise of the same shape and (B,) log determinants.
 
-        The determinant is that of the steps: the normalisation before them is part of the data.
+        The determinants are those of the steps: the normalisation before them counts as part of the
+        data.
         """
         noise = self.normalise(features)
         log_det = features.new_zeros(len(features))
@@ -196,13 +197,13 @@ class Flow(nn.Module):
         return noise, log_det
 
     def normalise(self, features: Tensor) -> Tensor:
-        """Zero mean and unit variance over all values of a map, then the weights if any."""
+        """Give each map zero mean and unit variance over all values; then apply weights, if any."""
         if self.norm is not None:
             return self.norm(features)
         return F.layer_norm(features, features.shape[1:])
 
     def inverse(self, noise: Tensor) -> Tensor:
-        """From noise to normalised features, (B, C, h, w)."""
+        """Map noise to normalised features, (B, C, h, w)."""
         for step in reversed(self.steps):
             assert isinstance(step, CouplingStep)
             noise = step.inverse(noise)
@@ -210,7 +211,7 @@ class Flow(nn.Module):
 
 
 class CouplingStep(nn.Module):
-    """Scales and shifts one half of the channels by what the other half says, then mixes them.
+    """Scales and shifts one half of the channels as the other half decides, then mixes all.
 
     Args:
         channels: Channels C of the map, at least 2.
@@ -220,7 +221,7 @@ class CouplingStep(nn.Module):
     """
 
     permutation: Tensor
-    clamp = 2.0  # greatest |log scale|
+    clamp = 2.0  # largest |log scale|
 
     def __init__(
         self, channels: int, kernel: int, hidden_ratio: float, double_coupling: bool
@@ -250,7 +251,7 @@ class CouplingStep(nn.Module):
         return y[:, self.permutation], log_det
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Take `forward` back."""
+        """Undo `forward`."""
         y = (y[:, self.permutation.argsort()] - self.offset) / self._scale()
         kept, changed = y.split(self.halves, dim=1)
         if self.other_subnet is not None:

@@ -2,17 +2,18 @@
 
 It extends STPM, student-teacher feature pyramid matching (Wang et al., BMVC 2021,
 arXiv:2103.04257). Two frozen teachers, two students, trained on normal images only. The first
-student sees the image and learns to give the first teacher's maps. The second sees the first
-teacher's last map alone, a bottleneck that has no room for the unforeseen, and must give the second
-teacher's maps from coarse to fine; attention computed from the second teacher gates what it hands
+student sees the image and learns to predict the first teacher's maps. The second sees only the
+first teacher's last map, a bottleneck with no room for the unexpected, and must predict the second
+teacher's maps from coarse to fine; attention computed from the second teacher gates what it passes
 on to finer stages. Six maps of 1 - cosine between teacher and student, added by scale and
 multiplied over scales, are the anomaly map.
 
-There is no code by the authors; the text and an unofficial code's behaviour were followed. Differs:
+The authors published no code, so this follows the text and an unofficial implementation.
+Differences:
 
-- The gate is (1 + a) x at both stages (`attention=residual`); that code has a x at the coarsest.
-- The second student starts at a rate that rises over the first hundredth of training, and its
-  gradient is clipped: a rate of 0.4 is fragile on its transposed convolutions.
+- The gate is (1 + a) x at both stages (`attention=residual`); that code uses a x at the coarsest.
+- The second student's learning rate rises over the first hundredth of training, and its gradient is
+  clipped: with its transposed convolutions a rate of 0.4 is fragile.
 - `width` makes the second student narrower, with a 1 x 1 convolution to the teacher's channels.
 - The discriminative network of the follow-up paper (arXiv:2210.07548) is not part of it.
 
@@ -48,14 +49,16 @@ class RSTPM(Method):
 
     Args:
         teacher: Frozen; its last stage feeds the second student, the others are matched.
-        second_teacher: Frozen; every stage is matched. Its strides are those matched of the first.
-        optimizer: Builds the one optimiser of both students.
+        second_teacher: Frozen; every stage is matched. Its strides are those of the first teacher's
+            matched stages.
+        optimizer: Builds the optimiser of both students.
         schedule: Factor of the learning rate over training.
-        gradient_clip: Greatest norm of all gradients together.
+        gradient_clip: Largest norm of all gradients together.
         attention: `residual`: (1 + a) x; `mul`: a x; `none`.
-        width: Channels inside the second student, over those of the second teacher.
-        second_warmup: Share of training in which the second student's rate rises to the full.
-        second_clip: Greatest norm of the second student's gradients; None does not clip.
+        width: Channels inside the second student, divided by those of the second teacher.
+        second_warmup: Share of training over which the second student's rate rises to its full
+            value.
+        second_clip: Largest norm of the second student's gradients; None does not clip.
         smoothing: Standard deviation of a Gaussian filter on the map, in pixels.
 
     Raises:
@@ -88,7 +91,7 @@ class RSTPM(Method):
         )
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Mean of 1 - cosine, summed over stages: `first` and `second` pair."""
+        """Return the mean of 1 - cosine of each pair, `first` and `second`, summed over stages."""
         first = self.features(self.teacher, batch, "teacher")
         second = self.features(self.second_teacher, batch, "second_teacher")
         students = self.student(batch["image"]), self.second_student(first[-1], second)
@@ -111,7 +114,7 @@ class RSTPM(Method):
         return Prediction(anomaly_map, anomaly_map.amax(dim=(1, 2, 3)))
 
     def configure_optimizers(self) -> Any:
-        """One optimiser; the second student's rate rises first."""
+        """Return one optimiser; the second student's rate rises first."""
         students: list[Any] = [self.student, self.second_student]
         optimizer = self.optimizer([{"params": list(s.parameters())} for s in students])
         step = 1 / self.trainer.estimated_stepping_batches
@@ -159,13 +162,13 @@ class Student(nn.Module):
 
 
 class ReconstructionStudent(nn.Module):
-    """From the first teacher's last map to the second teacher's maps, coarse to fine.
+    """Predicts the second teacher's maps from the first teacher's last map, coarse to fine.
 
     Args:
         bottleneck: Channels of the map it sees.
-        channels: Channels of the maps it gives, finest first.
+        channels: Channels of the predicted maps, finest first.
         width: See `RSTPM`.
-        attention: See there.
+        attention: See `RSTPM`.
     """
 
     def __init__(
@@ -201,11 +204,11 @@ class ReconstructionStudent(nn.Module):
         self.gates = nn.ModuleList(SpatialAttention(count) for count in gated)
 
     def forward(self, bottleneck: Tensor, teacher: Sequence[Tensor]) -> list[Tensor]:
-        """Maps in the order and shapes of `teacher`, each taken before its gate.
+        """Return maps in the order and shapes of `teacher`, each taken before its gate.
 
         Args:
             bottleneck: (B, C, h, w).
-            teacher: The second teacher's maps, finest first; they only gate.
+            teacher: The second teacher's maps, finest first; used for the gates only.
 
         Raises:
             UserError: The maps do not double in size from stage to stage.
@@ -230,7 +233,7 @@ class ReconstructionStudent(nn.Module):
 
 
 class SpatialAttention(nn.Sequential):
-    """One gate in (0, 1) for each position of a (B, C, h, w) map: (B, 1, h, w).
+    """A gate in (0, 1) for each position of a (B, C, h, w) map: (B, 1, h, w).
 
     Args:
         channels: Channels C of the map.
@@ -269,7 +272,7 @@ class BasicBlock(nn.Module):
 
 
 def distance(teacher: Tensor, student: Tensor) -> Tensor:
-    """Return (B, 1, h, w): 1 - cosine of channel vectors, half the squared distance of unit vectors."""
+    """Return 1 - cosine of channel vectors (half the squared distance if normed): (B, 1, h, w)."""
     return 1 - F.cosine_similarity(teacher.float(), student.float(), dim=1)[:, None]
 
 

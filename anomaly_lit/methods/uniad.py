@@ -1,14 +1,14 @@
 """UniAD: a unified model for anomaly detection (You et al., NeurIPS 2022, arXiv:2206.03687).
 
 One transformer rebuilds the feature maps of all categories. Three things keep it from learning to
-copy whatever it is given, defects included: noise on the features (jitter), attention that must
-not look at a position's own neighbourhood, and a decoder whose layers each start from a learned
-query of their own. The distance between rebuilt and given features is the anomaly map.
+copy its input, defects included: noise on the features (jitter), attention that must not look at a
+position's own neighbourhood, and a decoder in which each layer starts from a learned query of its
+own. The distance between rebuilt and given features is the anomaly map.
 
 Follows the authors' published code. Differs from it:
 
 - AUROC is never mirrored when it falls below one half.
-- The map need not be square, and `window=0` takes the neighbour mask away, for ablations.
+- The map need not be square, and `window=0` removes the neighbour mask, for ablations.
 
 With EfficientNet-B4 at 224 x 224 there are 7.717 million trainable parameters. The queries belong
 to positions, so a checkpoint is tied to its image size.
@@ -52,28 +52,28 @@ class UniAD(Method):
         loss: Reconstruction loss on (B, C, h, w) maps.
         optimizer: Builds the optimiser.
         schedule: Factor of the learning rate over training.
-        gradient_clip: Greatest norm of the gradients. Without it the first, large gradients leave
-            AdamW's second moments so high that hundreds of steps learn next to nothing.
+        gradient_clip: Largest norm of the gradients. Without it the large first gradients make
+            AdamW's second moments so high that hundreds of steps learn almost nothing.
         image_size: Height and width of the images, or one number for both.
         stride: Pixels per position of the feature map; divides the image.
-        dim: Width of a token; the heads divide it.
+        dim: Width of a token, a multiple of `heads`.
         heads: Attention heads.
         feedforward: Width of the hidden layers.
         encoder_depth: Layers of the encoder.
         decoder_depth: Layers of the decoder.
-        head: How the last layer starts: `random` as published, or `mean`, which answers with
-            the mean training feature: at a learning rate far above the published one, only that
-            keeps the tokens from forgetting the image (see `nn.neighbours.silence`).
-        dropout: Share dropped of attention weights, hidden layers and residuals.
-        window: Side of the neighbourhood that attention leaves out, in positions; 0 for none.
-        jitter: Standard deviation of the noise on a channel, in norms of the token divided by its
-            number of channels (the paper's alpha).
+        head: How the last layer starts: `random` as published, or `mean`, which outputs the mean
+            training feature. At a learning rate far above the published one, only `mean` keeps the
+            tokens from forgetting the image (see `nn.neighbours.silence`).
+        dropout: Share of attention weights, hidden layers and residuals that is dropped.
+        window: Side of the neighbourhood that attention ignores, in positions; 0 for none.
+        jitter: Standard deviation of the noise on a channel, in units of the token's norm divided
+            by its number of channels (the paper's alpha).
         score: `max` (of the map after `pool`), `std` or `mean` of the map.
-        pool: Side of the window whose mean counts in `max`, in pixels.
+        pool: Side of the averaging window before `max`, in pixels.
 
     Raises:
-        UserError: The stride does not divide the image, the heads the width, or the window covers
-            the whole map.
+        UserError: `stride` does not divide the image size, `heads` does not divide `dim`, or the
+            window covers the whole map.
     """
 
     oracle_criterion = "pixel_auroc"
@@ -123,7 +123,7 @@ class UniAD(Method):
             silence(self.head)
 
     def reconstruct(self, features: Tensor) -> Tensor:
-        """Map (B, C, h, w) to the same, in float32; with jitter in training."""
+        """Rebuild (B, C, h, w) features, in float32; with jitter in training."""
         tokens = features.flatten(2).transpose(1, 2)  # (B, N, C)
         tokens = self.embed(add_jitter(tokens, self.jitter if self.training else 0.0))
         positions = self.positions()
@@ -132,13 +132,13 @@ class UniAD(Method):
         return decoded.float().transpose(1, 2).unflatten(2, self.grid)
 
     def learn(self) -> None:
-        """Start the head at the mean feature where that is asked for."""
+        """Start the head at the mean feature if `head` says so."""
         if self.head_start == "mean":
             features = (self.features(self.backbone, b) for b in self.normal_batches("train"))
             answer_with_mean(self.head, (aggregate(maps, self.grid) for maps in features))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Distance of what is rebuilt from jittered features to the clean ones."""
+        """Return the distance of features rebuilt from jittered ones to the clean ones."""
         target = aggregate(self.features(self.backbone, batch), self.grid).float()
         return loss_terms(self.loss, self.reconstruct(target), target)
 
@@ -194,7 +194,8 @@ class QueryDecoderLayer(nn.Module):
         dim: Width of a token.
         heads: Attention heads.
         feedforward: Width of the hidden layer.
-        dropout: Of attention weights, the hidden layer and the three residuals.
+        dropout: Share of attention weights, the hidden layer and the three residuals that is
+            dropped.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Metrics of anomaly detection, on raw scores: usable alone, with any code that makes scores."""
+"""Metrics of anomaly detection on raw scores; usable with any code that produces scores."""
 
 from anomaly_lit.metrics.functional import (
     aupimo,

@@ -1,6 +1,6 @@
 """Metrics of anomaly detection as functions of raw scores or of maps and masks.
 
-Nothing is squashed, clipped or normalised; conventions are those of `anomaly_lit.metrics.ranking`.
+Scores are not squashed, clipped or normalised; for conventions see `anomaly_lit.metrics.ranking`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def rank_items(scores: Tensor, labels: Tensor) -> Ranking:
 
 
 def as_float(scores: Tensor) -> Tensor:
-    """float32 for the shorter floats, which it holds exactly; float64 for all other types."""
+    """Return float32 for shorter floats, which it holds exactly, and float64 for other types."""
     if scores.dtype in (torch.float16, torch.bfloat16, torch.float32):
         return scores.float()
     return scores.double()
@@ -67,13 +67,13 @@ def _rank_maps(anomaly_map: Tensor, gt_mask: Tensor) -> Ranking:
 
 
 def check_maps(anomaly_map: Tensor, gt_mask: Tensor) -> Regions:
-    """Refuse shapes and types that do not fit; then find the regions, on the maps' device."""
+    """Check shapes and types, then find the regions on the maps' device."""
     check_shapes(anomaly_map, gt_mask)
     return find_regions(gt_mask).to(anomaly_map.device)
 
 
 def check_shapes(anomaly_map: Tensor, gt_mask: Tensor) -> None:
-    """Refuse maps and masks whose shapes and types do not fit.
+    """Raise if shapes or types of maps and masks do not fit.
 
     Raises:
         UserError: shapes differ, are not (B, 1, H, W), or the mask is not boolean.
@@ -88,11 +88,11 @@ def check_shapes(anomaly_map: Tensor, gt_mask: Tensor) -> None:
 
 
 def auroc(scores: Tensor, labels: Tensor) -> Tensor:
-    """Area under the ROC curve: the chance that an anomalous item outranks a normal one.
+    """Return the area under the ROC curve: how often an anomalous item outranks a normal one.
 
     Args:
         scores: unbounded scores of any real type and shape, larger is more anomalous.
-        labels: bool of the same shape, true where anomalous. Masks and maps fit as well.
+        labels: bool of the same shape, true where anomalous. Maps and masks work too.
 
     Returns:
         0-d float64 tensor in [0, 1], NaN if a class is missing; a tie counts one half.
@@ -104,12 +104,12 @@ def auroc(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
-    """Sum over distinct scores of (recall gained) x precision; arguments as in `auroc`."""
+    """Return the sum of (gain in recall) x precision over scores; arguments as in `auroc`."""
     return ranking_average_precision(rank_items(scores, labels)).value
 
 
 def f1_max(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest F1 over all thresholds and the highest threshold that gives it (score >= threshold).
+    """Return the largest F1 over all thresholds, and its highest threshold (score >= threshold).
 
     Arguments and errors as in `auroc`.
     """
@@ -118,17 +118,17 @@ def f1_max(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def aupro(anomaly_map: Tensor, gt_mask: Tensor, limit: float = 0.3) -> Tensor:
-    """Area under the per-region overlap curve up to a false positive rate, divided by it.
+    """Return the area under the per-region overlap up to a false positive rate, over that rate.
 
-    The conventions are those of the official MVTec evaluation: regions are 8-connected components
-    of each mask at the resolution given here, every region weighs the same, false positives are
-    counted on all pixels outside regions, images without defects included, ties enter together,
-    and the curve is cut at `limit` by linear interpolation.
+    The conventions are those of the official MVTec evaluation: regions are the 8-connected
+    components of each mask at the given resolution, every region has the same weight, false
+    positives are counted on all pixels outside regions (also in images without defects), ties enter
+    together, and the curve is cut at `limit` by linear interpolation.
 
     Args:
         anomaly_map: (B, 1, H, W), unbounded, any real type.
         gt_mask: (B, 1, H, W) bool.
-        limit: largest false positive rate, in (0, 1].
+        limit: the largest false positive rate, in (0, 1].
 
     Returns:
         0-d float64 tensor in [0, 1], NaN without regions or without normal pixels.
@@ -140,7 +140,7 @@ def aupro(anomaly_map: Tensor, gt_mask: Tensor, limit: float = 0.3) -> Tensor:
 
 
 def check_limit(limit: float) -> float:
-    """Refuse a limit outside (0, 1]."""
+    """Return a limit, and raise if it is outside (0, 1]."""
     if not 0 < limit <= 1:
         raise UserError(f"the false positive limit is {limit}; give a number above 0, at most 1")
     return limit
@@ -149,7 +149,7 @@ def check_limit(limit: float) -> float:
 def aupimo(
     anomaly_map: Tensor, gt_mask: Tensor, limits: tuple[float, float] = AUPIMO_LIMITS
 ) -> Tensor:
-    """Mean AUPIMO over the anomalous images; see `ranking_aupimo`, arguments as in `aupro`."""
+    """Return anomalous images' mean AUPIMO; see `ranking_aupimo`, arguments as in `aupro`."""
     return ranking_aupimo(_rank_maps(anomaly_map, gt_mask), limits).value
 
 
@@ -165,5 +165,5 @@ def item_curves(scores: Tensor, labels: Tensor) -> dict[str, tuple[Tensor, Tenso
 
 
 def limits_of(limits: Sequence[float]) -> tuple[float, ...]:
-    """Distinct, checked limits, in the order given."""
+    """Return the distinct limits, checked, in the given order."""
     return tuple(dict.fromkeys(check_limit(float(limit)) for limit in limits))

@@ -21,15 +21,15 @@ def image_metrics(
     seed: int = 0,
     names: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Return all values of one score per image; see `ImageMetrics`.
+    """Return all metrics of one score per image; see `ImageMetrics`.
 
     Args:
-        scores: (N,) float, unbounded, of all images: nothing is gathered here.
+        scores: (N,) float, unbounded, of all images: nothing is gathered over processes here.
         labels: (N,) bool, true where anomalous.
         resamples: resamples of the bootstrap; 0 leaves the intervals out.
         confidence: share of the resamples inside the interval.
-        seed: of the bootstrap alone.
-        names: what to call the N images in an error; None counts them from 0.
+        seed: of the bootstrap only.
+        names: names of the N images for error messages; None numbers them from 0.
 
     Returns:
         image_auroc, image_ap, image_f1max, image_f1max_threshold, and unless `resamples` is 0
@@ -66,13 +66,13 @@ class ImageMetrics(Metric):
     """Image AUROC, AP and F1-max, with 95 % bootstrap intervals of the first two.
 
     Scores are kept (8 bytes an image) and gathered from all processes; nothing waits for a GPU
-    before `compute`. Intervals do not depend on the order of images or on the processes. Give each
-    process its own images alone: where all have all of them already, use `image_metrics`.
+    before `compute`. Intervals depend neither on the order of images nor on the processes. Give
+    each process only its own images; if every process already has all of them, use `image_metrics`.
 
     Args:
         resamples: resamples of the bootstrap; 0 leaves the intervals out.
         confidence: share of the resamples inside the interval.
-        seed: of the bootstrap alone.
+        seed: of the bootstrap only.
 
     Raises:
         UserError: resamples are negative, or the confidence is outside (0, 1).
@@ -83,7 +83,7 @@ class ImageMetrics(Metric):
     higher_is_better = True
 
     score: list[Tensor]
-    anomalous: list[Tensor]  # float32 like the scores, so that processes without images can gather
+    anomalous: list[Tensor]  # float32 like the scores, so that ranks without data can be gathered
 
     def __init__(self, resamples: int = 2000, confidence: float = 0.95, seed: int = 0) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class ImageMetrics(Metric):
         Args:
             score: (B,) unbounded, read as float32; larger is more anomalous.
             label: (B,) bool, true where anomalous.
-            names: what to call the B images in an error.
+            names: names of the B images for error messages.
 
         Raises:
             UserError: shapes or types do not fit.
@@ -134,7 +134,7 @@ class ImageMetrics(Metric):
         return scores, labels > 0
 
     def _known_names(self, scores: Tensor) -> list[str] | None:
-        """Return the images' names; None where some are of other processes."""
+        """Return the images' names; None if some are in other processes."""
         return self._names if len(self._names) == len(scores) else None
 
     def compute(self) -> dict[str, Tensor]:
@@ -157,5 +157,5 @@ class ImageMetrics(Metric):
 
 
 def _listed(state: list[Tensor] | Tensor) -> list[Tensor]:
-    """Return a list state is one tensor once processes are joined."""
+    """Return a state as a list; it is a single tensor once processes are joined."""
     return [state] if isinstance(state, Tensor) else state

@@ -1,4 +1,4 @@
-"""Intervals of image metrics, by drawing images again."""
+"""Intervals of image metrics, by resampling images."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def bootstrap_interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Percentile bootstrap intervals of AUROC and AP (Efron and Tibshirani, 1993, chapter 13).
+    """Return bootstrap percentile intervals of AUROC and AP (Efron, Tibshirani, 1993, chapter 13).
 
-    Stratified: normal and anomalous items are drawn with replacement each from their own, so
-    that a resample has as many of both as the data. Items are drawn by their place in the order
-    of the scores: the order in which they are given does not matter.
+    The bootstrap is stratified: normal and anomalous items are drawn separately, with replacement,
+    so that a resample has as many of each as the data. Items are drawn by rank, so the order in
+    which they are given does not matter.
 
     Args:
         scores: (N,) unbounded scores.
         labels: (N,) bool.
         resamples: number of resamples.
         confidence: share of the resamples inside the interval.
-        seed: of a generator of its own; global random state is not touched.
+        seed: of a separate generator; the global random state is not touched.
 
     Returns:
         {"auroc": (low, high), "ap": (low, high)}, 0-d float64, NaN if a class is missing.
@@ -48,7 +48,7 @@ def bootstrap_interval(
 
 
 def _resample(labels: Tensor, last: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """AUROC and AP of `size` resamples: (2, size) float64."""
+    """Return AUROC and AP of `size` resamples: (2, size) float64."""
     true = _draw(labels, size, generator).cumsum(1)[:, last]  # (size, distinct scores)
     false = _draw(~labels, size, generator).cumsum(1)[:, last]
     positives, negatives = true[:, -1:], false[:, -1:]
@@ -61,7 +61,7 @@ def _resample(labels: Tensor, last: Tensor, size: int, generator: torch.Generato
 
 
 def _draw(chosen: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """How often each chosen item is drawn, as many draws as items: (size, N) float64."""
+    """Return how often each chosen item is drawn in as many draws as items: (size, N) float64."""
     places = chosen.nonzero().squeeze(1)
     drawn = torch.randint(len(places), (size, len(places)), generator=generator)
     count = torch.zeros(size, len(chosen), dtype=torch.float64)

@@ -36,19 +36,20 @@ class PixelMetrics(Metric):
     """Pixel AUROC, AP, F1-max, AUPRO at several limits, mean AUPIMO and their curves.
 
     The engine `exact` keeps all scores as float32 and sorts them once. `streaming` counts them in
-    bins that keep their order (`anomaly_lit.metrics.streaming`): constant memory, states that are
-    summed over processes, and a bound on the error of every value. `auto` is exact up to
-    `exact_pixels` pixels and moves what it holds into the bins beyond. Processes are summed before
-    that is decided, so that their number does not matter.
+    bins that keep their order (`anomaly_lit.metrics.streaming`): it needs constant memory, its
+    states are summed over processes, and every value comes with a bound on its error. `auto` is
+    exact up to `exact_pixels` pixels; beyond, it moves what it holds into the bins. Processes are
+    summed before this is decided, so that their number does not matter.
 
     Args:
-        limits: false positive rates at which AUPRO ends; 0.3 is `pixel_aupro`, another one
-            `pixel_aupro_<limit>`.
+        limits: false positive rates up to which AUPRO is integrated; 0.3 gives `pixel_aupro`, any
+            other `pixel_aupro_<limit>`.
         engine: "auto", "exact" or "streaming".
-        center: where the map scores of normal pixels crowd, for example their median on held-out
-            normal images. It sets where bins are fine, never what is measured; it is an argument
-            because a value taken from the first batch would depend on how data is distributed.
-        exact_pixels: the most pixels for which `auto` is exact.
+        center: where the map scores of normal pixels concentrate, for example their median on
+            held-out normal images. It sets where bins are fine, never what is measured. It is an
+            argument because a value from the first batch would depend on how data is split over
+            processes.
+        exact_pixels: the largest number of pixels for which `auto` is exact.
     """
 
     full_state_update = False
@@ -58,7 +59,7 @@ class PixelMetrics(Metric):
     normal: list[Tensor]  # scores of images without defects
     anomalous: list[Tensor]  # scores of images with a defect
     positive: list[Tensor]  # scores of the anomalous pixels among them
-    area: list[Tensor]  # float32 as all lists, for the sake of processes that hold nothing
+    area: list[Tensor]  # float32 like the other lists, so that ranks without data can be gathered
     image_area: list[Tensor]
     histogram: Tensor
     pixels: Tensor
@@ -89,7 +90,7 @@ class PixelMetrics(Metric):
     def _forget(self) -> None:
         self._held = 0  # pixels in the lists
         self._streaming = self.engine == "streaming"  # whether batches go to the bins
-        self._names: list[str] = []  # of images whose check is still on the device
+        self._names: list[str] = []  # of images whose check has not left the device yet
         self._finite: list[Tensor] = []
 
     @property
@@ -115,7 +116,7 @@ class PixelMetrics(Metric):
         self._forget()
 
     def _clear_histogram(self) -> None:
-        """One zero, expanded: it takes no memory until the bins are used."""
+        """Set the histogram to one expanded zero, which takes no memory until the bins are used."""
         columns = 0 if self.engine == "exact" else self.bins.count
         zero = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.histogram = zero.expand(ROWS, columns)
@@ -125,13 +126,13 @@ class PixelMetrics(Metric):
     ) -> None:
         """Add a batch.
 
-        Nothing here waits for a GPU, if masks are on the CPU (masks on a GPU are waited for, once
-        a batch). The check of maps on a GPU for NaN and infinity is left to `compute`.
+        If masks are on the CPU, nothing here waits for a GPU (masks on a GPU cost one wait per
+        batch). Maps on a GPU are checked for NaN and infinity in `compute`.
 
         Args:
             anomaly_map: (B, 1, H, W), unbounded, read as float32; larger is more anomalous.
             gt_mask: (B, 1, H, W) bool at the same resolution, true where anomalous.
-            names: what to call the B images in an error, for example their paths.
+            names: names of the B images for error messages, for example their paths.
 
         Raises:
             UserError: shapes or types do not fit, or a map holds NaN or infinity.
@@ -168,7 +169,7 @@ class PixelMetrics(Metric):
         self.unfinite_images += (~finite).sum()
 
     def _add(self, *parts: Tensor) -> None:
-        """Hold a batch, or count it in the bins: see HELD for the parts."""
+        """Keep a batch, or count it in the bins; for the parts see `HELD`."""
         size = len(parts[0]) + len(parts[1])
         if self.engine == "auto" and self._held + size > self.exact_pixels:
             self._streaming = True
@@ -185,7 +186,7 @@ class PixelMetrics(Metric):
         self, normal: Tensor, anomalous: Tensor, positive: Tensor, area: Tensor, image_area: Tensor
     ) -> None:
         if self.histogram.stride(0) == 0:
-            with torch.inference_mode(False):  # later updates may be outside of it
+            with torch.inference_mode(False):  # later updates may run outside inference mode
                 self.histogram = torch.zeros_like(
                     self.histogram, memory_format=torch.contiguous_format
                 )
@@ -194,14 +195,14 @@ class PixelMetrics(Metric):
         self.bins.count_anomalous(self.histogram, positive, area.long(), image_area.long())
 
     def _count_held(self) -> None:
-        """Move what is held into the bins; after a sum over processes, what all of them held."""
+        """Move what is held into the bins; after the sum over processes, what all of them held."""
         for parts in zip(*(_listed(getattr(self, name)) for name in HELD), strict=True):
             self._count(*parts)
         for name in HELD:
             setattr(self, name, [])
 
     def _rank(self) -> Ranking:
-        """Return the one ordering of all scores; ends in the bins if they are used at all."""
+        """Return the ordering of all scores; if the bins are used, everything is moved there."""
         if self.unfinite_images:
             finite = [torch.ones(0, dtype=torch.bool), *(part.cpu() for part in self._finite)]
             _raise_unfinite(self._names, torch.cat(finite))
@@ -218,12 +219,12 @@ class PixelMetrics(Metric):
         return self.bins.rank(self.histogram, regions, images)
 
     def compute(self) -> dict[str, Tensor]:
-        """All values, 0-d float64 tensors on the CPU; NaN where a class is missing.
+        """Return all values, 0-d float64 tensors on the CPU; NaN if a class is missing.
 
         Returns:
             pixel_auroc, pixel_ap, pixel_f1max, pixel_f1max_threshold, pixel_aupro (limit 0.3),
-            pixel_aupro_<limit>, pixel_aupimo, and from the bins <key>_bound for each but the
-            threshold: the exact value is no further away than that.
+            pixel_aupro_<limit>, pixel_aupimo, and with bins also <key>_bound for each except the
+            threshold: the exact value is at most this far away.
 
         Raises:
             UserError: a map held NaN or infinity.
@@ -245,13 +246,13 @@ class PixelMetrics(Metric):
         return values | {f"{name}_bound": estimate.bound for name, estimate in estimates.items()}
 
     def curves(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the curves behind the values: see `ranking_curves`; in bins their corners."""
+        """Return the curves behind the values, see `ranking_curves`; with bins, their corners."""
         with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
             return ranking_curves(self._rank())
 
 
 def _split(scores: Tensor, regions: Regions) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the parts of a batch, in the order of HELD."""
+    """Return the parts of a batch, in the order of `HELD`."""
     device, images = scores.device, regions.defective
     normal = scores.index_select(0, send((~images).nonzero().squeeze(1), device)).flatten()
     anomalous = scores.index_select(0, send(images.nonzero().squeeze(1), device)).flatten()
@@ -260,7 +261,7 @@ def _split(scores: Tensor, regions: Regions) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def _listed(state: list[Tensor] | Tensor) -> list[Tensor]:
-    """Return a list state is one tensor once processes are joined."""
+    """Return a state as a list; it is a single tensor once processes are joined."""
     return [state] if isinstance(state, Tensor) else state
 
 
@@ -285,5 +286,5 @@ def _warn_unreliable(estimates: dict[str, Estimate]) -> None:
 
 
 def aupro_key(limit: float) -> str:
-    """Name of AUPRO at a limit; 0.3 is the field's default and has none in its name."""
+    """Return the name of AUPRO at a limit; the usual 0.3 is left out of the name."""
     return "pixel_aupro" if limit == 0.3 else f"pixel_aupro_{limit:g}"

@@ -1,14 +1,15 @@
-"""The one ordering of scores, and the metrics that are read off it.
+"""The ordering of scores, and the metrics that are read off it.
 
-Every metric here depends on the order of the scores alone, so each is read off one `Ranking`: the
-scores of anomalous items from the highest down, with the counts of normal items above them. Two
-rankings exist: `rank` orders all scores (a group is one distinct score: a tie), and the streaming
-engine gives bins (a group is all the scores of one bin, whose order is unknown). In a bin each
-metric has a lowest and a highest possible value; the sums of these are the `low` and `high` of an
+Every metric here depends only on the order of the scores, so each is read off a `Ranking`: the
+scores of anomalous items, highest first, with the counts of normal items above them. There are two
+kinds: `rank` orders all scores (a group is one distinct score, that is a tie), and the streaming
+engine gives bins (a group is all scores of one bin, whose order is unknown). Within a bin each
+metric has a lowest and a highest possible value; their sums are the `low` and `high` of an
 `Estimate`.
 
-Conventions. A tie counts one half in AUROC, and all items of a tie enter a curve together, as in
-scikit-learn. Nothing is squashed, clipped or normalised. With one class only every metric is NaN.
+Conventions: a tie counts one half in AUROC, and all items of a tie enter a curve together, as in
+scikit-learn. Scores are not squashed, clipped or normalised. If a class is missing, every metric is
+NaN.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROUNDING = 1e-11  # float64 sums of the lows and highs may round by less than this
+ROUNDING = 1e-11  # float64 sums of the lows and highs round by less than this
 AUPIMO_LIMITS = (1e-5, 1e-4)
 NAN = torch.tensor(torch.nan, dtype=torch.float64)
 
 
 class Estimate(NamedTuple):
-    """A metric with the range in which its exact value lies; 0-d float64 tensors on the CPU."""
+    """A metric and the range of its exact value; 0-d float64 tensors on the CPU."""
 
     value: Tensor
     low: Tensor
@@ -33,7 +34,7 @@ class Estimate(NamedTuple):
 
     @property
     def bound(self) -> Tensor:
-        """Largest possible distance between the value and the exact metric."""
+        """The largest possible distance between the value and the exact metric."""
         return torch.maximum(self.high - self.value, self.value - self.low) + ROUNDING
 
 
@@ -43,21 +44,21 @@ UNDEFINED = Estimate(NAN, NAN, NAN)
 class Ranking(NamedTuple):
     """Groups that hold an anomalous item, highest score first; float64 on the CPU, shapes (G,).
 
-    `before` counts the items of higher groups, the plain name those of this group as well.
+    Names with `before` count the items of higher groups only, the others also those of this group.
     """
 
     threshold: Tensor  # lowest score of the group
-    true: Tensor  # anomalous items up to and with this group
+    true: Tensor  # anomalous items down to and including this group
     false_before: Tensor  # normal items
     false: Tensor
-    overlap: Tensor  # mean over regions of the part that is found, in [0, 1]
-    recall: Tensor  # mean over anomalous images of the part of their anomalous pixels found
+    overlap: Tensor  # mean over regions of the share that is found, in [0, 1]
+    recall: Tensor  # mean over anomalous images of the share of anomalous pixels found
     normal_before: Tensor  # pixels of images without any defect
     normal: Tensor
     positives: int
     negatives: int
     normals: int  # pixels of images without any defect
-    tied: bool  # a group is one distinct score, so that nothing is unknown
+    tied: bool  # a group is one distinct score, so nothing is unknown
     slack: tuple[float, float] = (0.0, 0.0)  # rounding of overlap and recall in fixed point
 
     @property
@@ -75,15 +76,15 @@ def rank(
     regions: int = 0,
     images: int = 0,
 ) -> Ranking:
-    """Order scores exactly; scikit-learn's treatment of ties.
+    """Order scores exactly, with ties as in scikit-learn.
 
     Args:
-        scores: (N,) scores of normal and anomalous items together (where `normal` is given: the
-            pixels of images that have a defect).
-        positive: (P,) scores of the anomalous items, which are also among `scores`.
+        scores: (N,) scores of normal and anomalous items together (if `normal` is given: of the
+            pixels of images with a defect).
+        positive: (P,) scores of the anomalous items, which `scores` also contains.
         normal: (M,) scores of the pixels of images without defects.
-        area: (P,) pixels of the region of each anomalous pixel.
-        image_area: (P,) anomalous pixels in the image of each anomalous pixel.
+        area: (P,) size, in pixels, of each anomalous pixel's region.
+        image_area: (P,) number of anomalous pixels in each anomalous pixel's image.
         regions: number of regions.
         images: number of images with a defect.
     """
@@ -120,7 +121,7 @@ def rank(
 
 
 def _sort(scores: Tensor) -> Tensor:
-    """Ascending; numpy's vectorised sort is many times faster than torch's on a CPU."""
+    """Sort in ascending order; on a CPU numpy's vectorised sort is much faster than torch's."""
     if scores.is_cuda:
         return scores.sort().values
     return torch.from_numpy(np.sort(scores.cpu().numpy()))
@@ -136,9 +137,10 @@ def _before(cumulated: Tensor) -> Tensor:
 
 
 def ranking_auroc(ranking: Ranking) -> Estimate:
-    """Chance that an anomalous item outranks a normal one; a tie counts one half.
+    """Return how often an anomalous item outranks a normal one; a tie counts one half.
 
-    sum_g p_g (N - (F_before + F) / 2) / (P N), off by at most sum_g p_g n_g / (2 P N) in bins.
+    That is sum_g p_g (N - (F_before + F) / 2) / (P N); with bins it is off by at most sum_g p_g n_g
+    / (2 P N).
     """
     if ranking.undefined:
         return UNDEFINED
@@ -154,13 +156,13 @@ def ranking_auroc(ranking: Ranking) -> Estimate:
 
 
 def ranking_average_precision(ranking: Ranking) -> Estimate:
-    """Sum over thresholds of the gain in recall times the precision (scikit-learn's AP).
+    """Return the sum over thresholds of gained recall times precision (scikit-learn's AP).
 
-    In a bin of p anomalous and n normal items, below T anomalous and F normal ones, the j-th
-    anomalous item has a precision between (T + j) / (T + j + F + n), all normal items first, and
-    (T + p) / (T + p + F), all anomalous items first and tied. The value takes the normal items
-    as evenly spread, n j / (p + 1) of them above the j-th. Sums over j are integrals, exact for
-    p = 1, on the safe side for the low end.
+    In a bin with p anomalous and n normal items, below T anomalous and F normal ones, the j-th
+    anomalous item has a precision between (T + j) / (T + j + F + n), if all normal items come
+    first, and (T + p) / (T + p + F), if all anomalous items come first and are tied. The value
+    assumes that normal items are evenly spread, n j / (p + 1) of them above the j-th. Sums over j
+    are computed as integrals, which are exact for p = 1 and on the safe side at the low end.
     """
     if ranking.undefined:
         return UNDEFINED
@@ -182,17 +184,17 @@ def ranking_average_precision(ranking: Ranking) -> Estimate:
 
 
 def _precision_integral(start: Tensor, stop: Tensor, offset: Tensor, slope: Tensor) -> Tensor:
-    """Integral over x of x / (x (1 + slope) + offset), the precision at the x-th anomalous item."""
+    """Integrate x / (x (1 + slope) + offset), the precision at the x-th anomalous item, over x."""
     growth = 1 + slope
     ratio = torch.log1p(growth * (stop - start) / (growth * start + offset))
     return (stop - start) / growth - offset / growth.square() * ratio
 
 
 def ranking_f1_max(ranking: Ranking) -> tuple[Estimate, Tensor]:
-    """Largest F1 = 2 T / (T + F + P) over all thresholds, and that threshold (score >= it).
+    """Return the largest F1 = 2 T / (T + F + P) of all thresholds, and its threshold (score >= it).
 
-    In bins the value is the F1 at the best lower edge of a bin, which is attained; no threshold
-    inside a bin can pass 2 T / (T + F_before + P).
+    With bins the value is the F1 at the best lower edge of a bin, which is attained; no threshold
+    inside a bin can exceed 2 T / (T + F_before + P).
     """
     if ranking.undefined:
         return UNDEFINED, NAN
@@ -206,10 +208,10 @@ def ranking_f1_max(ranking: Ranking) -> tuple[Estimate, Tensor]:
 
 
 def ranking_aupro(ranking: Ranking, limit: float = 0.3) -> Estimate:
-    """Area under the per-region overlap over false positive rates in [0, limit], over limit.
+    """Return the area under per-region overlap for false positive rates in [0, limit], over limit.
 
     Bergmann et al., The MVTec Anomaly Detection Dataset, IJCV 2021, section 4.2, with the
-    conventions of the official evaluation code: see `aupro`. In a bin the curve stays in the
+    conventions of the official evaluation code: see `aupro`. Within a bin the curve stays in the
     rectangle between the bin's two corners.
     """
     if ranking.undefined:
@@ -220,12 +222,12 @@ def ranking_aupro(ranking: Ranking, limit: float = 0.3) -> Estimate:
 
 
 def ranking_aupimo(ranking: Ranking, limits: tuple[float, float] = AUPIMO_LIMITS) -> Estimate:
-    """Mean over anomalous images of the recall, over log false positive rates of normal images.
+    """Return the mean recall of anomalous images over log false positive rates of normal images.
 
     The mean of AUPIMO (Bertoldo et al., 2024, https://arxiv.org/abs/2401.01984): the rate counts
     only pixels of images without defects, and the area in log10 of the rate within `limits` is
-    divided by its width. The mean of areas is the area under the mean, so that no per-image
-    curve is kept. NaN where the normal pixels cannot show the lower limit.
+    divided by its width. The mean of the areas is the area under the mean curve, so no curve per
+    image is kept. NaN if there are too few normal pixels to show the lower limit.
     """
     low, high = limits
     if ranking.undefined or ranking.normals * low < 1:
@@ -236,7 +238,7 @@ def ranking_aupimo(ranking: Ranking, limits: tuple[float, float] = AUPIMO_LIMITS
 
 
 def _points(before: Tensor, after: Tensor, y: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Return the corners of a curve from (0, 0) to (1, 1), two for each group: (2 G + 2,)."""
+    """Return the corners of a curve from (0, 0) to (1, 1), two per group: (2 G + 2,)."""
     x = torch.stack([before, after], dim=1).flatten() / total
     y = torch.stack([_before(y), y], dim=1).flatten()
     zero, one = y.new_zeros(1), y.new_ones(1)
@@ -244,10 +246,10 @@ def _points(before: Tensor, after: Tensor, y: Tensor, total: int) -> tuple[Tenso
 
 
 def _area(x: Tensor, y: Tensor, low: float, high: float, slack: float) -> Estimate:
-    """Area under the polygon (x, y) between two abscissas, over their distance.
+    """Return the area under the polygon (x, y) between two x values, divided by their distance.
 
     A segment that crosses a limit is cut there by linear interpolation. `low` and `high` of the
-    estimate take each segment at its start and at its end.
+    estimate use the value at each segment's start and end.
     """
     start, stop = x[:-1].clamp(low, high), x[1:].clamp(low, high)
     width = stop - start
@@ -256,7 +258,7 @@ def _area(x: Tensor, y: Tensor, low: float, high: float, slack: float) -> Estima
 
     def height(at: Tensor) -> Tensor:
         part = torch.where(inside, (at - x[:-1]) / run, 0.0)
-        return y[:-1] + rise * part.nan_to_num(1.0)  # a segment from log 0 has its end's height
+        return y[:-1] + rise * part.nan_to_num(1.0)  # a segment from log 0 is as high as its end
 
     area = (width * (height(start) + height(stop)) / 2)[inside].sum()
     bottom, top = (width * y[:-1])[inside].sum(), (width * y[1:])[inside].sum()
@@ -270,12 +272,12 @@ def _within(value: Tensor, low: Tensor, high: Tensor) -> Estimate:
 
 
 def ranking_curves(ranking: Ranking) -> dict[str, tuple[Tensor, Tensor]]:
-    """Every curve at all its corners.
+    """Return every curve at all its corners.
 
     Returns:
         "roc" (fpr, tpr), "pr" (recall, precision) and "pro" (fpr, overlap): pairs of float64
-        tensors, (2 G + 2,) for roc and pro, (G + 1,) for pr, which starts at recall 0 and
-        precision 1; empty where a class is missing.
+        tensors, (2 G + 2,) for roc and pro, (G + 1,) for pr, which starts at recall 0 and precision
+        1; empty if a class is missing.
     """
     if ranking.undefined:
         empty = torch.empty(0, dtype=torch.float64)

@@ -13,16 +13,16 @@ NEIGHBOURS = np.ones((3, 3), dtype=bool)  # 8-connected, as in the official MVTe
 
 
 class Regions(NamedTuple):
-    """The regions of a batch of masks, told by its P anomalous pixels."""
+    """The regions of a batch of masks, described by its P anomalous pixels."""
 
-    position: Tensor  # (P,) int64, places in the flattened batch, ascending
-    area: Tensor  # (P,) int64, pixels of the region of each
-    image_area: Tensor  # (P,) int64, anomalous pixels in the image of each
+    position: Tensor  # (P,) int64, positions in the flattened batch, ascending
+    area: Tensor  # (P,) int64, size of each pixel's region
+    image_area: Tensor  # (P,) int64, anomalous pixels in each pixel's image
     defective: Tensor  # (B,) bool, images with a region
-    number: int  # of regions
+    number: int  # number of regions
 
     def to(self, device: torch.device) -> Regions:
-        """Move the pixels' tensors; `defective` stays on the host."""
+        """Move the pixels' tensors; `defective` stays on the CPU."""
         position, area, image_area = (send(tensor, device) for tensor in self[:3])
         return self._replace(
             position=position, area=area, image_area=image_area, defective=self.defective.cpu()
@@ -30,17 +30,17 @@ class Regions(NamedTuple):
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor; from the host to a GPU without waiting for what the GPU has to do."""
+    """Move a tensor; from the CPU to a GPU this does not wait for the GPU's pending work."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def label_regions(gt_mask: Tensor) -> Tensor:
-    """Number the 8-connected regions of each mask; regions of two images never share a number.
+    """Assign a number to each 8-connected region; regions of two images never share one.
 
-    Exact for regions of any shape: scipy on a CPU, kornia's union-find on other devices, where
-    numbers are not consecutive.
+    This is exact for regions of any shape. On a CPU it uses scipy; on other devices kornia's
+    union-find, whose numbers are not consecutive.
 
     Args:
         gt_mask: (B, 1, H, W) bool.
@@ -63,13 +63,13 @@ def label_regions(gt_mask: Tensor) -> Tensor:
 
 
 def _label_on_device(gt_mask: Tensor) -> Tensor:
-    from kornia.contrib import connected_components_union_find  # heavy, and for GPUs alone
+    from kornia.contrib import connected_components_union_find  # slow to import, and for GPUs only
 
     return connected_components_union_find(gt_mask)
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, slice] | None:
-    """Rows and columns that hold all of the mask; None for an empty mask."""
+    """Return the rows and columns that hold the whole mask; None for an empty mask."""
     rows = np.flatnonzero(mask.any(axis=1))
     if len(rows) == 0:
         return None
@@ -80,8 +80,8 @@ def _bounding_box(mask: np.ndarray) -> tuple[slice, slice] | None:
 def find_regions(gt_mask: Tensor) -> Regions:
     """Find the regions of masks (B, 1, H, W) bool, on the masks' device.
 
-    On a CPU the cost is that of the images with a defect. A mask on a GPU makes the host wait:
-    leave masks on the CPU, where the data loader put them, to avoid that.
+    On a CPU only images with a defect cost time. A mask on a GPU makes the CPU wait: to avoid that,
+    leave masks on the CPU, where the data loader put them.
     """
     if gt_mask.device.type != "cpu":
         return _find_on_device(gt_mask)
@@ -110,7 +110,7 @@ def find_regions(gt_mask: Tensor) -> Regions:
 
 
 def _find_on_device(gt_mask: Tensor) -> Regions:
-    """Return the same by kornia's union-find, for masks that are on a GPU already."""
+    """Find regions with kornia's union-find, for masks that are already on a GPU."""
     mask = gt_mask.flatten(1)
     position = mask.flatten().nonzero().squeeze(1)
     labels = _label_on_device(gt_mask).flatten()[position]

@@ -1,4 +1,4 @@
-"""Metrics of a segmentation: what a map marks at one threshold, chosen beforehand."""
+"""Metrics of a segmentation: the pixels that a map marks at a threshold chosen beforehand."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from anomaly_lit.metrics.regions import send
 def segmentation(anomaly_map: Tensor, gt_mask: Tensor, threshold: float) -> dict[str, Tensor]:
     """Return precision, recall, F1 and IoU of the pixels above a threshold.
 
-    With T marked pixels that are anomalous, F that are not, and P anomalous pixels, all images
-    together: T / (T + F), T / P, 2 T / (T + F + P) and T / (F + P).
+    With T marked pixels that are anomalous, F marked pixels that are not, and P anomalous pixels,
+    counted over all images: T / (T + F), T / P, 2 T / (T + F + P) and T / (F + P).
 
     Args:
         anomaly_map: (B, 1, H, W), unbounded, read as float32.
@@ -24,8 +24,8 @@ def segmentation(anomaly_map: Tensor, gt_mask: Tensor, threshold: float) -> dict
 
     Returns:
         segmentation_precision, segmentation_recall, segmentation_f1 and segmentation_iou: 0-d
-        float64 tensors in [0, 1]. NaN without an anomalous pixel; where there is one and nothing
-        is marked, the precision is 0.
+        float64 tensors in [0, 1]. NaN without anomalous pixels; if there are some but none is
+        marked, the precision is 0.
 
     Raises:
         UserError: shapes or types do not fit.
@@ -37,11 +37,11 @@ def segmentation(anomaly_map: Tensor, gt_mask: Tensor, threshold: float) -> dict
 class SegmentationMetrics(Metric):
     """Precision, recall, F1 and IoU of the pixels above a threshold; see `segmentation`.
 
-    Three counts are kept and summed over processes: exact, whatever the number of pixels.
+    Three counts are kept and summed over processes, so values are exact for any number of pixels.
 
     Args:
-        threshold: pixels greater than it are marked. Take it from images that are not scored here,
-            such as held-out normal ones; the best on the scored images is `pixel_f1max`.
+        threshold: pixels above it are marked. Take it from images that are not scored here, such as
+            held-out normal ones; the best threshold on the scored images is that of `pixel_f1max`.
     """
 
     full_state_update = False

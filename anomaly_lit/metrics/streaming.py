@@ -1,13 +1,13 @@
-"""Ordering in constant memory: counts of scores in bins that keep the order of the scores.
+"""Order scores in constant memory: count them in bins that keep their order.
 
-A bin is found from the bits of a float32: read as an integer (negatives mirrored), they rise with
-the number, so that dropping the lower bits rounds to bins of a constant relative width. What has
-to be fine is not the score but its distance from where scores crowd. Two such places are used as
-anchors: the centre, fixed before evaluation (the median map score of normal images), and 1, where
-probabilities saturate. A score is binned by its distance from the nearer one. Distances from
-2^-40 to 2^40 have 4096 + 32 bins in each doubling, all others 32, down to denormals and up to the
-largest number: no range is assumed, and every step of the way keeps the order. Rounding does too,
-so that scores of different bins are always in their true order; within a bin it is unknown.
+A bin is found from the bits of a float32: read as an integer (negatives mirrored), they increase
+with the number, so dropping the lower bits rounds to bins of constant relative width. Precision is
+needed not for the score itself but for its distance from where scores concentrate. There are two
+such anchors: the centre, fixed before evaluation (the median map score of normal images), and 1,
+where probabilities saturate. A score is binned by its distance from the nearer anchor. Distances
+from 2^-40 to 2^40 have 4096 + 32 bins in each doubling, all others 32, down to denormals and up to
+the largest number: no range is assumed. Every step keeps the order, and so does rounding: scores of
+different bins are always in their true order, while the order within a bin is unknown.
 
 Counts and weights are integers. Their sums do not depend on the order of batches or processes.
 """
@@ -29,16 +29,16 @@ NORMAL, ANOMALOUS, POSITIVE, REGION, IMAGE = range(5)  # rows of a histogram
 ROWS = 5
 UNIT = 2**40  # weight of one whole region or image, in fixed point
 MOST_REGIONS = 2**22  # their weights sum to less than 2^63
-CHUNK = 2**16  # scores counted at once on a CPU, so that they stay in its cache
+CHUNK = 2**16  # scores counted at once on a CPU, so that they fit its cache
 
 
 def _ordered(bits: Tensor) -> Tensor:
-    """Bits of float32 as int32 that rise with the number; its own inverse."""
+    """Map bits of float32 to int32 that increase with the number; this is its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _code(distance: Tensor) -> Tensor:
-    """Rising int32 code of float32 distances; -0.0 and 0.0 have the same."""
+    """Return an increasing int32 code of float32 distances; -0.0 and 0.0 have the same code."""
     key = _ordered((distance + 0.0).view(torch.int32))
     low, high = WINDOW
     code = key >> COARSE
@@ -55,7 +55,7 @@ class Bins:
     """The bins for one centre.
 
     Args:
-        center: where the scores of normal pixels crowd.
+        center: where the scores of normal pixels concentrate.
     """
 
     def __init__(self, center: float) -> None:
@@ -68,13 +68,13 @@ class Bins:
         self.count = _code_of(torch.inf) + self.shift - self.first + 1
 
     def of(self, scores: Tensor) -> Tensor:
-        """Bin of each float32 score, int32 in [0, count); NaN has one as well."""
+        """Return the bin of each float32 score, int32 in [0, count); NaN has one too."""
         upper = scores >= self.middle
         code = _code(torch.where(upper, scores - self.high, scores - self.low))
         return code.add_(upper, alpha=self.shift).sub_(self.first).clamp_(0, self.count - 1)
 
     def lowest(self, bins: Tensor) -> Tensor:
-        """Lowest float32 score of each bin, by bisection over all float32 numbers."""
+        """Return the lowest float32 score of each bin, by bisection over all float32 numbers."""
         low = torch.full_like(bins, -HIGHEST - 1, dtype=torch.int64)
         high = torch.full_like(bins, HIGHEST, dtype=torch.int64)
         while (low < high).any():
@@ -93,17 +93,17 @@ class Bins:
     def count_anomalous(
         self, histogram: Tensor, scores: Tensor, area: Tensor, image_area: Tensor
     ) -> None:
-        """Add anomalous pixels (P,) with the sizes of their region and of their image's defects."""
+        """Add anomalous pixels (P,) with the sizes of their regions and their images' defects."""
         bins = self.of(scores)
         histogram[POSITIVE].index_add_(0, bins, torch.ones_like(area))
         histogram[REGION].index_add_(0, bins, (UNIT + area // 2) // area)
         histogram[IMAGE].index_add_(0, bins, (UNIT + image_area // 2) // image_area)
 
     def rank(self, histogram: Tensor, regions: int, images: int) -> Ranking:
-        """Read the ranking off a histogram (ROWS, count) int64.
+        """Read the ranking from a histogram, (ROWS, count) int64.
 
-        A weight in fixed point is off by at most half a unit; over the P anomalous pixels the
-        mean overlap is therefore off by at most P / (2 UNIT regions): the ranking's slack.
+        A weight in fixed point is off by at most half a unit, so that over the P anomalous pixels
+        the mean overlap is off by at most P / (2 UNIT regions). This is the ranking's slack.
         """
         held = histogram[POSITIVE].nonzero().squeeze(1).flip(0)
 

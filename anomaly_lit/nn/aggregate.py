@@ -1,4 +1,4 @@
-"""From the maps of several stages to one map, and from the map's scale to the image's."""
+"""Join the maps of several stages to one map, and bring a map to the image's size."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from anomaly_lit.types import UserError
 
 
 def aggregate(features: Sequence[Tensor], grid: Sequence[int], average: bool = False) -> Tensor:
-    """Bring every stage to one grid and joins the channels.
+    """Bring all stages to one grid and join their channels.
 
     Args:
         features: Maps (B, C_i, h_i, w_i), finest first.
         grid: Height and width of the result.
-        average: Mean over 3 x 3 neighbours after resizing; the zero padding counts in the
-            mean, so borders are attenuated, as in PatchCore's lineage.
+        average: Take the mean over 3 x 3 neighbours after resizing; the zero padding counts, so
+            that values at the borders are lower, as in PatchCore and its successors.
 
     Returns:
         (B, sum of C_i, *grid), resized bilinearly with aligned corners.
@@ -33,15 +33,15 @@ def aggregate(features: Sequence[Tensor], grid: Sequence[int], average: bool = F
 
 
 def resize(anomaly_map: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear resizing with aligned corners of a (B, C, h, w) map to `size`."""
+    """Resize a (B, C, h, w) map to `size`, bilinearly with aligned corners."""
     return F.interpolate(anomaly_map, (size[0], size[1]), mode="bilinear", align_corners=True)
 
 
 def shrink(feature: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear resizing of a (B, C, h, w) map that takes the mean over what it leaves out.
+    """Shrink a (B, C, h, w) map bilinearly, with anti-aliasing.
 
-    That of `F.interpolate(..., antialias=True)`, as two products with matrices: OpenVINO 2026.4
-    reads the flag and ignores it. In the map's precision, under autocast too.
+    Equals `F.interpolate(..., antialias=True)`, but as two matrix products: OpenVINO 2026.4 reads
+    that flag and ignores it. Keeps the map's precision, even under autocast.
     """
     rows, columns = (
         F.interpolate(
@@ -57,7 +57,7 @@ def shrink(feature: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def smooth(anomaly_map: Tensor, sigma: float) -> Tensor:
-    """Gaussian filter that equals `scipy.ndimage.gaussian_filter` (cut at 4 sigma, reflected).
+    """Apply the Gaussian filter of `scipy.ndimage.gaussian_filter` (cut at 4 sigma, reflected).
 
     Args:
         anomaly_map: (B, C, H, W) float.
@@ -71,7 +71,7 @@ def smooth(anomaly_map: Tensor, sigma: float) -> Tensor:
     kernel = (kernel / kernel.sum()).to(anomaly_map.dtype)
     batch, channels, height, width = anomaly_map.shape
     flat = anomaly_map.reshape(batch * channels, 1, height, width)
-    with torch.autocast(flat.device.type, enabled=False):  # a map of 8 bits ranks nothing
+    with torch.autocast(flat.device.type, enabled=False):  # with 8 bits many values would tie
         flat = F.conv2d(
             flat[..., _reflected(height, radius, flat.device), :], kernel.view(1, 1, -1, 1)
         )
@@ -80,7 +80,7 @@ def smooth(anomaly_map: Tensor, sigma: float) -> Tensor:
 
 
 def grid_of(image_size: int | Sequence[int], stride: int) -> tuple[int, int]:
-    """Rows and columns of a map with one position every `stride` pixels.
+    """Return rows and columns of a map with one position every `stride` pixels.
 
     Raises:
         UserError: The stride does not divide the image.
@@ -94,13 +94,13 @@ def grid_of(image_size: int | Sequence[int], stride: int) -> tuple[int, int]:
 
 
 def pooled_maximum(anomaly_map: Tensor, window: int) -> Tensor:
-    """Return (B,) greatest mean over a square window that lies within the (B, 1, H, W) map."""
+    """Return the largest mean, (B,), over a square window within the (B, 1, H, W) map."""
     height, width = anomaly_map.shape[-2:]
     size = (min(window, height), min(window, width))
     return F.avg_pool2d(anomaly_map, size, stride=1).amax(dim=(1, 2, 3))
 
 
 def _reflected(length: int, radius: int, device: torch.device) -> Tensor:
-    """Indices -radius .. length + radius, mirrored about the edges (the edge is repeated)."""
+    """Return indices -radius .. length + radius, mirrored at the edges (an edge is repeated)."""
     index = torch.arange(-radius, length + radius, device=device) % (2 * length)
     return torch.where(index < length, index, 2 * length - 1 - index)

@@ -42,10 +42,10 @@ class Attention(nn.Module):
 
 @torch.no_grad()
 def init_as_one(module: nn.Module) -> None:
-    """Scale Xavier weights as if queries, keys and values were one projection; for `apply`.
+    """Scale Xavier weights as if queries, keys and values were one projection; for `Module.apply`.
 
-    Networks that keep the three in one matrix of 3 dim rows (ViT) start with a bound that is
-    smaller by the square root of two.
+    Networks that keep the three in one matrix with 3 dim rows (ViT) start with a bound that is
+    smaller by a factor of the square root of two.
     """
     if isinstance(module, Attention):
         for part in (module.query, module.key, module.value):

@@ -1,4 +1,4 @@
-"""A convolutional auto-encoder of images."""
+"""A convolutional auto-encoder for images."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 
 class Encoder(nn.Module):
-    """Stages of a 4 x 4 convolution that halves, batch normalisation and leaky ReLU.
+    """Stages that each halve the map: 4 x 4 convolution, batch normalisation, leaky ReLU.
 
     Args:
-        channels: Of the stages, finest first.
+        channels: Channels of the stages, finest first.
     """
 
     def __init__(self, channels: Sequence[int]) -> None:
@@ -35,11 +35,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The encoder mirrored; maps handed on are joined where they have their size.
+    """The mirrored encoder; maps passed on from the encoder are joined at the stage of their size.
 
     Args:
-        channels: Of the encoder's stages, coarsest first.
-        given: How many of them are handed on, from the coarsest; 1 is a plain auto-encoder.
+        channels: Channels of the encoder's stages, coarsest first.
+        given: How many of the encoder's maps are passed on, from the coarsest; 1 is a plain
+            auto-encoder.
     """
 
     def __init__(self, channels: Sequence[int], given: int = 1) -> None:
@@ -53,7 +54,7 @@ class Decoder(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(count) for count in made[:-1])
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps, coarsest first, to (B, 3, H, W) in [0, 1]."""
+        """Map the encoder's maps, coarsest first, to (B, 3, H, W) in [0, 1]."""
         x = maps[0]
         for number, (stage, norm) in enumerate(zip(self.stages[:-1], self.norms, strict=True), 1):
             x = F.leaky_relu(norm(stage(x)), 0.2)

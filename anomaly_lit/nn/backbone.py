@@ -20,22 +20,22 @@ from anomaly_lit.types import UserError
 class Backbone(nn.Module):
     """Describes an image by the maps of some stages of a frozen, pretrained network.
 
-    Frozen for good: no parameter takes a gradient and the buffers stay as they are, whatever
-    mode the surrounding module is put in. The backbone owns the normalisation of its input.
+    It is always frozen: no parameter takes a gradient and no buffer changes, whatever mode the
+    surrounding module is in. The backbone normalises its own input.
 
-    The constructor builds the network with random weights and reaches for no file;
-    `load_weights` reads them, once, unless a state dict was loaded before.
+    The constructor builds the network with random weights and reads no file; `load_weights` reads
+    the weights once, unless a state dict was loaded before.
 
     Args:
         name: timm's name with the tag of the weights, such as `resnet18.tv_in1k`.
         out_indices: Stages to return, counted as timm counts them.
         weights: `pretrained` (the folder in `ANOMALY_LIT_WEIGHTS`, else timm's hub),
             `random`, or a file with a timm state dict (`.safetensors` or `.pth`).
-        file_stem: Name under which that folder holds the file; default: the architecture.
+        file_stem: Name of the file in that folder, without its ending; default: the architecture.
         mean: Mean of each channel, for pixels in [0, 1]; default: that of the weights.
-        std: Standard deviation likewise.
+        std: Standard deviation of each channel, likewise.
         options: More arguments for `timm.create_model`.
-        final_norm: Whether the maps of a transformer pass its last layer normalisation.
+        final_norm: Whether a transformer's maps pass through its last layer normalisation.
 
     Attributes:
         channels: Channels of each returned map.
@@ -111,7 +111,7 @@ class Backbone(nn.Module):
         """Read the weights; a second call, or one after a state dict was loaded, does nothing.
 
         Raises:
-            UserError: No weights are in reach, or they do not fit the requested stages.
+            UserError: No weights were found, or they do not fit the requested stages.
         """
         if self.loaded:
             return
@@ -157,10 +157,10 @@ class Backbone(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.loaded = True  # a checkpoint holds the backbone: neither file nor hub is needed
+        self.loaded = True  # a checkpoint holds the backbone, so no file or hub is needed
 
     def identity(self) -> dict[str, Any]:
-        """What the maps of an image follow from, as plain data; weights and statistics hashed."""
+        """Return what maps depend on, as plain data (weights and statistics hashed)."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -175,11 +175,11 @@ class Backbone(nn.Module):
         }
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stay in evaluation mode, so that no buffer moves."""
+        """Stay in evaluation mode, so that no buffer changes."""
         return super().train(False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Maps of the requested stages, finest first.
+        """Return the maps of the requested stages, finest first.
 
         Args:
             image: (B, 3, H, W) float in [0, 1].
@@ -191,7 +191,7 @@ class Backbone(nn.Module):
 
 
 def _statistics(name: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation of the pixels that the weights were trained on."""
+    """Return mean and standard deviation of the pixels that the weights were trained on."""
     try:
         config = timm.models.get_pretrained_cfg(name)
     except RuntimeError as error:
@@ -201,7 +201,7 @@ def _statistics(name: str) -> tuple[Sequence[float], Sequence[float]]:
             f"timm has no weights {name!r} (known: {tags or 'none'}); name one of these, or give "
             "mean and std with a file of your own"
         ) from error
-    if config is None:  # an architecture for which timm has no weights: ImageNet's statistics
+    if config is None:  # timm has no weights for this architecture: use ImageNet's statistics
         return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return config.mean, config.std
 
@@ -213,7 +213,7 @@ def _read_state(file: Path) -> dict[str, Tensor]:
 
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's text advises to run whatever it holds
+    except pickle.UnpicklingError as error:  # torch's message advises running its code
         raise UserError(
             f"the weights file {file} cannot be read: damaged, or it holds more than tensors; "
             "save the network's state_dict"

@@ -1,7 +1,7 @@
 """A bank of feature vectors: nearest neighbours, a coreset, k-means.
 
-Memory is bounded: distances are computed in blocks of at most `BLOCK` values, whatever the number
-of vectors. Distances are Euclidean and in float32, whatever precision surrounds them.
+Memory is bounded: distances are computed in blocks of at most `BLOCK` values, however many vectors
+there are. Distances are Euclidean and in float32, even under autocast.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from anomaly_lit.types import UserError
 
-BLOCK = 2**24  # distances held at a time, 64 MiB
+BLOCK = 2**24  # distances held at once, 64 MiB
 
 
 class Bank(nn.Module):
     """A store of items whose number is known only once `fill` is called.
 
-    The items are part of the state dict under their own length, and a state dict of any length
-    can be loaded.
+    The items are part of the state dict, and a state dict with any number of items can be loaded.
 
     Args:
         shape: Shape of an item, such as the length of a vector.
@@ -40,7 +39,7 @@ class Bank(nn.Module):
         return len(self.items)
 
     def fill(self, items: Tensor) -> None:
-        """Keep (n, *shape) items in place of those that were there."""
+        """Replace the stored items by these, (n, *shape)."""
         assert items.shape[1:] == self.items.shape[1:], (items.shape, self.items.shape)
         self.items = items.detach().to(self.items)
 
@@ -49,7 +48,7 @@ class Bank(nn.Module):
 
         Args:
             queries: (m, D), where an item is a vector of length D.
-            count: Neighbours k of each query.
+            count: Number k of neighbours of each query.
 
         Returns:
             (m, k) float32 and (m, k) int64.
@@ -67,13 +66,13 @@ class Bank(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         kept = state_dict.get(f"{prefix}items")
-        if kept is not None:  # take its length
+        if kept is not None:  # take on its length
             self.items = self.items.new_zeros(kept.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def partial_distances(queries: Tensor, items: Tensor) -> Tensor:
-    """Return (m, n) squared distances, less the square of each query: enough for an order."""
+    """Return (m, n) squared distances minus each query's squared norm: enough for ordering."""
     with torch.autocast(queries.device.type, enabled=False):
         return items.square().sum(dim=1) - 2 * queries @ items.T
 
@@ -84,7 +83,7 @@ def nearest_rows(queries: Tensor, items: Tensor, count: int = 1) -> Tensor:
     Args:
         queries: (m, D).
         items: (n, D), n at least `count`.
-        count: Neighbours of each query.
+        count: Number of neighbours of each query.
     """
     queries, items = queries.float(), items.float()
     width = min(len(items), max(BLOCK // 1024, count))  # items in a block
@@ -112,14 +111,14 @@ def _first_block(queries: Tensor, items: Tensor, count: int) -> tuple[Tensor, Te
 
 
 def _smallest(gaps: Tensor, count: int) -> Tensor:
-    """Return the places of the smallest values of each row, in order."""
-    if count == 1:  # faster, and of equal values always the first
+    """Return the positions of the smallest values of each row, in order."""
+    if count == 1:  # faster, and among ties always the first
         return gaps.argmin(dim=1, keepdim=True)
     return gaps.topk(count, dim=1, largest=False).indices
 
 
 def distances_to(queries: Tensor, items: Tensor, rows: Tensor) -> Tensor:
-    """Return (m, k) exact distances of (m, D) queries to (m, k) rows of the (n, D) items."""
+    """Return exact distances, (m, k), from (m, D) queries to (m, k) rows of the (n, D) items."""
     queries, items = queries.float(), items.float()
     size = max(BLOCK // max(rows.shape[1] * items.shape[1], 1), 1)
     parts = zip(queries.split(size), rows.split(size), strict=True)
@@ -127,24 +126,24 @@ def distances_to(queries: Tensor, items: Tensor, rows: Tensor) -> Tensor:
 
 
 def coreset(items: Tensor, count: int, first: int = 0, title: str = "") -> Tensor:
-    """Choose rows that cover all items: each next one is the farthest from those chosen before.
+    """Choose rows that cover all items: each new one is the farthest from those chosen before.
 
     The greedy k-centre algorithm (Gonzalez, 1985): at most twice the best covering radius.
-    Takes `count` passes over the items, O(n * count * D); project long vectors first, see
-    `random_projection`. Needs a copy of the items in float32 and 8 bytes more per item.
+    It takes `count` passes over the items, O(n * count * D): project long vectors first, see
+    `random_projection`. It needs a copy of the items in float32 and 8 more bytes per item.
 
     Args:
         items: (n, D).
-        count: Rows to choose; all where there are no more.
-        first: The row to begin with.
+        count: Number of rows to choose; all if there are not more.
+        first: The first row.
         title: Shown beside a progress bar; empty shows none.
 
     Returns:
-        (count,) int64, in the order of the choice.
+        (count,) int64, in the order chosen.
     """
     count = min(count, len(items))
     items = items.float()
-    items = items - items.mean(dim=0)  # differences of large numbers would lose digits
+    items = items - items.mean(dim=0)  # subtracting large numbers would lose digits
     squares = items.square().sum(dim=1)
     gaps = torch.full_like(squares, torch.inf)
     chosen = torch.full((count,), first, dtype=torch.long, device=items.device)
@@ -158,10 +157,10 @@ def coreset(items: Tensor, count: int, first: int = 0, title: str = "") -> Tenso
 
 
 def random_projection(items: Tensor, dim: int, generator: torch.Generator) -> Tensor:
-    """Project (n, D) vectors to (n, dim), which keeps their distances roughly.
+    """Project (n, D) vectors to (n, dim), which roughly keeps their distances.
 
-    With entries from N(0, 1 / dim) (Johnson and Lindenstrauss, 1984); vectors that are no longer
-    than `dim` are returned as they are.
+    The matrix has entries from N(0, 1 / dim) (Johnson and Lindenstrauss, 1984); vectors with at
+    most `dim` values are returned unchanged.
     """
     if items.shape[1] <= dim:
         return items
@@ -178,18 +177,19 @@ def kmeans(
     tolerance: float = 1e-4,
     title: str = "",
 ) -> Tensor:
-    """Return `count` centres, (count, D) float32, near which the items lie (Lloyd's algorithm).
+    """Return `count` cluster centres, (count, D) float32 (Lloyd's algorithm).
 
-    It starts from items drawn with a chance proportional to their squared distance from those
-    drawn before (k-means++). A centre that no item is nearest to moves to the item that lies
-    farthest from its centre.
+    It starts from items drawn with a probability proportional to the squared distance from those
+    drawn before (k-means++). A centre that is nearest to no item moves to the item that is farthest
+    from its own centre.
 
     Args:
         items: (n, D), n at least `count`.
         count: Number of centres.
-        generator: Decides the draws, on the items' device.
-        iterations: Most passes over the items.
-        tolerance: Ends when the centres move less, in total and relative to the items' variance.
+        generator: Random generator on the items' device.
+        iterations: Largest number of passes over the items.
+        tolerance: Stop when the centres move less than this, in total and relative to the items'
+            variance.
         title: Shown beside a progress bar; empty shows none.
 
     Raises:
@@ -214,7 +214,7 @@ def _spread(items: Tensor, count: int, generator: torch.Generator) -> Tensor:
     gaps = torch.full((len(items),), torch.inf, device=items.device)
     for _ in range(count - 1):
         gaps = torch.minimum(gaps, (items - items[rows[-1]]).square().sum(dim=1))
-        # the inverse of a cumulated sum: `multinomial` takes 2^24 items at most
+        # inverts a cumulative sum, since `multinomial` takes at most 2^24 items
         sums = gaps.double().cumsum(dim=0)
         draw = torch.rand(1, generator=generator, device=items.device, dtype=torch.float64)
         row = torch.searchsorted(sums, draw * sums[-1], right=True)
@@ -223,7 +223,7 @@ def _spread(items: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _lloyd(items: Tensor, centres: Tensor) -> Tensor:
-    """Return the mean of the items that are nearest to each centre."""
+    """Return, for each centre, the mean of the items nearest to it."""
     rows = nearest_rows(items, centres)
     nearest = rows[:, 0]
     total = torch.zeros_like(centres).index_add_(0, nearest, items)
@@ -237,7 +237,7 @@ def _lloyd(items: Tensor, centres: Tensor) -> Tensor:
 
 
 def _shown(steps: Iterable[int], title: str) -> Iterable[int]:
-    """Pass steps on beside a progress bar."""
+    """Pass the steps on and show a progress bar."""
     if not title:
         return steps
     from rich.console import Console

@@ -15,13 +15,13 @@ from anomaly_lit.types import UserError
 
 
 def neighbour_mask(rows: int, columns: int, window: int) -> Tensor:
-    """Which key each query may attend to: all but a window centred on it, itself included.
+    """Return which keys each query may attend to: all outside a window centred on the query.
 
     Args:
         rows: Height of the grid.
         columns: Width of the grid.
-        window: Side of the window, in positions; cut at the borders, and 0 for none. An even one
-            reaches as far as the next odd one.
+        window: Side of the window, in positions; it is cut at the borders, and 0 means no window.
+            An even side reaches as far as the next odd one.
 
     Returns:
         (N, N) bool, true where query i may attend to key j.
@@ -42,7 +42,7 @@ def neighbour_mask(rows: int, columns: int, window: int) -> Tensor:
 
 
 class LearnedPositions(nn.Module):
-    """Position code of a learned column half and a learned row half, uniform in [0, 1) at first.
+    """Position codes: a learned column half and a learned row half, at first uniform in [0, 1).
 
     Args:
         rows: Height of the grid.
@@ -56,7 +56,7 @@ class LearnedPositions(nn.Module):
         self.column = nn.Parameter(torch.rand(columns, dim // 2))
 
     def forward(self) -> Tensor:
-        """Return (N, dim): the column's code, then the row's."""
+        """Return the codes, (N, dim): first the column's half, then the row's."""
         rows, columns = len(self.row), len(self.column)
         column = self.column.expand(rows, -1, -1)
         row = self.row[:, None].expand(-1, columns, -1)
@@ -70,7 +70,7 @@ class NeighbourEncoderLayer(nn.Module):
         dim: Width of a token.
         heads: Number of heads.
         feedforward: Width of the hidden layer.
-        dropout: Of attention weights, the hidden layer and both residuals.
+        dropout: Share dropped of attention weights, the hidden layer and both residuals.
     """
 
     def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
@@ -91,14 +91,14 @@ class NeighbourEncoderLayer(nn.Module):
 
 
 class NeighbourEncoder(nn.Module):
-    """Layers one after the other, without a final norm.
+    """A sequence of layers without a final norm.
 
     Args:
         dim: Width of a token.
         heads: Number of heads.
         feedforward: Width of the hidden layers.
         depth: Number of layers.
-        dropout: See the layer.
+        dropout: See `NeighbourEncoderLayer`.
     """
 
     def __init__(
@@ -117,13 +117,13 @@ class NeighbourEncoder(nn.Module):
 
 
 def silence(head: nn.Linear) -> None:
-    """Make a new head answer zero; `answer_with_mean` then makes that the mean feature.
+    """Make a new head output zero; `answer_with_mean` then makes it output the mean feature.
 
-    At a learning rate far above the papers' 1e-4, a post-norm transformer behind a head with
-    random weights forgets its input: for some twenty steps every image asks for the same, smaller
-    output, AdamW moves all weights that way at full speed, and tokens become the same for all
-    images. Behind a silent head the inner weights get their gradients once the head has learned
-    what its tokens are good for.
+    At a learning rate far above the papers' 1e-4, a post-norm transformer with a randomly
+    initialised head forgets its input: for about twenty steps all images call for the same smaller
+    output, AdamW moves all weights in that direction at full speed, and the tokens of all images
+    become the same. With a silent head, the inner weights get gradients only once the head has
+    learned how to use its tokens.
     """
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -134,7 +134,7 @@ def answer_with_mean(head: nn.Linear, maps: Iterable[Tensor]) -> None:
     """Set the bias of a silenced head to the mean feature.
 
     Args:
-        head: Answers with C channels.
+        head: A head with C output channels.
         maps: The (B, C, h, w) feature maps of normal images.
     """
     means = [(len(part), part.float().mean(dim=(0, 2, 3))) for part in maps]

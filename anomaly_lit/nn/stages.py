@@ -1,4 +1,4 @@
-"""Stages of training that follow each other in one run."""
+"""Stages of training that follow each other in a run."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Stages(nn.Module):
         name, within = self.stages.enter(self.done)  # in training_step
         name, within = self.stages.at(0.5)           # anywhere
 
-    Which stages have started is part of the state dict, so that a resumed run starts none again.
+    The state dict records which stages have started, so that a resumed run starts none twice.
 
     Args:
-        shares: Share of each stage, in order; they are divided by their sum, and a stage of share
-            0 is left out.
-        start: Called once with the name of each stage when `enter` first reaches it, also of one
-            that is passed over because it is shorter than a step.
+        shares: Share of each stage, in order. They are divided by their sum; stages with share 0
+            are left out.
+        start: Called once with the name of each stage when `enter` first reaches it, even if the
+            stage is skipped because it is shorter than a step.
 
     Raises:
         UserError: A share is negative, or none is above 0.
@@ -42,13 +42,13 @@ class Stages(nn.Module):
         self._start = start
 
     def at(self, done: float) -> tuple[str, float]:
-        """Return the stage at a share of training, and the share of it that is done, in [0, 1]."""
+        """Return the stage at a share of training, and how much of it is done, in [0, 1]."""
         number = sum(done >= end for end in self.ends[:-1])
         first = self.ends[number - 1] if number else 0.0
         return self.names[number], min((done - first) / (self.ends[number] - first), 1.0)
 
     def enter(self, done: float) -> tuple[str, float]:
-        """Return what `at` does, after calling `start` for stages that begin here."""
+        """Return the same as `at`, after calling `start` for stages that begin here."""
         name, within = self.at(done)
         while self.started <= self.names.index(name):
             self.started += 1
@@ -61,5 +61,5 @@ class Stages(nn.Module):
         return {"started": self.started}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """Take what `get_extra_state` gave."""
+        """Restore what `get_extra_state` returned."""
         self.started = state["started"]

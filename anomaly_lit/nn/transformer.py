@@ -16,7 +16,7 @@ class TransformerBlock(nn.Module):
     Args:
         dim: Width of a token.
         heads: Number of heads.
-        mlp_ratio: Width of the hidden layer over `dim`.
+        mlp_ratio: Width of the hidden layer divided by `dim`.
         eps: Added to the variance in both layer norms.
     """
 
@@ -36,11 +36,11 @@ class TransformerBlock(nn.Module):
 
 
 def add_jitter(tokens: Tensor, relative_norm: float) -> Tensor:
-    """Gaussian noise whose norm is about `relative_norm` times the token's norm (UniAD).
+    """Add Gaussian noise whose norm is about `relative_norm` times the token's norm (UniAD).
 
     Args:
         tokens: (B, N, dim).
-        relative_norm: At least 0; 0 returns the tokens as they are.
+        relative_norm: At least 0; 0 returns the tokens unchanged.
     """
     if relative_norm == 0:
         return tokens
@@ -49,7 +49,7 @@ def add_jitter(tokens: Tensor, relative_norm: float) -> Tensor:
 
 
 def init_linear(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases, for `Module.apply`."""
+    """Set Xavier-uniform weights and zero biases; for `Module.apply`."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -57,7 +57,7 @@ def init_linear(module: nn.Module) -> None:
 
 
 def sincos_positions(dim: int, height: int, width: int) -> Tensor:
-    """Fixed 2-D sine-cosine code, half of the channels for each axis (temperature 10000).
+    """Return a fixed 2-D sine-cosine code, half of the channels for each axis (temperature 10000).
 
     Args:
         dim: Channels, a multiple of 4.

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 
 class UNet(nn.Module):
-    """Encoder-decoder with shortcuts.
+    """Encoder-decoder with skip connections.
 
     Args:
-        channels: Of the input.
+        channels: Channels of the input.
         widths: Channels of the stages, finest first.
         classes: Channels of the output.
     """
@@ -42,7 +42,7 @@ class UNet(nn.Module):
 
 
 def conv3(*channels: int) -> nn.Sequential:
-    """3 x 3 convolutions, each with instance normalisation and ReLU."""
+    """Return 3 x 3 convolutions, each with instance normalisation and ReLU."""
     layers: list[nn.Module] = []
     for given, made in pairwise(channels):
         layers += [nn.Conv2d(given, made, 3, padding=1), nn.InstanceNorm2d(made), nn.ReLU()]

@@ -1,4 +1,4 @@
-"""Where a backbone's weights come from; imports nothing heavy, so that a command fails early."""
+"""Find a backbone's weights; imports nothing slow, so that a command fails early."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 def find_weights(
     name: str, weights: str, stem: str | None = None, key: str = "method.backbone.weights"
 ) -> Path | None:
-    """Return the file to read, or None where the weights are random or come from the hub.
+    """Return the file to read, or None if the weights are random or come from the hub.
 
     Args:
         name: timm's name with its tag, such as `resnet18.tv_in1k`.
         weights: `pretrained`, `random`, `demo` (the file in this package) or a path.
-        stem: The name of the option, which a file of the folder in `ANOMALY_LIT_WEIGHTS`
-            bears; by default the architecture's name.
-        key: What to set, for the error's text.
+        stem: Name, without its ending, of the file in the folder `ANOMALY_LIT_WEIGHTS`; by default
+            the architecture's name.
+        key: The configuration key to set, for error messages.
 
     Raises:
-        UserError: A named file is absent, two files of the folder fit, or `pretrained`
-            weights are neither in the folder, nor in the hub's cache, nor in reach.
+        UserError: A named file is missing, two files of the folder fit, or `pretrained` weights are
+            neither in the folder nor in the hub's cache, and the hub cannot be reached.
     """
     if weights == "random":
         return None
@@ -98,7 +98,7 @@ def _hub_answers(timeout: float = 1.0) -> bool:
         with suppress(OSError), socket.create_connection((url.hostname, url.port or 443), timeout):
             answered.set()
 
-    thread = threading.Thread(target=knock, daemon=True)  # no timeout bounds a name server
+    thread = threading.Thread(target=knock, daemon=True)  # looking up a name has no timeout
     thread.start()
     thread.join(timeout)
     return answered.is_set()

@@ -1,16 +1,16 @@
 """CMA-AE: clear memory-augmented auto-encoder (Luo et al., 2023, arXiv:2208.03879).
 
-An auto-encoder repairs corrupted images. Plain ones keep the defect; memory ones lose the fine
-background. Here two gates decide, value by value, what is kept of the encoding (forget gate) and
-what is written of what a memory of normal encodings would say (input gate): the defect goes, the
-background stays clear. Where frozen features of the image and of its repaired copy differ, over
-several scales, lies the defect.
+An auto-encoder repairs corrupted images. Plain auto-encoders keep the defect; those with a memory
+lose the fine background. Here two gates decide, value by value, how much of the encoding is kept
+(forget gate) and how much is taken from a memory of normal encodings (input gate): the defect goes,
+the background stays clear. The defect is where frozen features of the image and of its repaired
+copy differ, over several scales.
 
-The full text was not at hand. The gates' form is the paper's; the network, its constants, the
-losses and the fusion of scales are those of the description we worked from, ours where that is
-silent, and none is checked against the paper. Its F1 is reported at a threshold from held-out
-normal images: `test/segmentation_f1`, beside the greatest F1 over all thresholds
-(`pixel_f1max`), which takes the test set to choose. There are 18.0 million trainable parameters.
+We did not have the paper's full text. The form of the gates is the paper's. The network, its
+constants, the losses and the fusion of scales follow the description we worked from, or are our own
+where it says nothing; none is checked against the paper. The F1 is reported at a threshold from
+held-out normal images, `test/segmentation_f1`, beside the largest F1 over all thresholds
+(`pixel_f1max`), which needs the test set to choose it. There are 18.0 million trainable parameters.
 
 Paper: Luo et al.: Clear Memory-Augmented Auto-Encoder for Surface Defect Detection.
 arXiv:2208.03879.
@@ -47,26 +47,26 @@ class CMAAE(Method):
 
     Args:
         backbone: Frozen; compares images with their repaired copies.
-        loss: Of repaired and clean images, (B, 3, H, W) in [0, 1].
+        loss: Loss of repaired against clean images, (B, 3, H, W) in [0, 1].
         optimizer: Builds the optimiser.
         schedule: Factor of the learning rate over training.
-        gradient_clip: Greatest norm of the gradients.
-        channels: Of the encoder's stages, each half the size of the one before.
-        memories: How many of the coarsest stages have a memory; finer ones are handed on beside
-            the decoder once cleared, other stages are not.
+        gradient_clip: Largest norm of the gradients.
+        channels: Channels of the encoder's stages, each half the size of the one before.
+        memories: How many of the coarsest stages have a memory. Of these, all but the coarsest also
+            reach the decoder directly, once cleared; stages without a memory do not.
         items: Vectors in each memory.
-        temperature: Of the softmax over the items.
+        temperature: Temperature of the softmax over the items.
         gates: `lstm`: two gates; `convex`: the input gate is 1 - the forget gate; `memory`:
-            what the memory says, alone; `none`: no memory, a plain auto-encoder.
+            the memory's output only; `none`: no memory, a plain auto-encoder.
         entropy_weight: Weight of the entropy of what is read from the memory.
-        gate_weight: Weight of the cross entropy between forget gate and the clean area.
-        fuse: How residuals of several scales become one: `sum` or `prod`.
+        gate_weight: Weight of the cross entropy between the forget gate and the clean area.
+        fuse: How residuals of several scales are combined: `sum` or `prod`.
         smoothing: Standard deviation of a Gaussian filter on the map, in pixels.
         pixel_weight: Weight of the mean absolute difference of pixels in the map.
         least_region: Smallest region of a segmentation, in pixels.
 
     Raises:
-        UserError: More memories than stages, or a number out of range.
+        UserError: There are more memories than stages, or a number is out of range.
     """
 
     needs = frozenset({"corrupted"})
@@ -118,20 +118,20 @@ class CMAAE(Method):
         self.segmentation = MetricCollection(scores, prefix="test/segmentation_")  # type: ignore[arg-type]
 
     def repair(self, image: Tensor) -> tuple[Tensor, list[Recall]]:
-        """Map (B, 3, H, W) to the same in [0, 1], and what each memory did, coarsest first."""
+        """Return repaired images, in [0, 1], and what each memory did, coarsest first."""
         stages = self.encoder(image)
         recalls = [memory(z) for memory, z in zip(self.memories, reversed(stages), strict=False)]
         return self.decoder([recall.out for recall in recalls]), recalls
 
     def training_backbones(self) -> dict[str, Backbone]:
-        """None: the backbone compares images only when they are scored."""
+        """Return none: the backbone compares images only in scoring."""
         return {}
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Repair towards the clean image, sparse reading, and, where weighted, the gate's truth.
+        """Return the losses of repair, of sparse reading and, if it has a weight, of the gate.
 
-        Also logs the mean forget gate inside and outside the corruption, `gate_inside` and
-        `gate_outside`: the paper's claim is that the first falls and the second stays high.
+        This also logs the mean forget gate inside and outside the corruption, `gate_inside` and
+        `gate_outside`: the paper claims that the first falls and the second stays high.
         """
         repaired, recalls = self.repair(batch["corrupted"])
         terms = loss_terms(self.loss, repaired.float(), batch["image"])
@@ -167,7 +167,7 @@ class CMAAE(Method):
     # ------------------------------------------------------------------------- segmentation
 
     def calibrate(self) -> None:
-        """Take mean and deviation of the maps of held-out normal images."""
+        """Compute mean and deviation of the maps of held-out normal images."""
         batches = self.normal_batches("holdout", THRESHOLD_IMAGES)
         maps = [self(batch["image"]).anomaly_map.flatten(1) for batch in batches]
         if maps:
@@ -178,7 +178,7 @@ class CMAAE(Method):
             self.map_std.copy_((moments[1] - moments[0].square()).clamp(min=0).sqrt())
 
     def segment(self, anomaly_map: Tensor) -> Tensor:
-        """Return (B, 1, H, W) bool: above mean + 3 deviations, opened by 3 x 3, without small regions."""
+        """Mark what exceeds mean + 3 deviations, opened by 3 x 3, without small regions."""
         high = (anomaly_map > self.map_mean + 3 * self.map_std).float()
         opened = F.max_pool2d(1 - F.max_pool2d(1 - high, 3, 1, 1), 3, 1, 1) > 0
         for mask in opened[:, 0].cpu().numpy() if self.least_region > 1 else []:
@@ -187,15 +187,15 @@ class CMAAE(Method):
         return opened
 
     def on_test_start(self) -> None:
-        """Ask once whether there is a threshold."""
+        """Find out once whether there is a threshold."""
         super().on_test_start()
         self.has_threshold = bool(self.map_mean.isfinite())
 
     def test_step(self, batch: Batch, batch_idx: int) -> Prediction:  # type: ignore[override]
-        """Predicts, and counts pixels of the segmentation where there was a held-out image."""
+        """Predict, and count pixels of the segmentation if images were held out."""
         prediction = super().test_step(batch, batch_idx)
         if self.has_threshold:
-            known = ~batch["label"] | batch["gt_mask"].flatten(1).any(dim=1)  # masks may be absent
+            known = ~batch["label"] | batch["gt_mask"].flatten(1).any(dim=1)  # masks may be missing
             assert prediction.anomaly_map is not None
             found = self.segment(prediction.anomaly_map)[known]
             self.segmentation.update(found.flatten().int(), batch["gt_mask"][known].flatten().int())

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 
 class Recall(NamedTuple):
-    """What a memory made of an encoding of (B, C, h, w)."""
+    """What a memory makes of an encoding (B, C, h, w)."""
 
     out: Tensor  # (B, C, h, w)
-    forget: Tensor  # (B, C, h, w) in [0, 1], what was kept of the encoding
+    forget: Tensor  # (B, C, h, w) in [0, 1], the share of the encoding that is kept
     attention: Tensor | None  # (B, h * w, items), rows sum to 1
 
     def entropy(self) -> Tensor:
-        """Mean entropy of what was read, in nats; 0 where there is no memory."""
+        """Return the mean entropy of reading, in nats; 0 if there is no memory."""
         if self.attention is None:
             return self.out.new_zeros(())
         weight = self.attention.float()
@@ -26,12 +26,12 @@ class Recall(NamedTuple):
 
 
 class ClearMemory(nn.Module):
-    """Drops part of an encoding and writes in what a memory of normal ones says.
+    """Replaces part of an encoding by what a memory of normal encodings says.
 
     Args:
         channels: C of the encoding.
         items: Vectors in the memory.
-        temperature: Of the softmax.
+        temperature: Temperature of the softmax.
         gates: See `CMAAE`.
     """
 
@@ -50,7 +50,8 @@ class ClearMemory(nn.Module):
     def read(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, C, h, w) to the memory's version of it and the (B, h * w, items) attention.
 
-        Softmax over cosines, then hard shrinkage at 1 / items and normalisation (MemAE).
+        The attention is a softmax over cosines, then hard shrinkage at 1 / items and normalisation
+        (MemAE).
         """
         tokens = z.flatten(2).mT.float()  # (B, h * w, C)
         items = self.items.float()
@@ -61,7 +62,7 @@ class ClearMemory(nn.Module):
         return (attention @ items).mT.reshape(z.shape).to(z.dtype), attention
 
     def forward(self, z: Tensor) -> Recall:
-        """Map (B, C, h, w) to what is handed on."""
+        """Map (B, C, h, w) to the cleared encoding and how it came about."""
         if self.gates == "none":
             return Recall(z, torch.ones_like(z), None)
         remembered, attention = self.read(z)
@@ -74,5 +75,5 @@ class ClearMemory(nn.Module):
 
 
 def cover(corruption: Tensor, size: Sequence[int]) -> Tensor:
-    """Map (B, 1, H, W) bool to (B, 1, *size) in {0., 1.}: 1 where a position holds any of it."""
+    """Map (B, 1, H, W) bool to (B, 1, *size) in {0., 1.}: 1 where a position covers any of it."""
     return F.adaptive_max_pool2d(corruption.float(), (size[0], size[1]))

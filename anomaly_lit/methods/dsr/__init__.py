@@ -1,22 +1,22 @@
 """DSR: dual subspace re-projection (Zavrtanik, Kristan, Skočaj, ECCV 2022, arXiv:2208.01521).
 
-Three stages, one after the other in one run. First a quantised latent model learns to describe
-images of any kind by two levels of codes; it is frozen then. Second, codes of normal images are
-corrupted by drawing others that are far, but not too far: two restriction networks learn to bring
-the codes back, a decoder of the category's own to show them, and a detector to tell the image as
-it is (decoded by the general decoder) from the image as it ought to be. Third, an upsampling
-network sharpens the detector's answer, on normal images with smudges.
+Training has three stages in one run. First a quantised latent model learns to describe any image by
+two levels of codes; it is then frozen. Second, codes of normal images are corrupted by drawing
+other codes that are far away, but not too far: two restriction networks learn to restore the codes,
+a category-specific decoder to turn them into an image, and a detector to compare the image as it is
+(decoded by the general decoder) with the image as it should be. Third, an upsampling network learns
+to sharpen the detector's output, on normal images with smudges.
 
 Follows the authors' published code. Differs from it:
 
-- The first stage is part of the run, on the normal images and textures at hand, mirrored at random
-  but not cropped; the authors trained it on ImageNet, and no weights of theirs are assumed. Expect
-  less: a local codebook. It serves other categories too: `latent_weights` takes it from a
-  checkpoint and leaves the stage out. Codes that nothing takes are replaced.
-- Batches come from the data module, where an epoch was 8000 draws with replacement.
-- Pixel metrics are of the whole frame, not of its central 224 x 224.
+- The first stage is part of the run and uses the available normal images and textures, mirrored at
+  random but not cropped; the authors trained it on ImageNet, and their weights are not used. Expect
+  less from such a local codebook. It can serve other categories too: `latent_weights` takes it from
+  a checkpoint and skips the stage. Unused codes are replaced.
+- Batches come from the data module; in the code an epoch is 8000 draws with replacement.
+- Pixel metrics cover the whole image, not its central 224 x 224.
 
-38 million parameters, 36 of them the category's own.
+There are 38 million parameters, 36 million of them category-specific.
 
 Paper: Zavrtanik, Kristan, Skočaj: DSR – A dual subspace re-projection network for surface anomaly
 detection. ECCV 2022, arXiv:2208.01521.
@@ -61,22 +61,22 @@ class DSR(Method):
     """Dual subspace re-projection.
 
     Args:
-        optimizer: Builds the one optimiser; each stage moves its own parameters only.
-        schedule: Factor of the learning rate over the second stage; others have the full rate.
-        gradient_clip: Greatest norm of all gradients together.
-        hidden: Channels of the latent model, and the length D of a code's vector.
+        optimizer: Builds the optimiser; each stage updates only its own parameters.
+        schedule: Factor of the learning rate over the second stage; the others use the full rate.
+        gradient_clip: Largest norm of all gradients together.
+        hidden: Channels of the latent model, and length D of a code's vector.
         residual: Channels inside its residual blocks.
         codes: Vectors of each of its two codebooks.
-        reseed: Steps without use after which a vector is replaced.
-        textures: Texture images in the first stage, for each image of the batch.
-        texture_dir: Folder they are taken from; None draws them.
+        reseed: Number of unused steps after which a vector is replaced.
+        textures: Texture images per image of the batch in the first stage.
+        texture_dir: Folder of the textures; None generates them.
         restriction: Channels of the restriction networks' first stage.
         object_width: Channels of the object decoder's first stage, a multiple of 4.
-        detector: Channels of the stages of detector and upsampling network.
+        detector: Channels of the stages of the detector and the upsampling network.
         shares: Shares of training of the three stages.
-        latent_weights: Checkpoint of another run of DSR with the same latent model; the first
-            stage is left out, and its share falls to the others.
-        window: Side of the window whose greatest mean is the score, in pixels, odd.
+        latent_weights: Checkpoint of another run of DSR with the same latent model; the first stage
+            is skipped, and its share goes to the others.
+        window: Side of the window whose largest mean is the score, in pixels, odd.
 
     Raises:
         UserError: A number is out of range.
@@ -132,7 +132,7 @@ class DSR(Method):
     # ------------------------------------------------------------------------------- stages
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Terms of the present stage; in evaluation of all, so that one number spans training."""
+        """Return the current stage's terms; in evaluation those of all, so that numbers compare."""
         makers = {
             "latent": self.latent_losses,
             "detection": self.detection_losses,
@@ -145,7 +145,7 @@ class DSR(Method):
         return terms
 
     def latent_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Reconstruction of anything through the codes, and the encodings' way to them."""
+        """Return the losses of reconstruction and of the encodings' distance to their codes."""
         image = batch["image"]
         if self.training:
             image = mirrored(torch.cat([image, self.draw_textures(image)]))
@@ -160,7 +160,7 @@ class DSR(Method):
         return {"latent": F.mse_loss(rebuilt, image), "commitment": 0.25 * commitment}
 
     def detection_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Codes brought back, the image as it ought to be, and what the detector says."""
+        """Return the losses of restored codes, the image as it should be, and the detector."""
         generator = self.generator()
         image = batch["image"]
         if self.training:
@@ -178,7 +178,7 @@ class DSR(Method):
         }
 
     def upsampling_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """What the upsampling network says of smudged images."""
+        """Return the loss of the upsampling network on smudged images."""
         whole = torch.cat([batch["corrupted"], batch["corruption"].to(batch["image"].dtype)], dim=1)
         if self.training:
             whole = turned(whole, 0.3, self.generator())
@@ -192,10 +192,10 @@ class DSR(Method):
     def corrupted_codes(
         self, image: Tensor, generator: torch.Generator
     ) -> tuple[Codes, Codes, Tensor]:
-        """Clean codes, corrupted ones, and the truth (B, 1, H, W) in {0., 1.}.
+        """Return clean codes, corrupted codes, and the true mask (B, 1, H, W) in {0., 1.}.
 
-        Half of the images stay clean. Of the others half are corrupted at both levels, the finer
-        one after the coarser, and a quarter each at one of them.
+        Half of the images stay clean. Of the others, half are corrupted at both levels, first the
+        coarser and then the finer, and a quarter at each single level.
         """
         clean, features, z_low = self.latent.codes(image)
         draw = torch.rand(2, len(image), 1, 1, 1, generator=generator, device=image.device)
@@ -220,7 +220,7 @@ class DSR(Method):
         return clean, Codes(low, high), torch.where(high_only, fine, coarse)
 
     def show(self, low: Tensor, high: Tensor) -> Tensor:
-        """Restricted codes of both levels, quantised, as the object decoder shows them."""
+        """Decode restricted and quantised codes of both levels with the object decoder."""
         up = self.latent.up
         assert up.bias is not None
         fine = F.conv_transpose2d(
@@ -229,7 +229,7 @@ class DSR(Method):
         return self.object_decoder(torch.cat([fine, self.latent.high(high)], dim=1))
 
     def detect(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map (B, 3, H, W) as it ought to be, as it is, and (B, 2, H, W) shares of the two classes."""
+        """Return images as they should be, as they are, and (B, 2, H, W) shares of the classes."""
         codes, _, _ = self.latent.codes(image)
         general = self.latent.decoder(self.latent.joined(codes))
         specific = self.show(self.restrict_low(codes.low), self.restrict_high(codes.high))
@@ -247,7 +247,7 @@ class DSR(Method):
         return Prediction(logits.softmax(dim=1)[:, 1:], around.amax(dim=(1, 2, 3)))
 
     def draw_textures(self, image: Tensor) -> Tensor:
-        """Texture images for the first stage, (textures * B, 3, H, W)."""
+        """Return texture images for the first stage, (textures * B, 3, H, W)."""
         count = math.ceil(self.textures * len(image))
         height, width = image.shape[-2:]
         draw = procedural_textures if self.texture_folder is None else self.texture_folder
@@ -257,7 +257,7 @@ class DSR(Method):
     # -------------------------------------------------------------------------------- hooks
 
     def on_fit_start(self) -> None:
-        """Refuse to leave parameters unused where a strategy does not expect it."""
+        """Raise if the strategy does not allow unused parameters."""
         strategy: Any = self.trainer.strategy
         if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get(
             "find_unused_parameters"
@@ -269,7 +269,7 @@ class DSR(Method):
         super().on_fit_start()
 
     def learn(self) -> None:
-        """Take the latent model from a checkpoint, or its first codes from normal images."""
+        """Load the latent model from a checkpoint, or take its first codes from normal images."""
         if self.latent_weights:
             self.latent.load_state_dict(read_latent(self.latent_weights))
             return
@@ -281,7 +281,7 @@ class DSR(Method):
             break
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """Return the base class's; in the first stage it also moves the codebooks."""
+        """Return the loss as in the base class; in the first stage also update the codebooks."""
         self.encodings = None
         loss = super().training_step(batch, batch_idx)
         if self.encodings is not None:
@@ -289,7 +289,7 @@ class DSR(Method):
         return loss
 
     def move_codebooks(self, encodings: tuple[Tensor, Tensor]) -> None:
-        """Return a step of both codebooks' averages, over all ranks; logs how many vectors are in use."""
+        """Update both codebooks' averages over all ranks; log how many vectors are in use."""
         for name, book, z in zip(
             ("low", "high"), (self.latent.low, self.latent.high), encodings, strict=True
         ):
@@ -300,7 +300,7 @@ class DSR(Method):
             self.log(f"train/perplexity_{name}", torch.exp(-(used * (used + 1e-10).log()).sum()))
 
     def configure_optimizers(self) -> Any:
-        """One optimiser; in the second stage its rate follows the schedule."""
+        """Return one optimiser; in the second stage its rate follows the schedule."""
         optimizer = self.optimizer(list(self.parameters()))
 
         def factor(done: float) -> float:
@@ -311,18 +311,18 @@ class DSR(Method):
 
 
 def odds(logits: Tensor) -> Tensor:
-    """Map (B, 2, H, W) logits to the one, (B, 1, H, W), whose sigmoid is the second class's share."""
+    """Map (B, 2, H, W) logits to (B, 1, H, W); the sigmoid is the second class's share."""
     return (logits[:, 1:] - logits[:, :1]).float()
 
 
 def mirrored(image: Tensor) -> Tensor:
-    """Each image as it is or mirrored, left and right."""
+    """Mirror each image left to right, or leave it as it is."""
     chosen = torch.rand(len(image), 1, 1, 1, device=image.device) < 0.5
     return torch.where(chosen, image.flip(-1), image)
 
 
 def turned(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Return a share of images turned by up to 90 degrees, black where nothing is."""
+    """Turn a share of the images by up to 90 degrees; fill what is empty with black."""
     draw = torch.rand(2, len(image), generator=generator, device=image.device)
     angle = torch.where(draw[0] < share, 180 * draw[1] - 90, torch.zeros_like(draw[1]))
     with torch.autocast(image.device.type, enabled=False):
@@ -331,10 +331,10 @@ def turned(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
 
 
 def read_latent(path: str) -> dict[str, Tensor]:
-    """Return the latent model's part of a checkpoint.
+    """Return the latent model's weights from a checkpoint.
 
     Raises:
-        UserError: It cannot be read or holds none.
+        UserError: The file cannot be read, or holds no latent model.
     """
     file = Path(path).expanduser()
     if not file.is_file():

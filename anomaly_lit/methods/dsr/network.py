@@ -1,4 +1,4 @@
-"""The networks of DSR: a quantised latent model, and what is trained around it."""
+"""The networks of DSR: a quantised latent model, and those trained around it."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from torch.nn import functional as F
 from anomaly_lit.nn.bank import nearest_rows, partial_distances
 from anomaly_lit.nn.unet import conv3, doubled
 
-ROWS = 4096  # distances to all codes are sorted for so many vectors at a time
+ROWS = 4096  # vectors whose distances to all codes are sorted at once
 
 
 class Codes(NamedTuple):
-    """Both levels of an image's latent description, as the codebooks have them."""
+    """Both levels of an image's latent codes, as vectors of the codebooks."""
 
     low: Tensor  # (B, D, H / 8, W / 8)
     high: Tensor  # (B, D, H / 4, W / 4)
 
 
 class Codebook(nn.Module):
-    """Vectors of which every position takes the nearest; they follow what is assigned to them.
+    """Vectors of which each position takes the nearest; they follow what is assigned to them.
 
-    Moving averages of what each vector got, and of how often (decay 0.99, Laplace smoothing 1e-5),
-    are their quotient; a vector that nothing took for `reseed` moves starts anew at an encoding.
+    A vector is the moving average of what was assigned to it, divided by that of how often (decay
+    0.99, Laplace smoothing 1e-5). A vector that went unused for `reseed` updates restarts at an
+    encoding.
 
     Args:
-        count: Vectors K.
-        dim: Their length D.
-        decay: Of the averages.
-        reseed: Moves without use after which a vector is replaced.
+        count: Number K of vectors.
+        dim: Length D of a vector.
+        decay: Decay of the averages.
+        reseed: Number of unused updates after which a vector is replaced.
     """
 
     vectors: Tensor
@@ -49,21 +50,21 @@ class Codebook(nn.Module):
         self.register_buffer("idle", torch.zeros(count, dtype=torch.long))
 
     def nearest(self, z: Tensor) -> Tensor:
-        """Map (B, D, h, w) to (B, h, w) numbers of the nearest vectors (squared distance)."""
+        """Map (B, D, h, w) to the indices, (B, h, w), of the nearest vectors (squared distance)."""
         return nearest_rows(tokens(z), self.vectors).view(len(z), *z.shape[2:])
 
     def look_up(self, number: Tensor) -> Tensor:
-        """Map (B, h, w) numbers to (B, D, h, w)."""
+        """Map indices (B, h, w) to vectors (B, D, h, w)."""
         return F.embedding(number, self.vectors).permute(0, 3, 1, 2)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Map (B, D, h, w) to the nearest vectors; the gradient passes through as if to `z`."""
+        """Map (B, D, h, w) to the nearest vectors; the gradient passes straight through to `z`."""
         nearest = self.look_up(self.nearest(z.detach())).to(z.dtype)
         return z + (nearest - z).detach()
 
     @torch.no_grad()
     def start(self, z: Tensor) -> None:
-        """Take vectors from (B, D, h, w) encodings, at random."""
+        """Take the vectors at random from encodings (B, D, h, w)."""
         rows = tokens(z)
         self._replace(torch.ones_like(self.idle, dtype=torch.bool), rows)
 
@@ -76,7 +77,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def assigned(self, z: Tensor) -> Tensor:
-        """Return (K, D + 1): the sum of what each vector gets of (B, D, h, w), and how often."""
+        """Return what each vector gets from (B, D, h, w), summed, and how often: (K, D + 1)."""
         rows = tokens(z)
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
         total = rows.new_zeros(len(self.vectors), rows.shape[1])
@@ -84,7 +85,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def move(self, assigned: Tensor, z: Tensor) -> None:
-        """One step of the averages; what is idle for long is replaced by encodings of `z`."""
+        """Update the averages; replace vectors that are long unused by encodings from `z`."""
         self.sums.lerp_(assigned[:, :-1], 1 - self.decay)
         self.uses.lerp_(assigned[:, -1], 1 - self.decay)
         total = self.uses.sum()
@@ -103,8 +104,8 @@ class ResidualStack(nn.Module):
     """Two residual blocks, then ReLU.
 
     Args:
-        channels: In and out.
-        hidden: Between the conv3 of a block.
+        channels: Channels in and out.
+        hidden: Channels between the convolutions of a block.
     """
 
     def __init__(self, channels: int, hidden: int) -> None:
@@ -127,12 +128,12 @@ class ResidualStack(nn.Module):
 
 
 class LatentModel(nn.Module):
-    """Two levels of quantised encodings, and the decoder of all images (after VQ-VAE-2).
+    """Two levels of quantised encodings, and the general decoder (after VQ-VAE-2).
 
     Args:
         hidden: Channels, and length of the vectors.
         residual: Channels inside residual blocks.
-        codes: Vectors of each level.
+        codes: Number of vectors of each level.
         reseed: See `Codebook`.
     """
 
@@ -167,7 +168,7 @@ class LatentModel(nn.Module):
         )
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (B, 3, H, W) to the finer features (B, D, H / 4, W / 4) and the low level's encoding."""
+        """Return the finer features, (B, D, H / 4, W / 4), and the low level's encoding."""
         features = self.encode_high(image)
         return features, self.encode_low(features)
 
@@ -176,11 +177,11 @@ class LatentModel(nn.Module):
         return self.join(torch.cat([features, self.up(low)], dim=1))
 
     def joined(self, codes: Codes) -> Tensor:
-        """Return (B, 2 D, H / 4, W / 4), as decoders read it."""
+        """Join both levels to (B, 2 D, H / 4, W / 4), as the decoders read them."""
         return torch.cat([self.up(codes.low), codes.high], dim=1)
 
     def codes(self, image: Tensor) -> tuple[Codes, Tensor, Tensor]:
-        """Codes of images, the finer features, and the low level's encoding."""
+        """Return codes of images, the finer features, and the low level's encoding."""
         features, z_low = self.encode(image)
         low = self.low(z_low)
         return Codes(low, self.high(self.encoding_high(features, low))), features, z_low
@@ -189,17 +190,17 @@ class LatentModel(nn.Module):
 def corrupt_codes(
     z: Tensor, clean: Tensor, where: Tensor, book: Codebook, generator: torch.Generator
 ) -> Tensor:
-    """Codes that are far from the encoding, but not too far, where an anomaly is to be.
+    """Replace codes in the anomalous area by others far from the encoding, but not too far.
 
     Each image has a strength s in [0.2, 1): at each position one of the int(s K) + 1 nearest
-    vectors is drawn, the nearest twentieth left out.
+    vectors is drawn, except the nearest twentieth.
 
     Args:
         z: (B, D, h, w) encoding.
         clean: (B, D, h, w), its nearest vectors.
         where: (B, 1, h, w) bool.
         book: The level's codebook of K vectors.
-        generator: Decides the draws.
+        generator: Random generator.
     """
     count = len(book.vectors)
     strength = 0.2 + 0.8 * torch.rand(len(z), generator=generator, device=z.device)
@@ -223,7 +224,7 @@ def corrupt_codes(
 
 
 class Restriction(nn.Module):
-    """Maps codes of anything onto codes of normal images, through a bottleneck without shortcuts.
+    """Maps any codes to codes of normal images, through a bottleneck without skip connections.
 
     Args:
         dim: Length of the vectors.
@@ -253,7 +254,7 @@ class Restriction(nn.Module):
 
 
 class ObjectDecoder(nn.Sequential):
-    """Codes of one category, (B, 2 D, h, w), to images (B, 3, 4 h, 4 w).
+    """Decodes one category's codes, (B, 2 D, h, w), to images (B, 3, 4 h, 4 w).
 
     Args:
         dim: Length D of the vectors.

@@ -1,28 +1,28 @@
 """MFRNet: multi-feature reconstruction with crossed masks (Wang et al., 2024, arXiv:2404.13273).
 
-A frozen backbone turns an image into one map of multi-scale features. The map is hidden cell by
-cell: several sets of cells, which together cover it, are hidden one after the other, and a hybrid
-of transformer and convolutions restores what it cannot see. Put together, every position is
-predicted without its own cell, and no defect can be copied. Pixel and structural similarity train
-the network and, compared with the features, outline the defect.
+A frozen backbone turns an image into one map of multi-scale features. Several sets of cells, which
+together cover the map, are hidden one after the other, and a hybrid of transformer and convolutions
+restores the hidden cells. Every position is thus predicted without its own cell, so no defect can
+be copied. Pixel and structural similarity to the features train the network and, at test time, show
+the defect.
 
-No code was published, and of the paper only the abstract, summaries, and the record of the patent
-CN117372720B were at hand. They establish the aggregated features of a VGG16, the crossed masks, a
-transformer whose block (DefT, arXiv:2207.08319) joins a local position code, multi-pooling
-attention and a convolutional feed-forward network, and the hybrid loss for training and scoring.
-All numbers here are our own choice. So are the answers to what remains open; these are options:
+No code was published, and we had only the paper's abstract, summaries, and the record of the patent
+CN117372720B. They describe the aggregated features of a VGG16, the crossed masks, a transformer
+whose block (DefT, arXiv:2207.08319) combines a local position code, multi-pooling attention and a
+convolutional feed-forward network, and the hybrid loss for training and scoring. All numbers here
+are our own choice, and so are the answers to open questions; these are options:
 
-- masks hide all scales jointly and every copy is restored by one network
-  (`restoration="joint"`), or each stage of the backbone has a network (`"per_stage"`);
+- masks hide all scales jointly, and one network restores every copy (`restoration="joint"`), or
+  each stage of the backbone has its own network (`"per_stage"`);
 - `mask.sets` 3, or 2 for strict complements; `mask.sizes` 2, 4 and 8, all used in scoring;
-- pixel and structural maps are added, each over its spread on held-out images
+- pixel and structural maps are added, each divided by its spread on held-out images
   (`combine="sum"`), or multiplied (`"product"`);
-- values are cut to [0, 1] for the structural map of the score;
+- values are clipped to [0, 1] for the structural map of the score;
 - hidden positions are filled with a learned vector, features are scaled to [0, 1] channel by
   channel between percentiles of the training images, and SSIM is taken channel by channel.
 
-Do not call results of it MFRNet as published. With VGG16 at a 64 x 64 map there are 17.03 million
-trainable parameters.
+Do not report its results as those of the published MFRNet. With VGG16 at a 64 x 64 map there are
+17.03 million trainable parameters.
 
 Paper: Wang et al.: Multi-feature Reconstruction Network using Crossed-mask Restoration for
 Unsupervised Industrial Anomaly Detection. arXiv:2404.13273.
@@ -48,7 +48,7 @@ from anomaly_lit.nn.aggregate import resize, shrink, smooth
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.types import Batch, Prediction, UserError
 
-SAMPLED = 256  # positions of each training image that place the channels' percentiles
+SAMPLED = 256  # positions per training image, for the channels' percentiles
 
 
 class MFRNet(Method):
@@ -56,25 +56,25 @@ class MFRNet(Method):
 
     Args:
         backbone: Frozen feature extractor; the paper takes VGG16.
-        mask: Hides positions of the map; `crossed` covers all of them. Positions that no set
-            hides are restored in sight, as the mean over the sets.
-        loss: Reconstruction loss on (B, C, h, w) maps in about [0, 1]. Scoring always takes both
+        mask: Hides positions of the map; `crossed` covers all of them. Positions that no set hides
+            are restored while visible, as the mean over the sets.
+        loss: Reconstruction loss on (B, C, h, w) maps in about [0, 1]. Scoring always uses both
             pixel and structural similarity.
         optimizer: Builds the optimiser.
         schedule: Factor of the learning rate over training.
-        gradient_clip: Greatest norm of the gradients.
+        gradient_clip: Largest norm of the gradients.
         grid: Side, or height and width, of the feature map, in positions; a multiple of
             2^(levels - 1).
         dims: Channels of each level of the restoration network.
         depths: Hybrid blocks of each level.
         head_dim: Channels of an attention head; divides `dims`.
-        pools: Sides of the pooled maps that attention looks at; the first level adds 16 where
-            the map is larger.
-        restoration: One network for all stages (`joint`) or one for each (`per_stage`).
+        pools: Sides of the pooled maps that attention looks at; the first level adds 16 if the map
+            is larger.
+        restoration: One network for all stages (`joint`) or one per stage (`per_stage`).
         structure_weight: Weight of the structural map in the score.
         combine: `sum` or `product` of the two maps.
         smoothing: Standard deviation of the Gaussian filter on the map, in pixels.
-        mask_seed: Decides the masks in scoring.
+        mask_seed: Seed of the masks in scoring.
 
     Raises:
         UserError: The numbers do not fit each other.
@@ -135,7 +135,7 @@ class MFRNet(Method):
         self.restoration.apply(init_truncated)
 
     def scaled(self, features: Sequence[Tensor]) -> Tensor:
-        """Stages resized to one map, about [0, 1] in every channel: (B, C, *grid)."""
+        """Join the resized stages to one map, (B, C, *grid), about [0, 1] in every channel."""
         maps = [shrink(feature.float(), self.grid) for feature in features]
         return (torch.cat(maps, dim=1) - self.low) / (self.high - self.low)
 
@@ -160,13 +160,13 @@ class MFRNet(Method):
         return (weight * copies).sum(dim=0) / weight.sum(dim=0)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Distance of the restored map to the features."""
+        """Return the distance of the restored map to the features."""
         target = self.scaled(self.features(self.backbone, batch))
         hidden = self.mask(len(target), *self.grid, self.generator())
         return loss_terms(self.loss, self.restore(target, hidden), target)
 
     def differences(self, image: Tensor) -> Tensor:
-        """Pixel and structural map, (passes, 2, B, h, w), one pass for each cell size."""
+        """Return pixel and structural maps, (passes, 2, B, h, w), one pass for each cell size."""
         features = self.scaled(self.backbone(image))
         passes = []
         for hidden in self.hidden:  # (n, 1, h, w), the same on every device
@@ -189,7 +189,7 @@ class MFRNet(Method):
     # ------------------------------------------------------------- what is taken of the data
 
     def learn(self) -> None:
-        """Place each channel between its 0.1 and 99.9 % values."""
+        """Find each channel's 0.1 % and 99.9 % values, between which it is scaled."""
         generator = self.generator()
         values = []
         for batch in self.normal_batches("train"):
@@ -202,14 +202,14 @@ class MFRNet(Method):
         last = ordered.shape[1] - 1
         low, high = ordered[:, round(0.001 * last)], ordered[:, round(0.999 * last)]
         self.low.copy_(low.view(-1, 1, 1))
-        # a channel that never changes keeps its scale
+        # a constant channel keeps its scale
         self.high.copy_(torch.where(high > low, high, low + 1).view(-1, 1, 1))
 
     def calibrate(self) -> None:
-        """Take the spread of both maps over held-out images."""
+        """Compute the spread of both maps over held-out images."""
         maps = [
             self.differences(batch["image"]).transpose(0, 1).flatten(1)
             for batch in self.normal_batches("holdout")
         ]
-        if maps:  # without held-out images both maps count as they are
+        if maps:  # without held-out images neither map is scaled
             self.spread.copy_(torch.cat(maps, dim=1).std(dim=1).clamp(min=1e-12))

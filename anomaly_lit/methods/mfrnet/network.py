@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 class RestorationNetwork(nn.Module):
-    """A pyramid of hybrid blocks, with skip connections, which carry masked input only.
+    """A pyramid of hybrid blocks; its skip connections carry masked input only.
 
     Args:
         channels: Channels of the map.
@@ -52,7 +52,7 @@ class RestorationNetwork(nn.Module):
         self.head = nn.Conv2d(dims[0], channels, 1)
 
     def forward(self, visible: Tensor, hidden: Tensor) -> Tensor:
-        """Return (B, C, h, w) with hidden positions filled, and (B, 1, h, w), 1 where hidden."""
+        """Map (B, C, h, w) with hidden positions filled, and (B, 1, h, w), 1 where hidden."""
         x = self.levels[0](self.stem(torch.cat([visible, hidden], dim=1)))
         skips = []
         for shrink, level in zip(self.shrink, list(self.levels)[1:], strict=True):
@@ -133,7 +133,7 @@ class MultiPoolingAttention(nn.Module):
 
 
 def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """Layer norm over the channels of (B, C, h, w)."""
+    """Apply layer norm over the channels of (B, C, h, w)."""
     return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -144,7 +144,7 @@ def _conv(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def init_truncated(module: nn.Module) -> None:
-    """Weights from a normal distribution of deviation 0.02, cut at two of them; zero biases."""
+    """Draw weights from N(0, 0.02^2), cut at two deviations, and set biases to zero."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
         if module.bias is not None:

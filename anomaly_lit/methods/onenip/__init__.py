@@ -1,24 +1,24 @@
 """OneNIP: one normal image prompt for many classes (Gao, ECCV 2024, arXiv:2505.09264).
 
-UniAD's encoder describes the image and one normal image of the same category, the prompt. A
-decoder lets the two look at each other, layer by layer, and rebuilds from the prompt's side the
-features that the image ought to have. It learns to rebuild normal images and to restore corrupted
-ones, always towards the clean features. A refiner, trained with the corruption as its truth, turns
-the remaining error into a sharp map.
+UniAD's encoder encodes the image and one normal image of the same category, the prompt. A decoder
+lets the two attend to each other, layer by layer, and rebuilds from the prompt's side the features
+that the image should have. It learns to rebuild normal images and to restore corrupted ones; the
+target is always the clean features. A refiner, trained with the corruption as true mask, turns the
+remaining error into a sharp map.
 
-Follows the second version of the authors' published code (the first one's decoder never let the
-image look at the prompt). Differs from it:
+Follows the second version of the authors' published code (in the first, the image never attended to
+the prompt). Differs from it:
 
-- The prompt of a test image is the first of `prompts` training images of its category, whose
-  frozen features are kept in the checkpoint; the code draws any training image at random.
-- The constant that brings the refiner's map to the scale of the error's is taken from training
-  images and corrupted ones, not from the test set (`fusion="test"`, the paper's protocol).
+- The prompt of a test image is the first of `prompts` training images of its category, whose frozen
+  features are kept in the checkpoint; the code draws a random training image.
+- The constant that brings the refiner's map to the scale of the error map comes from training
+  images, clean and corrupted, not from the test set (`fusion="test"`, the paper's protocol).
 - AUROC is never mirrored when it falls below one half.
-- Features of clean images and prompts come from the cache where there is one, so that only the
-  corrupted images pass through the backbone in a step.
+- Features of clean images and prompts come from the cache if there is one, so that in a step only
+  the corrupted images pass through the backbone.
 
-With EfficientNet-B4 there are 8.373 million trainable parameters at 224 x 224, 0.593 of them the
-refiner's. Positions are learned, so a checkpoint is tied to its image size.
+With EfficientNet-B4 there are 8.373 million trainable parameters at 224 x 224, 0.593 million of
+them in the refiner. Positions are learned, so a checkpoint is tied to its image size.
 
 Paper: Gao: Learning to Detect Multi-class Anomalies with Just One Normal Image Prompt. ECCV 2024,
 arXiv:2505.09264.
@@ -51,7 +51,7 @@ from anomaly_lit.nn.neighbours import (
 from anomaly_lit.nn.transformer import add_jitter, init_linear
 from anomaly_lit.types import Batch, Prediction, UserError
 
-FUSION_IMAGES = 64  # training images from which the fusion constant is taken
+FUSION_IMAGES = 64  # training images for the fusion constant
 
 
 class OneNIP(Method):
@@ -62,38 +62,39 @@ class OneNIP(Method):
         loss: Reconstruction loss on (B, C, h, w) maps.
         optimizer: Builds the optimiser.
         schedule: Factor of the learning rate over training.
-        gradient_clip: Greatest norm of the gradients. Without it the first, large gradients leave
-            AdamW's second moments so high that hundreds of steps learn next to nothing.
+        gradient_clip: Largest norm of the gradients. Without it the large first gradients make
+            AdamW's second moments so high that hundreds of steps learn almost nothing.
         image_size: Height and width of the images, or one number for both.
         stride: Pixels per position of the feature map; divides the image.
-        dim: Width of a token; the heads divide it.
+        dim: Width of a token, a multiple of `heads`.
         heads: Attention heads.
         feedforward: Width of the hidden layers.
         encoder_depth: Layers of the encoder.
         decoder_depth: Layers of the decoder.
-        head: How the last layer starts: `random` as published, or `mean`, which answers with
-            the mean training feature: at a learning rate far above the published one, only that
-            keeps the tokens from forgetting the image (see `nn.neighbours.silence`).
-        dropout: Share dropped of attention weights, the encoder's hidden layers and residuals.
-        window: Side of the neighbourhood that attention leaves out, in positions; None is half of
-            the map's side (7, 9 and 11 positions at 224, 256 and 320 pixels), 0 leaves out none.
-        jitter: Noise on tokens in training, see UniAD.
+        head: How the last layer starts: `random` as published, or `mean`, which outputs the mean
+            training feature. At a learning rate far above the published one, only `mean` keeps the
+            tokens from forgetting the image (see `nn.neighbours.silence`).
+        dropout: Share of attention weights, the encoder's hidden layers and residuals that is
+            dropped.
+        window: Side of the neighbourhood that attention ignores, in positions; None is half of the
+            map's side (7, 9 and 11 positions at 224, 256 and 320 pixels), 0 is none.
+        jitter: Noise on tokens in training; see UniAD.
         refiner_dim: Channels of the refiner.
         refiner_weight: Weight of its dice loss.
-        dice_factor: 1 as in the code, 2 as dice is usually written.
+        dice_factor: 1 as in the code, 2 for the usual dice loss.
         stop_gradient: Keep the refiner's gradient out of the reconstruction.
         prompts: Training images per category kept as prompts.
-        prompt: Which of them a scored image gets: `fixed` (number `prompt_index` of its
-            category), `random` (any of its category) or `nearest` (the one of all categories
-            with the most similar mean feature: needs no category). An image of unknown category
-            gets the nearest under `fixed` too.
+        prompt: Which prompt a scored image gets: `fixed` (number `prompt_index` of its category),
+            `random` (any of its category) or `nearest` (of all categories, the one with the most
+            similar mean feature; needs no category). With `fixed`, too, an image of unknown
+            category gets the nearest.
         prompt_index: From 0 to `prompts` - 1.
-        fusion: Where the constant that scales the refiner's map comes from: `train` images, or
-            the `test` set as in the paper.
-        pool: Side of the window whose greatest mean is the score, in pixels.
+        fusion: Where the constant that scales the refiner's map comes from: `train` images, or the
+            `test` set as in the paper.
+        pool: Side of the window whose largest mean is the score, in pixels.
 
     Raises:
-        UserError: A value does not fit another, or an image's size.
+        UserError: Values do not fit each other or the image size.
     """
 
     needs = frozenset({"corrupted", "prompt"})
@@ -154,7 +155,7 @@ class OneNIP(Method):
         self.register_buffer("allowed", neighbour_mask(*self.grid, window), persistent=False)
         self.register_buffer("fusion_constant", torch.ones(()))
         self.stored = StoredPrompts(channels, *self.grid)
-        self.prompt_tokens = Bank(math.prod(self.grid), dim)  # the same, encoded
+        self.prompt_tokens = Bank(math.prod(self.grid), dim)  # the prompts, encoded
         self.positions = LearnedPositions(*self.grid, dim)
         self.embed = nn.Linear(channels, dim)
         self.encoder = NeighbourEncoder(dim, heads, feedforward, encoder_depth, dropout)
@@ -174,17 +175,17 @@ class OneNIP(Method):
         return self.encoder(tokens, self.positions(), self.allowed)
 
     def reconstruct(self, image: Tensor, prompt: Tensor) -> Tensor:
-        """Encoded tokens of images and of their prompts to (B, C, h, w), in float32."""
+        """Map encoded tokens of images and of their prompts to (B, C, h, w), in float32."""
         decoded = self.head(self.decoder(image, prompt, self.positions(), self.allowed))
         return decoded.float().transpose(1, 2).unflatten(2, self.grid)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Reconstruction of clean and restoration of corrupted images, and the refiner's dice."""
+        """Return the losses of rebuilding clean images, restoring corrupted ones, and refining."""
         normal = aggregate(self.features(self.backbone, batch), self.grid).float()
         corrupted = aggregate(self.backbone(batch["corrupted"]), self.grid).float()
         if "prompt" in batch:
             prompt = aggregate(self.features(self.backbone, batch, of="prompt"), self.grid).float()
-        else:  # a validation
+        else:  # in a validation
             prompt = self.stored.items[self.stored.rows(batch["category"], self.prompt_index)]
         image, restored, prompted = self.encode(torch.cat([normal, corrupted, prompt])).chunk(3)
         both = torch.cat([image, restored])
@@ -198,12 +199,12 @@ class OneNIP(Method):
         return terms
 
     def refine(self, rebuilt: Tensor, given: Tensor, size: Sequence[int]) -> Tensor:
-        """Map (B, C, h, w) twice to the probability of a defect, (B, 1, H, W) in [0, 1]."""
+        """Map rebuilt and given (B, C, h, w) to the probability of a defect, (B, 1, H, W)."""
         rebuilt = rebuilt.detach() if self.stop_gradient else rebuilt
         return resize(self.refiner((rebuilt - given).abs()).float(), size).sigmoid()
 
     def errors(self, features: Tensor, prompts: Tensor, size: Sequence[int]) -> tuple[Tensor, ...]:
-        """Distance of what is rebuilt, and the refiner's map: each (B, 1, H, W).
+        """Return the distance to the rebuilt features and the refiner's map, each (B, 1, H, W).
 
         Args:
             features: (B, C, h, w) of the images.
@@ -221,7 +222,7 @@ class OneNIP(Method):
         return self._score(features, prompts, image.shape[-2:])
 
     def predict_batch(self, batch: Batch) -> Prediction:
-        """Score a batch with the prompts that `prompt` names."""
+        """Score a batch with the prompts that `prompt` selects."""
         image, categories = batch["image"], batch["category"]
         known = all(category in self.stored.categories for category in categories)
         if self.prompt == "nearest" or not known:
@@ -231,8 +232,8 @@ class OneNIP(Method):
         if self.prompt == "random":
             index = torch.randint(self.prompt_count, (len(categories),)).tolist()
         rows = self.stored.rows(categories, index)
-        # cut out, not indexed: OpenVINO 2026.4 gets a linear layer of constant rows of a constant
-        # wrong
+        # sliced, not indexed: OpenVINO 2026.4 miscomputes a linear layer of constant rows of a
+        # constant
         tokens = self.encoded_prompts()
         prompts = torch.cat([tokens[row : row + 1] for row in rows])
         return self._score(features, prompts, image.shape[-2:])
@@ -249,7 +250,7 @@ class OneNIP(Method):
     # ------------------------------------------------------------- what is taken of the data
 
     def learn(self) -> None:
-        """Keep the prompts of each category, and start the head at the mean feature if asked."""
+        """Keep each category's prompts; start the head at the mean feature if `head` says so."""
         if self.head_start == "mean":
             known = (self.features(self.backbone, b) for b in self.normal_batches("train"))
             answer_with_mean(self.head, (aggregate(maps, self.grid) for maps in known))
@@ -258,13 +259,13 @@ class OneNIP(Method):
         names: list[str] = []
         with torch.autocast(self.device.type, enabled=False):
             for batch in self.normal_batches("train", self.prompt_count * len(categories)):
-                # scoring reads prompts: not the cache's features, which may be rounded
+                # scoring reads the prompts, so do not use cached features, which may be rounded
                 maps.append(aggregate(self.backbone(batch["image"]), self.grid))
                 names += batch["category"]
         self.stored.keep(torch.cat(maps), names, self.prompt_count)
 
     def calibrate(self) -> None:
-        """Encode the prompts, and take the fusion constant from training images."""
+        """Encode the prompts, and compute the fusion constant from training images."""
         self.prompt_tokens.fill(self.encode(self.stored.items))
         if self.fusion == "train":
             self.fusion_constant.copy_(
@@ -272,7 +273,7 @@ class OneNIP(Method):
             )
 
     def on_test_start(self) -> None:
-        """Take the fusion constant from the test set, where the paper's protocol is asked for."""
+        """Compute the fusion constant from the test set if the paper's protocol is configured."""
         super().on_test_start()
         if self.fusion == "test":
             loader = self.trainer.datamodule.test_dataloader()  # type: ignore[attr-defined]
@@ -280,7 +281,7 @@ class OneNIP(Method):
             self.fusion_constant.copy_(self._middle(moved, corrupted=False))
 
     def _middle(self, batches: Iterable[Batch], corrupted: bool) -> Tensor:
-        """Return the middle between the smallest and the largest distance in all maps."""
+        """Return the midpoint between the smallest and the largest distance in all maps."""
         extremes: list[Tensor] = []
         for batch in batches:
             prompts = self.prompt_tokens.items[

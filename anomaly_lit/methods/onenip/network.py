@@ -16,11 +16,11 @@ from anomaly_lit.types import UserError
 class StoredPrompts(Bank):
     """The frozen features of a few normal images of each category, (C, h, w) each.
 
-    Those of one category lie side by side in `items`.
+    Those of one category are adjacent in `items`.
 
     Attributes:
-        categories: Names, in order.
-        count: Prompts of each category.
+        categories: Names of the categories, in order.
+        count: Number of prompts per category.
     """
 
     def __init__(self, *shape: int) -> None:
@@ -29,7 +29,7 @@ class StoredPrompts(Bank):
         self.count = 0
 
     def keep(self, features: Tensor, categories: Sequence[str], count: int) -> None:
-        """Keep `count` of the (n, C, h, w) maps of each category, again from the first."""
+        """Keep `count` of the (n, C, h, w) maps per category, with repeats if there are fewer."""
         self.categories = list(dict.fromkeys(categories))
         self.count = count
         rows: list[int] = []
@@ -39,7 +39,7 @@ class StoredPrompts(Bank):
         self.fill(features[rows])
 
     def rows(self, categories: Sequence[str], index: int | Sequence[int]) -> list[int]:
-        """Rows of prompt number `index` of each named category.
+        """Return the rows of prompt number `index` of each named category.
 
         Raises:
             UserError: A category has no prompt.
@@ -66,23 +66,23 @@ class StoredPrompts(Bank):
         return (means[0] @ means[1].mT).argmax(dim=1)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the categories, as plain data."""
+        """Return the categories as plain data."""
         return {"categories": self.categories, "count": self.count}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take what `get_extra_state` gave."""
+        """Restore what `get_extra_state` returned."""
         self.categories, self.count = list(state["categories"]), state["count"]
 
 
 class BidirectionalDecoder(nn.Module):
-    """Prompt and image look at each other in every layer; the prompt's side is the output.
+    """Prompt and image attend to each other in every layer; the prompt's side is the output.
 
     Args:
         dim: Width of a token.
         heads: Attention heads.
         feedforward: Width of the hidden layers.
         depth: Number of layers.
-        dropout: Of attention weights and residuals.
+        dropout: Share of attention weights and residuals that is dropped.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class BidirectionalDecoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, image: Tensor, prompt: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
-        """Tokens (B, N, dim) of images and prompts, (N, dim) and (N, N) bool to (B, N, dim)."""
+        """Map tokens (B, N, dim) of images and prompts, (N, dim) and (N, N) bool to (B, N, dim)."""
         for layer in self.layers:
             image, prompt = layer(image, prompt, positions, allowed)
         mixed = self.last(prompt + positions, image + positions, image)  # without a mask
@@ -105,13 +105,13 @@ class BidirectionalDecoder(nn.Module):
 
 
 class BidirectionalLayer(nn.Module):
-    """The prompt looks at the image, then the image at the prompt; both avoid neighbours.
+    """The prompt attends to the image, then the image to the prompt; both ignore neighbours.
 
     Args:
         dim: Width of a token.
         heads: Attention heads.
         feedforward: Width of the hidden layer.
-        dropout: Of attention weights and residuals.
+        dropout: Share of attention weights and residuals that is dropped.
     """
 
     def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
@@ -129,7 +129,7 @@ class BidirectionalLayer(nn.Module):
     def forward(
         self, image: Tensor, prompt: Tensor, positions: Tensor, allowed: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Tokens (B, N, dim) of images and of prompts, of the next layer."""
+        """Return the next layer's tokens (B, N, dim) of images and of prompts."""
         mixed = self.to_image(prompt + positions, image + positions, image, allowed)
         prompt = self.norm1(prompt + self.dropout(mixed))
         prompt = self.norm2(prompt + self.dropout(self.mlp(prompt)))
@@ -142,7 +142,7 @@ class Refiner(nn.Sequential):
 
     Args:
         channels: C.
-        dim: Channels in between.
+        dim: Channels of the hidden layers.
     """
 
     def __init__(self, channels: int, dim: int) -> None:
@@ -152,7 +152,7 @@ class Refiner(nn.Sequential):
 
 
 def _enlarging_block(channels: int, dim: int) -> tuple[nn.Module, ...]:
-    """Twice as high and wide."""
+    """Return layers that double height and width."""
     return (
         nn.Conv2d(channels, dim, 3, padding=1, bias=False),
         nn.BatchNorm2d(dim),
