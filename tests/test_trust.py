@@ -249,7 +249,7 @@ def test_options_of_a_backbone_that_could_fetch_are_refused(
         ({"dim": "${image_size}"}, "method.dim: ${image_size} is an interpolation"),
         ({"${a}": 3}, "method: ${a} is an interpolation"),
         ({"dim": b"12"}, "method.dim is a bytes, not plain data"),
-        ({3: 4}, "method has the key 3, which is no text"),
+        ({3: 4}, "method has the key 3, which is not a string"),
     ],
 )
 def test_what_is_no_plain_argument_is_refused(
@@ -265,10 +265,10 @@ def test_what_is_no_plain_argument_is_refused(
     ("change", "text"),
     [
         ({"dims": 3}, "method: anomaly_lit.methods.AMINet has no parameter 'dims'; did you mean"),
-        ({"dim": "wide"}, "method.dim: 'wide' is no int"),
+        ({"dim": "wide"}, "method.dim: expected int, found 'wide'"),
         ({"grid": ["a"]}, "method.grid: ['a'] is no "),
-        ({"score": "worst"}, "method.score: 'worst' is no one of std, max"),
-        ({"backbone": "resnet18"}, "method.backbone: 'resnet18' is no Backbone"),
+        ({"score": "worst"}, "method.score: expected one of std, max, found 'worst'"),
+        ({"backbone": "resnet18"}, "method.backbone: expected Backbone, found 'resnet18'"),
     ],
 )
 def test_arguments_are_compared_with_the_signature(

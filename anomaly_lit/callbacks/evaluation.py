@@ -72,7 +72,7 @@ class Evaluation(pl.Callback):
             "callbacks.evaluation.pixel_fpr": pixel_fpr,
         }.items():
             if not 0 < share < 1:
-                raise UserError(f"{name}={share}: give a share between 0 and 1")
+                raise UserError(f"{name}={share} must be between 0 and 1")
         self.fpr = fpr
         self.pixel_fpr = pixel_fpr
         self.pixel_crop = crop_of(pixel_crop)

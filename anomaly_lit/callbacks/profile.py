@@ -40,21 +40,21 @@ STAGES = {
     "predict": "prediction",
 }
 ADVICE = {
-    "images": "images wait to be read: cache=host, or dataset.num_workers above 0",
-    "backbone": "frozen features are computed in each step: cache=host keeps them, if "
+    "images": "reading images takes longest: try cache=host, or dataset.num_workers above 0",
+    "backbone": "frozen features are computed in every step: cache=host keeps them if "
     "dataset.feature_cache.max_gb is large enough and the images fit",
-    "features for the cache": "the features are computed once; train for longer, and their share "
-    "falls",
-    "synthesis, cached features": "corrupted images take longest: a simpler synthesis, or a GPU, "
-    "where they are made in batches",
+    "features for the cache": "the features are computed only once: in a longer training their "
+    "share falls",
+    "synthesis, cached features": "corrupted images take longest: try a simpler synthesis, or a "
+    "GPU, which makes them in batches",
     "metrics": "metrics take longest: validate less often, trainer.val_check_interval",
-    "pictures": "pictures take longest: callbacks.outputs.max_images=0",
+    "pictures": "figures take longest: set callbacks.outputs.max_images=0",
     "checkpoints": "checkpoints take longest: raise checkpoint.every_minutes",
-    REST: "neither data nor network take longest: a larger dataset.batch_size has fewer steps",
+    REST: "neither data nor network takes longest: try a larger dataset.batch_size",
 }
 COMPUTED = (
-    "the network takes longest, as it should: what helps is a GPU, trainer.precision=bf16-mixed, a "
-    "smaller image_size, or a smaller method"
+    "the network takes longest, as it should: a GPU, trainer.precision=bf16-mixed, a smaller "
+    "image_size or a smaller method would help"
 )
 
 

@@ -94,7 +94,7 @@ class ResumeCheckpoint(Checkpoint):
         self.path = Path(directory) / "last.ckpt"
         self.every_seconds = 60 * every_minutes
         if every_steps is not None and every_steps < 1:
-            raise UserError(f"checkpoint.every_steps={every_steps}: give at least 1, or null")
+            raise UserError(f"checkpoint.every_steps={every_steps} must be at least 1, or null")
         self.every_steps = every_steps
         self.written = time.monotonic()
         self.step = 0
@@ -246,8 +246,8 @@ class RanksAgree(pl.Callback):
             other = [str(rank) for rank, same in enumerate(alike) if not same[number]]
             if other:
                 raise UserError(
-                    f"rank {', '.join(other)} of {trainer.world_size} has other {name} than rank "
-                    "0: start all with the same arguments, output_dir= included, on the same data"
+                    f"rank {', '.join(other)} of {trainer.world_size} has different {name} from "
+                    "rank 0: start all with the same arguments (output_dir= too) and data"
                 )
 
 

@@ -87,24 +87,24 @@ class FastStep(pl.Callback):
         pin, persist = self.options["pin_memory"], self.options["persistent_workers"]
         if pin and device.type != "cuda":
             raise UserError(
-                f"step.pin_memory=true serves copies to a GPU, and training is on {device.type}: "
-                "step.pin_memory=null"
+                f"step.pin_memory=true speeds up copies to a GPU, but training runs on "
+                f"{device.type}: set step.pin_memory=null"
             )
         if pin and isinstance(datamodule.cache, DeviceCache):
             raise UserError(
-                "step.pin_memory=true serves copies to a GPU, and with cache=device images are "
-                "there already: step.pin_memory=null"
+                "step.pin_memory=true speeds up copies to a GPU, but with cache=device images are "
+                "already there: set step.pin_memory=null"
             )
         if persist and not datamodule.num_workers:
             raise UserError(
-                "step.persistent_workers=true needs processes that could be kept: "
-                "dataset.num_workers=2, or step.persistent_workers=null"
+                "step.persistent_workers=true needs worker processes: "
+                "set dataset.num_workers=2, or step.persistent_workers=null"
             )
         for name, asked in (("pin_memory", pin), ("persistent_workers", persist)):
             if asked is not None and getattr(datamodule, name, asked) != asked:
                 raise UserError(
                     f"{type(datamodule).__name__} was built with {name}={not asked} and "
-                    f"FastStep with {name}={asked}: hand both the same"
+                    f"FastStep with {name}={asked}: give both the same value"
                 )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -215,11 +215,13 @@ def fuse(optimizer: Optimizer, fused: bool, trainer: pl.Trainer) -> None:
 def why_not_fused(optimizer: Optimizer, trainer: pl.Trainer) -> str | None:
     """Return why an optimiser cannot be fused, or None if it can."""
     if "fused" not in inspect.signature(type(optimizer)).parameters:
-        return f"{type(optimizer).__name__} has no such form; Adam, AdamW, SGD and Adagrad have"
+        return (
+            f"{type(optimizer).__name__} has no fused form; Adam, AdamW, SGD and Adagrad have one"
+        )
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         return (
-            f"trainer.precision={trainer.precision} scales gradients, and a fused optimiser takes "
-            "that back too late for clipping; choose trainer.precision=bf16-mixed"
+            f"trainer.precision={trainer.precision} scales gradients, and a fused optimiser undoes "
+            "this too late for clipping; choose trainer.precision=bf16-mixed"
         )
     return None
 

@@ -49,12 +49,12 @@ def predict(cfg: DictConfig) -> int:
     if found.others:
         print(found.others)
     for folder in found.results:
-        print(f"passed over: the results of an earlier anomaly-predict in {folder}")
+        print(f"skipped: results of an earlier anomaly-predict in {folder}")
     detector = load(config["ckpt_path"], config["device"], config["trust"], config["engine"])
     if not detector.calibration:
         print(
             "warning: this checkpoint has no threshold, since no image was held out "
-            "(dataset.holdout=0): pictures get a score and no verdict",
+            "(dataset.holdout=0): images get a score but no verdict",
             file=sys.stderr,
         )
     if config["engine"] == "openvino":

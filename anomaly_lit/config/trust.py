@@ -315,7 +315,7 @@ def _odd_values(path: str, value: Any) -> Iterator[str]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
-                yield f"{path} has the key {key!r}, which is no text"
+                yield f"{path} has the key {key!r}, which is not a string"
             else:
                 yield from _odd_values(path, key)
                 yield from _odd_values(f"{path}.{key}", item)

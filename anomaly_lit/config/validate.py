@@ -97,7 +97,7 @@ def validate(config: Mapping[str, Any], command: Command | None = "train") -> No
         section, _, key = path.rpartition(".")
         values = config.get(section) if section else config
         if isinstance(values, Mapping) and key in values and not fits(values[key], hint):
-            problems.append(f"{path}: {values[key]!r} is no {_name(hint)}")
+            problems.append(f"{path}: expected {_name(hint)}, found {values[key]!r}")
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(f"the config does not fit the code:\n{lines}")
@@ -118,7 +118,7 @@ def _strangers(config: Mapping[str, Any], command: Command) -> Iterator[str]:
         elif key in NAMED and isinstance(value, Mapping):
             for name, node in value.items():
                 if not isinstance(node, Mapping) or "_target_" not in node:
-                    yield f"{key}.{name}: it has no _target_, so nothing would be built of it"
+                    yield f"{key}.{name}: it has no _target_, so nothing can be built from it"
 
 
 def _nearest(key: str, known: Collection[str]) -> str:
@@ -149,7 +149,7 @@ def _misfits(path: str, node: Mapping[str, Any]) -> Iterator[str]:
                 mean = _nearest(key, parameters)
                 yield f"{path}: {node['_target_']} has no parameter {key!r}{mean}"
         elif key in hints and not fits(value, hints[key]):
-            yield f"{path}.{key}: {value!r} is no {_name(hints[key])}"
+            yield f"{path}.{key}: expected {_name(hints[key])}, found {value!r}"
     if not node.get("_partial_") and "_args_" not in node:
         for key, parameter in parameters.items():
             if (

@@ -42,8 +42,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise
     except pickle.UnpicklingError as error:  # torch's message advises running its code
         raise UserError(
-            f"the checkpoint {path} is no checkpoint, or holds more than plain data: give one that "
-            "anomaly-train wrote"
+            f"the checkpoint {path} is not a checkpoint, or holds more than plain data: give one "
+            "that anomaly-train wrote"
         ) from error
     except OSError as error:
         reason = error.strerror or type(error).__name__
@@ -66,8 +66,8 @@ def check_archive(file: BinaryIO, path: Path) -> None:
         raise UserError(f"the checkpoint {path} is empty: use another one")
     if file.read(len(RECORD)) != RECORD:
         raise UserError(
-            f"{path} is no checkpoint, or its first bytes are damaged: give one that anomaly-train "
-            "wrote"
+            f"{path} is not a checkpoint, or its first bytes are damaged: give one that "
+            "anomaly-train wrote"
         )
     try:
         with zipfile.ZipFile(file) as archive:
@@ -83,7 +83,7 @@ def check_archive(file: BinaryIO, path: Path) -> None:
         raise
     except Exception as error:  # zipfile raises many kinds
         raise UserError(
-            f"the checkpoint {path} is damaged or cut short ({error}): copy it again or use "
+            f"the checkpoint {path} is damaged or truncated ({error}): copy it again or use "
             "another one"
         ) from error
     if damaged is not None:
@@ -142,7 +142,7 @@ def _opened(path: Path) -> BinaryIO:
     if not path.exists():
         raise UserError(f"the checkpoint {path} does not exist; set ckpt_path=FILE")
     if not path.is_file():  # opening a pipe would wait for a writer
-        raise UserError(f"the checkpoint {path} is no regular file; set ckpt_path=FILE")
+        raise UserError(f"the checkpoint {path} is not a regular file; set ckpt_path=FILE")
     return path.open("rb")
 
 
@@ -151,8 +151,8 @@ def _check_content(checkpoint: Any, path: Path) -> None:
     entry = checkpoint.get("anomaly_lit") if isinstance(checkpoint, Mapping) else None
     if not isinstance(entry, Mapping) or "config" not in entry:
         raise UserError(
-            f"{path} holds no configuration: only checkpoints of anomaly-train can be loaded so; "
-            "for others use the method's load_from_checkpoint"
+            f"{path} holds no configuration: only checkpoints of anomaly-train can be loaded this "
+            "way; for others use the method's load_from_checkpoint"
         )
     check_format(entry.get("format_version"), path)
     config = entry["config"]

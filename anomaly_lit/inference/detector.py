@@ -202,12 +202,12 @@ def _pixels(picture: Picture, max_pixels: int | None) -> np.ndarray:
         return as_rgb(picture)
     if not isinstance(picture, np.ndarray):
         raise UserError(
-            f"a {type(picture).__name__} is no picture; needed: a path, bytes, an open file, a "
+            f"a {type(picture).__name__} is not an image; give a path, bytes, an open file, a "
             "Pillow image or an array (H, W, 3) of uint8"
         )
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
         raise UserError(
-            f"an array of shape {picture.shape} and type {picture.dtype} is no picture; "
-            "needed: (H, W, 3) uint8"
+            f"an array of shape {picture.shape} and type {picture.dtype} is not an image; "
+            "give (H, W, 3) uint8"
         )
     return picture

@@ -54,7 +54,7 @@ def find_pictures(source: Path, output: Path) -> Found:
         return Found([source], source.parent, [])
     if not source.is_dir():
         raise UserError(
-            f"input={printable(source)} does not exist; give a picture or a folder of pictures"
+            f"input={printable(source)} does not exist; give an image or a folder of images"
         )
     every = walk_images(source)
     places = {place for path in every for place in path.parents if place.is_relative_to(source)}

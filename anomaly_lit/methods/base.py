@@ -34,8 +34,8 @@ class Method(Optimised):
             images only.
         oracle: What scoring takes from the test set, shown in every results table; empty if
             nothing.
-        oracle_criterion: The metrics of the test set, joined by `+`, whose sum `selection=oracle`
-            raises: what the paper chose its weights by.
+        oracle_criterion: Metrics of the test set, joined by `+`, whose largest sum
+            `selection=oracle` chooses: those by which the paper chose its weights.
         learned: Whether `learn` has run; part of the state dict.
         calibrated: Whether `calibrate` has run with the current weights; part of the state dict.
     """

@@ -88,8 +88,8 @@ class Backbone(nn.Module):
             stages: Any = timm.create_model(architecture, features_only=True, **self.options)
             last = len(stages.feature_info) - 1
             raise UserError(
-                f"the backbone {self.name} has no stage among out_indices="
-                f"{list(self.out_indices)} that it lacks: its stages are 0 to {last}; "
+                f"the backbone {self.name} does not have all stages of out_indices="
+                f"{list(self.out_indices)}: its stages are 0 to {last}; "
                 "set method.backbone.out_indices"
             ) from error
 
@@ -221,5 +221,5 @@ def _read_state(file: Path) -> dict[str, Tensor]:
     except Exception as error:
         raise UserError(f"the weights file {file} cannot be read: {error}") from error
     if not isinstance(state, Mapping):
-        raise UserError(f"the weights file {file} holds a {type(state).__name__}, no state dict")
+        raise UserError(f"the weights file {file} holds a {type(state).__name__}, not a state dict")
     return state.get("state_dict", state)

@@ -58,8 +58,8 @@ class Bank(nn.Module):
         """
         if len(self) < count:
             raise UserError(
-                f"{count} nearest of {len(self)} stored vectors are asked for: train first, load a "
-                "checkpoint, or ask for fewer neighbours"
+                f"{count} nearest neighbours requested, but only {len(self)} vectors are stored: "
+                "train first, load a checkpoint, or request fewer neighbours"
             )
         rows = nearest_rows(queries, self.items, count)
         return distances_to(queries, self.items, rows), rows
@@ -196,7 +196,7 @@ def kmeans(
         UserError: There are fewer items than centres.
     """
     if len(items) < count:
-        raise UserError(f"{count} clusters are asked for, of {len(items)} vectors: ask for fewer")
+        raise UserError(f"{count} clusters requested from {len(items)} vectors: request fewer")
     items = items.float()
     centres = _spread(items, count, generator)
     limit = tolerance * items.var(dim=0, unbiased=False).mean()

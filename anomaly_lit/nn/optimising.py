@@ -1,4 +1,4 @@
-"""How the parameters of a method move: optimisers, learning rates, clipping."""
+"""How a method's parameters are updated: optimisers, learning rates, clipping."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Optimised(pl.LightningModule):
         self.gradient_clip = gradient_clip
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Refuse settings of the trainer that could not act; the first hook that knows it.
+        """Raise if settings of the trainer cannot act; no earlier hook knows the trainer.
 
         Raises:
-            UserError: The trainer is to clip or accumulate gradients, and the method steps its
+            UserError: The trainer is set to clip or accumulate gradients, but the method steps its
                 optimisers itself.
         """
         if not self.automatic_optimization and self.trainer.state.fn == "fit":
@@ -56,14 +56,14 @@ class Optimised(pl.LightningModule):
         return []
 
     def descend(self, optimizer: Any, loss: Tensor) -> None:
-        """Take one step of one of several optimisers, and move its learning rate.
+        """Take a step with one of several optimisers, and update its learning rate.
 
         For a `training_step` with `automatic_optimization` off.
 
         Args:
             optimizer: One of `self.optimizers()`.
-            loss: A scalar; what it gives parameters of other optimisers is forgotten when these
-                take their step.
+            loss: A scalar; its gradients for the parameters of other optimisers are dropped when
+                these take their step.
         """
         optimizer.zero_grad()
         self.manual_backward(loss)
@@ -73,18 +73,18 @@ class Optimised(pl.LightningModule):
                 scheduler.scheduler.step()
 
     def configure_optimizers(self) -> Any:
-        """Return one optimiser over all parameters that take a gradient, with its schedule."""
+        """Return one optimiser for all trainable parameters, with its schedule."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         return self.scheduled(self.optimizer(parameters)) if parameters else None
 
     def scheduled(
         self, optimizer: Optimizer, factors: ScheduleFn | Sequence[ScheduleFn] | None = None
     ) -> dict[str, Any]:
-        """Pair an optimiser with factors of its learning rates at a share of training.
+        """Pair an optimiser with the factors of its learning rates over training.
 
         Args:
             optimizer: One of those that `configure_optimizers` returns, as a list if several.
-            factors: One for all groups of parameters, or one for each; None is the schedule.
+            factors: One for all groups of parameters, or one for each; None uses the schedule.
         """
         factors = self.schedule if factors is None else factors
         if factors is None:
@@ -97,7 +97,7 @@ class Optimised(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
-        """Return the optimiser, or all; steps of the first alone count as steps of training."""
+        """Return the optimiser, or all; only steps of the first count as steps of training."""
         found = super().optimizers(use_pl_optimizer)
         for other in found[1:] if isinstance(found, list) and use_pl_optimizer else []:
             other._on_before_step = other._on_after_step = _nothing  # type: ignore[union-attr]
@@ -109,7 +109,7 @@ class Optimised(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip at the trainer's value, else at the method's."""
+        """Clip at the trainer's value, or else at the method's."""
         limit = gradient_clip_val or self.gradient_clip
         self.clip_gradients(optimizer, limit, gradient_clip_algorithm or "norm")
 

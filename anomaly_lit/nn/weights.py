@@ -66,7 +66,7 @@ def _search_folder(name: str, stem: str) -> Path | None:
         return None
     root = Path(folder)
     if not root.is_dir():
-        raise UserError(f"{WEIGHTS_FOLDER} names {root}, which is no folder")
+        raise UserError(f"{WEIGHTS_FOLDER} names {root}, which is not a folder")
     files = sorted(path for path in root.iterdir() if path.suffix in SUFFIXES)
     fitting = [path for path in files if path.stem == stem]
     fitting = fitting or [path for path in files if path.stem == name]

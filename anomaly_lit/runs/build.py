@@ -70,10 +70,10 @@ def check_synthesis(datamodule: AnomalyDataModule, method: Method) -> None:
             "than none"
         )
     if datamodule.synthesis is None and datamodule.validate_on_synthesis:
-        raise UserError("dataset.validate_on_synthesis=true needs a synthesis: synthesis=draem")
+        raise UserError("dataset.validate_on_synthesis=true needs a synthesis: set synthesis=draem")
     if datamodule.synthesis is not None and not needed and not datamodule.validate_on_synthesis:
         raise UserError(
-            f"{name} does not learn from corrupted images: synthesis=none, or "
+            f"{name} does not learn from corrupted images: set synthesis=none, or "
             "dataset.validate_on_synthesis=true to validate on them"
         )
 
@@ -187,7 +187,7 @@ def build_loggers(config: dict[str, Any], data_digest: str) -> list[Any]:
             describe(logger, without_secrets(config), facts)
         except Exception as error:
             raise UserError(
-                f"logger={name} does not start: {message_of(error)}. Use "
+                f"logger={name} cannot start: {message_of(error)}. Use "
                 "logger=csv or logger=wandb_offline, run `wandb login`, or install "
                 "anomaly-lit[loggers] for tensorboard and mlflow"
             ) from error

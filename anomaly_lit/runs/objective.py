@@ -80,5 +80,5 @@ def objective(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> float | 
         own = [k for k in metrics if k.startswith("val/")]
         oracle = [k for k in metrics if k.startswith("test/") and k.count("/") == 1]
         known = ", ".join([*own, *(k.replace("test/", ORACLE, 1) for k in oracle)])
-        raise UserError(f"optimized_metric={name} is no metric of this run; known: {known}")
+        raise UserError(f"optimized_metric={name} is not a metric of this run; known: {known}")
     return math.nan if metrics[key] is None else float(metrics[key])

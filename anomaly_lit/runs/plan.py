@@ -28,7 +28,7 @@ def plan_of(trainer: pl.Trainer, method: Method, datamodule: AnomalyDataModule) 
     yield (
         f"{type(method).__name__}: {trainable / 1e6:.2f} M trainable and {frozen / 1e6:.2f} M "
         f"frozen parameters; about {state:.0f} MB for weights, gradients and AdamW's moments, "
-        "activations apart"
+        "plus activations"
     )
     steps = steps_of(trainer, len(datamodule.train_dataloader()))
     if steps is None:

@@ -48,8 +48,8 @@ class WholeFiles(TorchCheckpointIO):
             draft.unlink(missing_ok=True)
             if _is_full(error):
                 raise UserError(
-                    f"no room on the disk for the checkpoint {path}; what was written before is "
-                    "whole. Make room, and the same command goes on from there"
+                    f"no space left on the disk for the checkpoint {path}; earlier ones are whole. "
+                    "Free some space, then resume with the same command"
                 ) from error
             raise
 

@@ -72,8 +72,8 @@ def fit(model: Noisy, *callbacks: pl.Callback, steps: int = 6, **arguments: Any)
     ("marks", "words"),
     [
         ([[1, 2], [1, 2]], None),
-        ([[1, 2], [1, 3]], "rank 1 of 2 has other images than rank 0"),
-        ([[1, 2], [4, 2]], "rank 1 of 2 has other configurations than rank 0"),
+        ([[1, 2], [1, 3]], "rank 1 of 2 has different images from rank 0"),
+        ([[1, 2], [4, 2]], "rank 1 of 2 has different configurations from rank 0"),
     ],
 )
 def test_ranks_that_differ_are_named(marks: list[list[int]], words: str | None) -> None:

@@ -921,14 +921,17 @@ def test_best_selection_needs_held_out_images(
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ("checkpoint.every_steps=many", "checkpoint.every_steps: 'many' is no int | None"),
+        (
+            "checkpoint.every_steps=many",
+            "checkpoint.every_steps: expected int | None, found 'many'",
+        ),
         ("checkpoint.every_steps=0", "checkpoint.every_steps=0"),
         ("threshold.fpr=2", "threshold.fpr=2"),
         ("cache=null", "error: "),
         ("trainer.accelerator=quantum", "trainer: "),
         ("~callbacks.evaluation", "Evaluation"),
         ("trainer.val_check_interval=100 selection=best", "trainer.val_check_interval=100"),
-        ("image_size=abc", "image_size: 'abc' is no int"),
+        ("image_size=abc", "image_size: expected int, found 'abc'"),
         ("method.patch=3", "method.patch=3"),
         ("dataset.categories=[screw]", "dataset.categories: no screw"),
     ],

@@ -115,13 +115,13 @@ def test_empty_files_texts_folders_and_pipes_are_named_as_such(last: Path, tmp_p
     (tmp_path / "text.ckpt").write_text("weights")
     (tmp_path / "folder").mkdir()
     assert "is empty" in refusal(tmp_path / "empty.ckpt")
-    assert "is no checkpoint" in refusal(tmp_path / "text.ckpt")
+    assert "is not a checkpoint" in refusal(tmp_path / "text.ckpt")
     assert "is a folder; set ckpt_path=" in refusal(tmp_path / "folder")
     assert f"set ckpt_path={last}" in refusal(last.parents[1])
     assert "does not exist; set ckpt_path=FILE" in refusal(tmp_path / "gone.ckpt")
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.ckpt")
-        assert "is no regular file" in refusal(tmp_path / "pipe.ckpt")
+        assert "is not a regular file" in refusal(tmp_path / "pipe.ckpt")
 
 
 @pytest.mark.parametrize("command", ["predict", "test"])
@@ -157,9 +157,9 @@ def test_code_in_a_pickle_is_not_run(content: dict[str, Any], tmp_path: Path) ->
     content["extra"] = Touch(marker)
     assert "holds more than plain data" in refusal(saved(content, tmp_path / "evil.ckpt"))
     (tmp_path / "pickle.ckpt").write_bytes(pickle.dumps(Touch(marker)))
-    assert "is no checkpoint" in refusal(tmp_path / "pickle.ckpt")
+    assert "is not a checkpoint" in refusal(tmp_path / "pickle.ckpt")
     torch.save(content, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
-    assert "is no checkpoint" in refusal(tmp_path / "old.ckpt")
+    assert "is not a checkpoint" in refusal(tmp_path / "old.ckpt")
     assert not marker.exists()
 
 
@@ -284,9 +284,15 @@ def test_weights_that_do_not_fit_are_an_error_in_one_sentence(content: dict[str,
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"image_size": "x"}, "dataset.image_size: 'x' is no "),
-        ({"image_size": None}, "dataset.image_size: None is no "),
-        ({"center_crop": "x"}, "dataset.center_crop: 'x' is no "),
+        (
+            {"image_size": "x"},
+            "dataset.image_size: expected int | collections.abc.Sequence[int], found 'x'",
+        ),
+        (
+            {"image_size": None},
+            "dataset.image_size: expected int | collections.abc.Sequence[int], found None",
+        ),
+        ({"center_crop": "x"}, "found 'x'"),
         ({"resize": "shrink"}, "dataset.resize=shrink"),
     ],
 )

@@ -250,7 +250,7 @@ def test_weights_that_are_not_there_are_named(
     with pytest.raises(UserError, match=r"latent_weights=.*none\.ckpt: no such file"):
         fit(small_method("dsr", latent_weights=str(tmp_path / "none.ckpt")), make_batch(), 1)
     torch.save({"state_dict": {"backbone.weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
-    with pytest.raises(UserError, match="no checkpoint of DSR"):
+    with pytest.raises(UserError, match="not a checkpoint of DSR"):
         fit(small_method("dsr", latent_weights=str(tmp_path / "other.ckpt")), make_batch(), 1)
 
 

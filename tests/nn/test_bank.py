@@ -187,5 +187,5 @@ def test_kmeans_of_repeated_vectors_gives_finite_centres() -> None:
 
 
 def test_more_clusters_than_vectors_are_refused() -> None:
-    with pytest.raises(UserError, match="5 clusters are asked for, of 3 vectors"):
+    with pytest.raises(UserError, match="5 clusters requested from 3 vectors"):
         kmeans(vectors(3), 5, torch.Generator())

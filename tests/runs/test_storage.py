@@ -70,7 +70,7 @@ def test_a_full_disk_spoils_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise RuntimeError("writing failed") from OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(storage.torch, "save", full)
-    with pytest.raises(UserError, match="no room on the disk"):
+    with pytest.raises(UserError, match="no space left on the disk"):
         WholeFiles().save_checkpoint(content(2), last)
     assert last.read_bytes() == before
     assert [p.name for p in last.parent.iterdir()] == ["last.ckpt"]
@@ -124,7 +124,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         for size in (1, 2):  # 4 and 8 MB; the next would need 16
             WholeFiles().save_checkpoint(content(size, size * 1_000_000), last)
         for _ in range(10):
-            with pytest.raises(UserError, match="no room on the disk"):
+            with pytest.raises(UserError, match="no space left on the disk"):
                 WholeFiles().save_checkpoint(content(3, 4_000_000), last)
             assert step_of(checkpoint_to_go_on_from(small)[0]) == 2
     finally:

@@ -342,5 +342,7 @@ def read_latent(path: str) -> dict[str, Tensor]:
     state = torch.load(file, map_location="cpu", weights_only=True).get("state_dict", {})
     latent = {k.removeprefix("latent."): v for k, v in state.items() if k.startswith("latent.")}
     if not latent:
-        raise UserError(f"method.latent_weights={path} is no checkpoint of DSR: no latent model")
+        raise UserError(
+            f"method.latent_weights={path} is not a checkpoint of DSR: it has no latent model"
+        )
     return latent

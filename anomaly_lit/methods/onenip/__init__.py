@@ -239,7 +239,7 @@ class OneNIP(Method):
         return self._score(features, prompts, image.shape[-2:])
 
     def encoded_prompts(self) -> Tensor:
-        """Return the tokens of all prompts, (n, N, dim), encoded anew if weights have moved."""
+        """Return the tokens of all prompts, (n, N, dim), encoded anew if weights have changed."""
         return self.prompt_tokens.items if self.calibrated else self.encode(self.stored.items)
 
     def _score(self, features: Tensor, prompts: Tensor, size: Sequence[int]) -> Prediction:
