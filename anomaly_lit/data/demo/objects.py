@@ -27,7 +27,7 @@ BOLTS = 6
 
 
 def gear(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
-    """A turned steel gear on a dark mat."""
+    """Draw a rotated steel gear on a dark mat."""
     u, v = pose(rng, size, angle=0.05, shift=0.025, scale=0.01)
     x, y = grid(size)
     radius, angle = np.hypot(u, v), np.arctan2(v, u)
@@ -96,7 +96,7 @@ PIN_ROW = (-0.2, -0.065, 0.07, 0.205)
 
 
 def circuit(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
-    """A populated printed circuit, placed with a little play."""
+    """Draw a printed circuit with its parts, placed with a little play."""
     u, v = pose(rng, size, angle=0.03, shift=0.03, scale=0.01)
     tint = 1 + 0.06 * rng.uniform(-1, 1)
     speckle = (1 + 0.03 * noise(rng, size, 0.02))[..., None]
@@ -186,7 +186,7 @@ def chip(image: Array, u: Array, v: Array) -> Array:
 
 
 def capsule(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
-    """A printed two-coloured capsule on a pale tray."""
+    """Draw a printed two-coloured capsule on a pale tray."""
     u, v = pose(rng, size, angle=0.08, shift=0.03, scale=0.015)
     side = np.array([flaw.uniform(-0.45, 0.45), flaw.uniform(-0.12, 0.12)])
     girth = np.where(u < 0.04, 0.305, 0.285)

@@ -26,7 +26,7 @@ THREADS = 20  # across the picture
 
 
 def fabric(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
-    """A blue twill, laid under the camera thread by thread, slightly stretched."""
+    """Draw a blue twill, thread by thread, slightly stretched."""
     u, v = pose(rng, size, angle=0.015, shift=0.02, scale=0.01)
     u = u + 0.004 * noise(rng, size, 0.3)
     v = v + 0.004 * noise(rng, size, 0.3)
@@ -87,7 +87,7 @@ def fabric(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
 
 
 def wood(rng: Rng, defect: str, flaw: Rng, size: int) -> Array:
-    """A laminate board: the same printed grain on each, cut with a little play."""
+    """Draw a laminate board: the same printed grain on each, cut with a little play."""
     u, v = pose(rng, size, angle=0.02, shift=0.03, scale=0.01)
     x, y = grid(size)
     print_ = np.random.default_rng(THREADS)
