@@ -224,7 +224,7 @@ def options() -> list[str]:
 def test_every_option_shows_all_parameters_of_its_class(name: str) -> None:
     with initialize_config_dir(config_dir(), version_base="1.3"):
         config = plain(compose("data", overrides=[f"dataset={name}"]))
-    validate(config)
+    validate(config, "data")
     target = import_target(config["dataset"]["_target_"])
     parameters = set(inspect.signature(target).parameters)
     given_elsewhere = {"cache", "feature_cache", "synthesis"}  # by other groups
@@ -239,7 +239,7 @@ def test_every_cache_fits_every_data_set(name: str) -> None:
         overrides = [f"dataset={dataset}", f"+cache={name}"]
         with initialize_config_dir(config_dir(), version_base="1.3"):
             config = plain(compose("data", overrides=overrides))
-        validate(config)
+        validate(config, "data")
         assert (config["dataset"]["cache"] is None) == (name == "none")
 
 

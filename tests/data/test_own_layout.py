@@ -83,7 +83,7 @@ def test_an_option_file_of_a_few_lines_configures_it(pairs: Path, documented: Pa
     ]
     with initialize_config_dir(config_dir(), version_base="1.3"):
         config: dict[str, Any] = plain(compose("data", overrides=overrides))
-    validate(config)
+    validate(config, "data")
     datamodule = instantiate(config["dataset"])
     datamodule.setup()
     assert len(datamodule.samples()) == 20
