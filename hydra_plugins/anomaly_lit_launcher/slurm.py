@@ -244,6 +244,7 @@ class SlurmLauncher(CommandLauncher):
         if not ready:
             return
         for job in ready:
+            job.folder.mkdir(parents=True, exist_ok=True)
             job.more = {"again": 0}
             note(job)
         array = sbatch.submit(*self.script(ready, options), len(ready), places)
