@@ -30,6 +30,7 @@ REMEDIES = (
     ("unrecognized option|unknown option", "hydra.launcher.additional_parameters"),
     ("job array", "fewer jobs in a sweep, or your administrator's MaxArraySize"),
 )
+SILENT = 124  # exit code that stands for no answer in time, as that of `timeout`
 
 
 class Queued(NamedTuple):
@@ -51,7 +52,9 @@ def submit(script: Path, options: Sequence[str], count: int, at_a_time: int) -> 
             "sweep on a login node of the cluster, or take hydra/launcher=process"
         )
     line = ["sbatch", "--parsable", f"--array=0-{count - 1}%{at_a_time}", *options, str(script)]
-    done = _run(line, environment())
+    done = _run(line, environment(), seconds=300)
+    if done.returncode == SILENT:
+        raise UserError(f"{done.stderr}: see with squeue whether it took the jobs, and try again")
     if done.returncode:
         raise UserError(refusal(done.stderr))
     return done.stdout.split(";")[0].strip()
@@ -113,9 +116,12 @@ def environment() -> dict[str, str]:
 
 
 def _run(
-    line: Sequence[str], variables: dict[str, str] | None = None
+    line: Sequence[str], variables: dict[str, str] | None = None, seconds: float = 60
 ) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(line, env=variables, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.run(line, env=variables, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        said = f"{line[0]} has not answered for {seconds:g} s"
+        return subprocess.CompletedProcess(line, SILENT, "", said)
+    except OSError as error:
         return subprocess.CompletedProcess(line, 1, "", str(error))

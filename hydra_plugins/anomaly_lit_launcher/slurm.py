@@ -278,8 +278,8 @@ class SlurmLauncher(CommandLauncher):
         listed.write_text(json.dumps(batch, indent=1), encoding="utf-8")
         command = shlex.join([sys.executable, "-P", task.__file__, str(listed)])
         script.write_text("\n".join(["#!/bin/bash", *self.lines, f"exec {command}", ""]))
-        log = str(folder / name).replace("%", "%%")
-        return script, [*options, f"--output={log}-%a.log"]
+        log = str(folder).replace("%", "%%") + "/%A_%a.log"
+        return script, [*options, f"--output={log}"]
 
     def tell_reasons(self, queue: Mapping[str, sbatch.Queued]) -> None:
         """Print once why jobs wait, where it is not that others come first."""
@@ -319,10 +319,10 @@ class SlurmLauncher(CommandLauncher):
             return f"killed (exit code 137), perhaps since main memory ran short{goes_on}"
         if code is not None:
             return last_words(job.folder / "job.log") or f"exit code {code}"
-        logs = sorted((self.sweep / ".slurm").glob(f"*-{number.partition('_')[2]}.log"))
-        said = logs[-1].read_text(errors="replace").strip().splitlines()[-1:] if logs else []
-        told = f"; {logs[-1]} ends with: {said[0]}" if said else ""
-        return f"SLURM job {number} ended ({state or 'forgotten'}) before its command began{told}"
+        log = self.sweep / ".slurm" / f"{number}.log"
+        said = log.read_text(errors="replace").strip().splitlines()[-1:] if log.is_file() else []
+        told = f"; {log} ends with: {said[0]}" if said else ""
+        return f"SLURM job {number} ended without an exit code ({state or 'forgotten'}){told}"
 
 
 def options_of(settings: Mapping[str, Any]) -> list[str]:
