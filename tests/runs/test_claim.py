@@ -27,13 +27,15 @@ VARIABLES = ("SLURM", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "TORCHELA
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No scheduler around the tests, and no wait before a refusal."""
-    kept = {name: v for name, v in os.environ.items() if not name.startswith(VARIABLES)}
-    monkeypatch.setattr(os, "environ", kept)
+    for name in [name for name in os.environ if name.startswith(VARIABLES)]:
+        monkeypatch.delenv(name)
     monkeypatch.setattr(claim, "PATIENCE", 0.0)
 
 
-def test_a_second_run_is_refused_with_the_first_ones_name(tmp_path: Path) -> None:
-    os.environ["SLURM_JOB_ID"] = "7"
+def test_a_second_run_is_refused_with_the_first_ones_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     with claimed(tmp_path):
         words = rf"output_dir=.* is being trained by process {os.getpid()} on .*SLURM job 7, since"
         with pytest.raises(UserError, match=words), claimed(tmp_path):
@@ -103,8 +105,11 @@ def test_a_run_elsewhere_counts_as_long_as_it_gives_signs_of_life(tmp_path: Path
         pass
 
 
-def test_a_job_that_slurm_has_moved_takes_its_folder_back(tmp_path: Path) -> None:
-    os.environ |= {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
+def test_a_job_that_slurm_has_moved_takes_its_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     note_of_another_machine(tmp_path, 0, job="7")
     with claimed(tmp_path):
         pass
@@ -149,9 +154,10 @@ def test_a_file_system_without_locks_leaves_signs_of_life(
     ],
 )
 def test_only_the_first_of_all_processes_holds_the_folder(
-    variables: dict[str, str], first: bool, tmp_path: Path
+    variables: dict[str, str], first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    os.environ |= variables
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     with claimed(tmp_path):
         assert (holder(tmp_path) is not None) == first
 
