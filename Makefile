@@ -8,7 +8,7 @@ BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 DEFAULT := -m "not slow and not gpu and not real_data"
 
-.PHONY: setup demo test test-more coverage lint clean
+.PHONY: setup demo test test-more test-slurm coverage lint clean
 
 setup: .venv/installed
 
@@ -27,7 +27,11 @@ test: setup
 
 # What is slow, and what needs ANOMALY_LIT_DATA and ANOMALY_LIT_WEIGHTS.
 test-more: setup
-	$(PYTEST) -m "(slow or real_data) and not gpu"
+	$(PYTEST) -m "(slow or real_data) and not gpu and not slurm"
+
+# Jobs of the SLURM that scripts/slurm-here has started.
+test-slurm: setup
+	$(BIN)/python -m pytest -m slurm tests/cluster
 
 # The tests of `make test`, with a table of the lines and branches that none of them runs.
 coverage: setup

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from anomaly_lit.files import lock, runs_below
+from anomaly_lit.runs.claim import holder
 from anomaly_lit.runs.objective import PRUNED
 from anomaly_lit.types import UserError
 
@@ -54,8 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
 def read_sweep(folder: Path) -> tuple[list[JobStatus], int]:
     """Return the jobs of a sweep and how many run at a time.
 
-    A sweep of the process launcher has a plan (`sweep.json`). Other sweeps show only the folders
-    that their jobs have made so far.
+    Launchers write a plan (`sweep.json`). A sweep without a launcher shows only the folders that
+    its jobs have made so far.
 
     Raises:
         UserError: There is no such folder or no run in it, or the plan cannot be read.
@@ -100,7 +101,7 @@ def _job_status(name: str, folder: Path) -> JobStatus:
     if metrics.is_file():
         taken = _read(metrics).get("training_seconds")
         return JobStatus(name, "done", seconds if ended else taken, "")
-    if log is not None and (is_held(log) or (not facts and time.time() - log.stat().st_mtime < 60)):
+    if is_running(folder, log, facts):
         return JobStatus(name, "running", seconds, last_line(log))
     if (folder / PRUNED).is_file():
         return JobStatus(name, "pruned", seconds, "")
@@ -126,6 +127,20 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
+def is_running(folder: Path, log: Path | None, facts: dict[str, Any]) -> bool:
+    """Return whether a run holds the folder, or its process is about to.
+
+    A launcher's own process holds its log, a job of SLURM has just written to it.
+    """
+    if holder(folder) is not None:
+        return True
+    if log is None:
+        return False
+    of_slurm = "slurm" in facts and facts.get("ended") is None
+    begins = (of_slurm or not facts) and time.time() - log.stat().st_mtime < 60
+    return begins or is_held(log)
+
+
 def is_held(file: Path) -> bool:
     """Return whether a running job holds the lock of its log; never where there are no locks."""
     with file.open("rb") as log:
@@ -139,7 +154,8 @@ def last_line(log: Path | None) -> str:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode("utf-8", "replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    said = [line.strip() for line in lines if line.strip()]
+    return next((line for line in reversed(said) if not line.startswith("srun: ")), "")
 
 
 def report(jobs: list[JobStatus], at_a_time: int) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, Literal
+
 from omegaconf import DictConfig
 
 from anomaly_lit.commands.entry import run_command
@@ -9,7 +12,14 @@ from anomaly_lit.config.hydra import output_folder, plain
 from anomaly_lit.config.validate import validate
 from anomaly_lit.reporting.terminal import print_results
 from anomaly_lit.runs.build import find_all_weights
-from anomaly_lit.runs.folder import is_current, put_aside, read_metrics, state_of
+from anomaly_lit.runs.claim import claimed
+from anomaly_lit.runs.folder import (
+    check_holds_no_data,
+    is_current,
+    put_aside,
+    read_metrics,
+    state_of,
+)
 from anomaly_lit.runs.objective import check_objective, objective
 from anomaly_lit.runs.ranks import check_tasks, join_tasks
 
@@ -33,6 +43,18 @@ def train(cfg: DictConfig) -> float | None:
     check_objective(config)
     join_tasks()
     check_tasks(config["trainer"].get("devices"), config["trainer"].get("num_nodes", 1))
+    check_holds_no_data(directory, config)
+    with claimed(directory):
+        return run_or_show(config, directory, pruning, when_changed)
+
+
+def run_or_show(
+    config: dict[str, Any],
+    directory: Path,
+    pruning: dict[str, Any] | None,
+    when_changed: Literal["rerun", "keep"],
+) -> float | None:
+    """Train in a folder that is ours, or show what a finished run has left there."""
     state = state_of(directory, config)
     if state == "finished" and not is_current(directory, config, when_changed):
         put_aside(directory)

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -15,10 +15,12 @@ from typing import IO, Any
 from omegaconf import DictConfig, OmegaConf
 
 from anomaly_lit.files import without_secrets
+from anomaly_lit.runs.claim import holder, in_words
 from anomaly_lit.types import UserError
 
 PAUSE = 0.05  # seconds between two looks at the running jobs
 GRACE = 30.0  # seconds that a job is given to end by itself
+OF_SLURM = ("srun: ", "slurmstepd: ")  # lines of a log that tell how, and not why
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Job:
     slot: int = -1
     process: subprocess.Popen[bytes] | None = None
     log: IO[bytes] | None = field(default=None, repr=False)
+    more: dict[str, Any] = field(default_factory=dict)  # facts of a launcher's own, for job.json
+    waited_for: bool = False  # whether somebody else trains in its folder, and that was told
 
 
 def check_folders(jobs: list[Job]) -> None:
@@ -77,10 +81,22 @@ def end(jobs: Sequence[Job]) -> None:
         note(job, job.process.poll() if job.process else None)
 
 
+def who_trains(job: Job) -> str:
+    """Return who else trains in a job's folder, empty where nobody does; say it once."""
+    facts = holder(job.folder)
+    if facts is None:
+        return ""
+    if not job.waited_for:
+        job.waited_for = True
+        print(f"{job.name}: waiting for {in_words(facts)}, which trains it", flush=True)
+    return in_words(facts)
+
+
 def last_words(log: Path, lines: int = 1) -> str:
     """The last lines of a log that say something; of an error in words, all of it."""
     text = log.read_text(encoding="utf-8", errors="replace").rpartition("\n--- ")[2]
     said = [line.rstrip() for line in text.splitlines()[1:] if line.strip()]
+    said = [line for line in said if not line.startswith(OF_SLURM)] or said
     for place, line in enumerate(said):
         if line.startswith("error: "):
             return "\n".join([line.removeprefix("error: "), *said[place + 1 :]])
@@ -104,17 +120,32 @@ def note(job: Job, code: int | None = None) -> None:
         "ended": time.time() if code is not None else None,
         "exit_code": code,
         "error": job.error,
+        **job.more,
     }
     replace_text(job.folder / "job.json", json.dumps(facts, indent=2))
 
 
 def write_plan(folder: Path, jobs: Sequence[Job], places: int) -> None:
-    """Adds the jobs to ``sweep.json`` in the sweep's folder: their folders and overrides."""
+    """Add the jobs to `sweep.json` in the sweep's folder: their folders and overrides."""
     folder.mkdir(parents=True, exist_ok=True)
+    plan = read_plan(folder)
+    told = {os.path.relpath(job.folder, folder): without_secrets(job.overrides) for job in jobs}
+    write = {**plan, "at_a_time": places, "jobs": plan.get("jobs", {}) | told}
+    replace_text(folder / "sweep.json", json.dumps(write, indent=2))
+
+
+def write_ids(folder: Path, ids: Mapping[str, Job]) -> None:
+    """Add to `sweep.json` under which id SLURM knows each job."""
+    plan = read_plan(folder)
+    told = {os.path.relpath(job.folder, folder): number for number, job in ids.items()}
+    plan["slurm"] = plan.get("slurm", {}) | told
+    replace_text(folder / "sweep.json", json.dumps(plan, indent=2))
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """Return what `sweep.json` holds; empty where there is none."""
     file = folder / "sweep.json"
-    known = json.loads(file.read_text(encoding="utf-8"))["jobs"] if file.is_file() else {}
-    known |= {os.path.relpath(job.folder, folder): without_secrets(job.overrides) for job in jobs}
-    replace_text(file, json.dumps({"at_a_time": places, "jobs": known}, indent=2))
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def replace_text(file: Path, text: str) -> None:

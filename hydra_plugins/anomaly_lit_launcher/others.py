@@ -1,21 +1,30 @@
-"""Launchers of other packages (joblib, submitit, Ray), each after checks that it does not make.
+"""Launchers of other packages (joblib, Ray), each after checks that it does not make.
 
 Their jobs are calls within worker processes, not commands: a job on several devices would repeat
-the whole sweep's command in its other ranks. Only submitit starts a process for each device itself.
+the whole sweep's command in its other ranks.
 """
 
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from anomaly_lit.config.hydra import message_of, output_folder
 from anomaly_lit.types import UserError
+from hydra_plugins.anomaly_lit_launcher.base import compose
+from hydra_plugins.anomaly_lit_launcher.jobs import Job, check_folders, note, who_trains, write_plan
+from hydra_plugins.anomaly_lit_launcher.surroundings import count
+
+WAIT = 2.0  # seconds between two looks at a folder in which another run trains
 
 
 class OtherLauncher(Launcher):
@@ -53,15 +62,22 @@ class OtherLauncher(Launcher):
         self.hydra_context = hydra_context
         self.config = config
         self.launcher: Launcher = make(**self.settings)
-        self.launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self.launcher.setup(
+            hydra_context=hydra_context, task_function=Noted(task_function), config=config
+        )
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Checks all jobs, then has them run."""
-        for overrides in job_overrides:
-            loader = self.hydra_context.config_loader
-            self.check(loader.load_sweep_config(self.config, list(overrides)))
+        """Check all jobs, then have them run."""
+        jobs = []
+        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
+            config, folder = compose(self.hydra_context, self.config, number, list(overrides))
+            self.check(config)
+            told = filter_overrides(list(overrides))
+            jobs.append(Job(number, list(told), " ".join(told) or "job", folder, [], config))
+        check_folders(jobs)
+        write_plan(Path(self.config.hydra.sweep.dir), jobs, max(1, self.settings.get("n_jobs", 1)))
         return told_together(self.launcher.launch(job_overrides, initial_job_idx))
 
     def check(self, config: DictConfig) -> None:
@@ -73,21 +89,42 @@ class OtherLauncher(Launcher):
         devices = count(OmegaConf.select(config, "trainer.devices"))
         nodes = OmegaConf.select(config, "trainer.num_nodes") or 1
         choice = self.config.hydra.runtime.choices["hydra/launcher"]
-        if "tasks_per_node" not in self.settings:
-            if devices * nodes > 1:
-                raise UserError(
-                    f"trainer.devices={devices} with hydra/launcher={choice}: its jobs are one "
-                    "process each, and Lightning would repeat the whole sweep in the others. Take "
-                    "hydra/launcher=process, or submitit_slurm with one task for each device"
-                )
-            return
-        tasks, own_nodes = self.settings["tasks_per_node"], self.settings.get("nodes", 1)
-        if (tasks, own_nodes) != (devices, nodes):
+        if devices * nodes > 1:
             raise UserError(
-                f"hydra/launcher={choice} starts {tasks} tasks on each of {own_nodes} nodes, and "
-                f"trainer.devices={devices} trainer.num_nodes={nodes} needs one for each device: "
-                f"hydra.launcher.tasks_per_node={devices} hydra.launcher.nodes={nodes}"
+                f"trainer.devices={devices} with hydra/launcher={choice}: its jobs are one process "
+                "each, and Lightning would repeat the whole sweep in the others. Take "
+                "hydra/launcher=process, or slurm with one task for each device"
             )
+
+
+class Noted:
+    """A task that writes `job.json` into its folder, and waits while another run trains there.
+
+    Args:
+        task: Takes the configuration of a job.
+    """
+
+    def __init__(self, task: TaskFunction) -> None:
+        self.task = task
+
+    def __call__(self, config: DictConfig) -> Any:
+        """Run the task."""
+        hydra = HydraConfig.get()
+        told = list(hydra.overrides.task)
+        job = Job(hydra.job.num, told, hydra.job.override_dirname, output_folder(), [], config)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        while who_trains(job):
+            time.sleep(WAIT)
+        job.attempt, job.started = 1, time.time()
+        note(job)
+        code = 0
+        try:
+            return self.task(config)
+        except BaseException as error:
+            code, job.error = 1, message_of(error)
+            raise
+        finally:
+            note(job, code)
 
 
 def told_together(jobs: Sequence[JobReturn]) -> Sequence[JobReturn]:
@@ -102,15 +139,3 @@ def told_together(jobs: Sequence[JobReturn]) -> Sequence[JobReturn]:
     for job in failed:
         job.return_value = UserError(text)
     return jobs
-
-
-def count(devices: Any) -> int:
-    """Devices that ``trainer.devices`` asks for; ``auto`` counts as one, the run itself knows.
-
-    >>> count(2), count("3"), count([0, 1]), count("auto")
-    (2, 3, 2, 1)
-    """
-    if OmegaConf.is_list(devices) or isinstance(devices, list):
-        return len(devices)
-    text = str(devices)
-    return max(1, int(text)) if text.lstrip("-").isdigit() else 1

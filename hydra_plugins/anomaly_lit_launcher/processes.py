@@ -10,55 +10,35 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides
-from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from hydra.core.utils import JobReturn
 
 from anomaly_lit.files import HAS_LOCKS, lock, without_secrets
 from anomaly_lit.types import UserError
+from hydra_plugins.anomaly_lit_launcher.base import CommandLauncher
 from hydra_plugins.anomaly_lit_launcher.jobs import (
     PAUSE,
     Job,
-    check_folders,
     end,
     last_words,
-    name_by_difference,
     note,
     tell,
-    value_of,
+    who_trains,
     write_plan,
 )
 from hydra_plugins.anomaly_lit_launcher.surroundings import (
     check_alone,
     die_with_parent,
     environment,
-    escaped,
     visible_gpus,
 )
 
-# what the jobs of a sweep must not be told again
-OF_THE_SWEEP = (
-    "hydra.mode",
-    "hydra.sweep",
-    "hydra.run",
-    "hydra/launcher",
-    "hydra.launcher",
-    "hydra/sweeper",
-    "hydra.sweeper",
-)
-NOT_OF_A_RUN = ("hydra", "pruning", "when_changed")  # of this sweep
 
-
-class ProcessLauncher(Launcher):
+class ProcessLauncher(CommandLauncher):
     """Runs jobs as processes, several at a time, each with GPUs of its own.
 
     Args:
@@ -85,13 +65,6 @@ class ProcessLauncher(Launcher):
         self.timeout_minutes = timeout_minutes
         self.retries = retries
 
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
-        """Keeps what ``launch`` needs."""
-        self.hydra_context = hydra_context
-        self.config = config
-
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
@@ -103,13 +76,8 @@ class ProcessLauncher(Launcher):
                 "hydra/launcher=joblib"
             )
         slots = self.slots()
-        jobs = [
-            self.prepare(initial_job_idx + place, list(overrides))
-            for place, overrides in enumerate(job_overrides)
-        ]
-        check_folders(jobs)
-        name_by_difference(jobs)
-        write_plan(Path(self.config.hydra.sweep.dir), jobs, len(slots))
+        jobs = self.plan(job_overrides, initial_job_idx)
+        write_plan(self.sweep, jobs, len(slots))
         print(f"{len(jobs)} jobs, {len(slots)} at a time", flush=True)
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
@@ -144,27 +112,6 @@ class ProcessLauncher(Launcher):
         each = self.gpus_per_job
         return [gpus[start * each : (start + 1) * each] for start in range(self.jobs)]
 
-    def prepare(self, number: int, overrides: list[str]) -> Job:
-        """Composes a job, which finds mistakes before anything runs, and its command."""
-        config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
-        with open_dict(config):
-            config.hydra.job.id = str(number)
-            config.hydra.job.num = number
-        HydraConfig.instance().set_config(config)
-        folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir).absolute()
-        with read_write(config.hydra.runtime):
-            config.hydra.runtime.output_dir = str(folder)
-        given = [
-            o for o in config.hydra.overrides.hydra if not o.lstrip("+~").startswith(OF_THE_SWEEP)
-        ]
-        sources = config.hydra.runtime.config_sources
-        own = [source.path for source in sources if source.provider == "command-line"]
-        command = [sys.executable, "-m", f"anomaly_lit.commands.{config.hydra.job.config_name}"]
-        command += [f"--config-dir={path}" for path in own]
-        command += [*given, *config.hydra.overrides.task, f"hydra.run.dir='{escaped(folder)}'"]
-        told = [o for o in filter_overrides(overrides) if not o.startswith("pruning=")]
-        return Job(number, told, " ".join(told) or "job", folder, command, config)
-
     # ------------------------------------------------------------------------------- running
 
     def run(self, jobs: list[Job], slots: list[list[str]]) -> None:
@@ -192,32 +139,11 @@ class ProcessLauncher(Launcher):
                 running.append(job)
             time.sleep(PAUSE)
 
-    def is_done(self, job: Job) -> bool:
-        """Whether the folder holds the results of this very configuration, or of another one."""
-        if (
-            not (job.folder / "metrics.json").is_file()
-            or job.config.hydra.job.config_name != "train"
-        ):
-            return False
-        from anomaly_lit.config.hydra import plain
-        from anomaly_lit.runs.folder import is_current, state_of
-
-        keys = [str(key) for key in job.config if key not in NOT_OF_A_RUN]
-        own = OmegaConf.masked_copy(job.config, keys)
-        own.output_dir = str(job.folder)
-        HydraConfig.instance().set_config(job.config)
-        try:
-            config, changed = plain(own), job.config.when_changed
-            finished = state_of(job.folder, config) == "finished"
-            if finished and is_current(job.folder, config, changed):
-                job.state = "skipped"
-        except Exception as error:
-            job.state, job.error = "failed", str(error)
-        return job.state != "waiting"
-
     def start(self, job: Job, gpus: list[str], places: int) -> bool:
         """Starts a job's process; false while one from before still writes into the folder."""
         job.folder.mkdir(parents=True, exist_ok=True)
+        if who_trains(job):
+            return False
         log = (job.folder / "job.log").open("ab")
         if not lock(log):  # kept by the job, for as long as it lives
             log.close()
@@ -258,25 +184,6 @@ class ProcessLauncher(Launcher):
             job.error = job.error or last_words(job.folder / "job.log") or f"exit code {code}"
         note(job, code)
         return True
-
-    def results(self, jobs: list[Job]) -> list[JobReturn]:
-        """What Hydra hands to the sweeper; a failed job's value is an error that tells of all."""
-        failed = [job for job in jobs if job.state == "failed"]
-        lines = [f"  {job.name}: {job.error} ({job.folder / 'job.log'})" for job in failed]
-        text = f"{len(failed)} of {len(jobs)} jobs failed:\n" + "\n".join(lines)
-        found = []
-        for job in jobs:
-            result = JobReturn(
-                overrides=job.overrides,
-                cfg=job.config,
-                hydra_cfg=job.config,
-                working_dir=str(job.folder),
-                task_name="train",
-                status=JobStatus.FAILED if job in failed else JobStatus.COMPLETED,
-            )
-            result.return_value = UserError(text) if job in failed else value_of(job)
-            found.append(result)
-        return found
 
 
 def _interrupt(number: int, frame: Any) -> None:

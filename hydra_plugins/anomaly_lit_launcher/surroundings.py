@@ -8,6 +8,9 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from anomaly_lit.files import cores
 from anomaly_lit.types import UserError
@@ -62,3 +65,15 @@ def die_with_parent() -> None:
     """Has the kernel end the job should the launcher be killed (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def count(devices: Any) -> int:
+    """Return how many devices `trainer.devices` asks for; `auto` counts as one.
+
+    >>> count(2), count("3"), count([0, 1]), count("auto")
+    (2, 3, 2, 1)
+    """
+    if OmegaConf.is_list(devices) or isinstance(devices, list):
+        return len(devices)
+    text = str(devices)
+    return max(1, int(text)) if text.lstrip("-").isdigit() else 1

@@ -26,8 +26,7 @@ from PIL import Image
 COMMANDS = "anomaly_lit.commands"  # the package of train, test, status and report
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
 ON_CPUS = (
-    "hydra/launcher=submitit_slurm", "hydra.launcher.partition=main",
-    "hydra.launcher.gpus_per_node=0", "hydra.launcher.cpus_per_task=1",
+    "hydra/launcher=slurm", "hydra.launcher.partition=main", "hydra.launcher.cpus_per_task=1",
 )  # fmt: skip
 LONG = ("trainer.max_steps=400", "trainer.val_check_interval=100", "checkpoint.every_minutes=60")
 LONGER = ("trainer.max_steps=100000", "trainer.val_check_interval=100000")
@@ -498,9 +497,11 @@ def test_the_same_command_waits_for_jobs_of_a_parent_that_was_killed(
     assert len(list(sweep.glob("*/metrics.json"))) == 2
 
 
-def test_the_time_warning_of_submitit_saves_and_the_job_goes_on(
-    start: Callable[..., Any], tiny: list[str], whole: Path, tmp_path: Path
+@pytest.mark.parametrize("sent", ["USR1", "USR2"])
+def test_a_job_of_a_sweep_that_is_warned_saves_and_goes_on(
+    start: Callable[..., Any], tiny: list[str], whole: Path, tmp_path: Path, sent: str
 ) -> None:
+    """As a scheduler does ahead of the end of the time."""
     sweep = tmp_path / "sweep"
     parent = start(
         *line("train", "-m", *ON_CPUS, *tiny, *LONG, "dataset.num_workers=2", "seed=0",
@@ -508,11 +509,11 @@ def test_the_time_warning_of_submitit_saves_and_the_job_goes_on(
     )  # fmt: skip
     wait_for(lambda: list(sweep.glob("*/training.png")))
     running = squeue("%i", "--array", "--states=running")
-    subprocess.run(["scancel", "--signal=USR2", *running], check=True)
+    subprocess.run(["scancel", f"--signal={sent}", *running], check=True)
     _, err = parent.communicate(timeout=400)
     assert parent.returncode == 0, err
-    logs = "".join(file.read_text(errors="replace") for file in sweep.rglob("*_log.out"))
-    assert re.search(r"stopped by SIGUSR2 at step \d+, and saved", logs), logs
+    logs = "".join(file.read_text(errors="replace") for file in sweep.rglob("job.log"))
+    assert re.search(rf"stopped by SIG{sent} at step \d+, and saved", logs), logs
     assert "Resuming in" in logs
     (folder,) = (file.parent for file in sweep.glob("*/metrics.json"))
     assert_same_end(folder, whole)

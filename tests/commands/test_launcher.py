@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from anomaly_lit.commands.status import duration, read_sweep, report
 from anomaly_lit.files import runs_below
+from anomaly_lit.runs.claim import claimed
 from anomaly_lit.types import UserError
 from hydra_plugins.anomaly_lit_launcher import ProcessLauncher
 from hydra_plugins.anomaly_lit_launcher.jobs import (
@@ -146,6 +147,19 @@ def test_a_folder_in_use_is_waited_for(tmp_path: Path) -> None:
         assert not launcher.start(one, [], 1)
         write_plan(tmp_path, [one], 1)
         assert [j.state for j in read_sweep(tmp_path)[0]] == ["running"]
+    launcher.run([one], launcher.slots())
+    assert one.state == "done"
+
+
+def test_a_folder_that_another_run_trains_in_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher, one = ProcessLauncher(gpus=[]), job(tmp_path / "0", "")
+    with claimed(tmp_path / "0"):
+        assert not launcher.start(one, [], 1)
+        assert not launcher.start(one, [], 1)
+        assert not (tmp_path / "0" / "job.log").exists()
+    assert capsys.readouterr().out.count("n=0: waiting for process") == 1
     launcher.run([one], launcher.slots())
     assert one.state == "done"
 

@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from omegaconf import OmegaConf
 
+from anomaly_lit.commands.status import read_sweep
 from anomaly_lit.types import UserError
+from hydra_plugins.anomaly_lit_launcher import jobs, others
 from hydra_plugins.anomaly_lit_launcher.others import OtherLauncher
 
 Run = Callable[..., Any]
-PACKAGES = {"joblib": "joblib", "submitit_local": "submitit", "ray": "ray"}
+PACKAGES = {"joblib": "joblib", "ray": "ray"}
 TOY = """
-import os
 from anomaly_lit.commands.entry import run_command
 from anomaly_lit.config.hydra import output_folder
 
 def toy(cfg):
-    (output_folder() / "done").write_text(os.environ.get("SUBMITIT_LOCAL_JOB_ID", ""))
+    (output_folder() / "done").touch()
     if cfg.seed == 13:
         raise RuntimeError("unlucky")
     return float(cfg.seed)
@@ -43,7 +43,7 @@ def need(launcher: str) -> None:
 
 @pytest.mark.parametrize(
     "launcher",
-    ["joblib", "submitit_local", pytest.param("ray", marks=pytest.mark.slow)],
+    ["joblib", pytest.param("ray", marks=pytest.mark.slow)],
 )
 def test_a_failed_job_stops_no_other(
     launcher: str, environment: dict[str, str], tmp_path: Path
@@ -63,11 +63,17 @@ def test_a_failed_job_stops_no_other(
         "seed=1", "seed=13", "seed=2"
     }  # fmt: skip
     assert "Traceback" in (tmp_path / "s" / "seed=13" / "train.log").read_text()
+    states = {job.name: (job.state, job.line) for job in read_sweep(tmp_path / "s")[0]}
+    assert states["seed=13"] == ("failed", "unlucky")
+    assert states.keys() == {"seed=1", "seed=13", "seed=2"}
+    facts = json.loads((tmp_path / "s" / "seed=2" / "job.json").read_text())
+    assert facts["exit_code"] == 0
+    assert facts["started"] <= facts["ended"]
 
 
 @pytest.mark.parametrize(
     ("name", "extra"),
-    [("joblib", "sweep"), ("submitit_local", "sweep"), ("submitit_slurm", "sweep"), ("ray", "ray")],
+    [("joblib", "sweep"), ("ray", "ray")],
 )
 def test_a_missing_package_is_told_with_its_extra(
     name: str, extra: str, run_here: Run, tmp_path: Path
@@ -104,41 +110,18 @@ def test_several_devices_are_refused_where_jobs_are_calls(devices: Any) -> None:
         launcher.check(trainer(devices))
 
 
-def test_submitit_starts_a_task_for_each_device() -> None:
-    launcher = launcher_of("submitit_slurm", tasks_per_node=2, nodes=2)
-    launcher.check(trainer(2, 2))
-    with pytest.raises(UserError, match=r"tasks_per_node=4 hydra\.launcher\.nodes=1"):
-        launcher.check(trainer(4))
-
-
-def test_presets_name_what_the_plugins_take() -> None:
-    """Every setting of ours is one of theirs, where they are installed to be asked."""
-    config = pytest.importorskip("hydra_plugins.hydra_submitit_launcher.config")
-    own = Path(__file__).parents[2] / "conf" / "hydra" / "launcher"
-    for name, theirs in (("local", config.LocalQueueConf()), ("slurm", config.SlurmQueueConf())):
-        preset = yaml.safe_load((own / f"submitit_{name}.yaml").read_text())
-        unknown = preset.keys() - OmegaConf.structured(theirs).keys()
-        assert unknown == {"plugin", "extra"}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_two_tasks_of_submitit_train_one_model(
-    start_command: Run, settings: tuple[str, ...], mvtec_folder: Path, tmp_path: Path
+def test_a_job_waits_while_another_run_trains_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stands in for SLURM: two jobs at once, each with two processes that find each other."""
-    need("submitit_local")
-    started = start_command(
-        "train", "-m", "hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2",
-        *settings, f"dataset.root={mvtec_folder}", "trainer=ddp", "trainer.accelerator=cpu",
-        "trainer.devices=2", "seed=3,4", f"output_dir={tmp_path}", cwd=tmp_path,
-    )  # fmt: skip
-    outcome = started.wait(800)
-    assert outcome.code == 0, outcome.err
-    found = [json.loads(file.read_text()) for file in tmp_path.glob("*/metrics.json")]
-    assert sorted(metrics["seed"] for metrics in found) == [3, 4]
-    logs = [file.read_text(errors="replace") for file in tmp_path.rglob("*_log.out")]
-    assert sum("MEMBER: 2/2" in log for log in logs) == 2
+    held = [{"pid": 5}, {"pid": 5}, None]
+    monkeypatch.setattr(jobs, "holder", lambda _: held.pop(0))
+    monkeypatch.setattr(others, "WAIT", 0.0)
+    hydra = {"runtime": {"output_dir": str(tmp_path)}, "overrides": {"task": ["seed=1"]}}
+    hydra |= {"job": {"num": 0, "override_dirname": "seed=1"}}
+    config = OmegaConf.create({"hydra": hydra})
+    monkeypatch.setattr(others.HydraConfig, "get", lambda: config.hydra)
+    assert others.Noted(lambda _: len(held))(config) == 0
+    assert json.loads((tmp_path / "job.json").read_text())["exit_code"] == 0
 
 
 @pytest.mark.slow
@@ -156,6 +139,7 @@ def test_joblib_trains_two_at_a_time(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("*/metrics.json"))) == 2
+    assert {job.state for job in read_sweep(tmp_path)[0]} == {"done"}
 
 
 def test_slurm_variables_around_a_run_on_one_device_are_told(

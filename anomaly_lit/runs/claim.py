@@ -1,0 +1,165 @@
+"""One run per folder: the first process of a run holds `.lock` in it for as long as it lives."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+from anomaly_lit.files import lock
+from anomaly_lit.runs.ranks import uses_slurm
+from anomaly_lit.types import UserError
+
+NAME = ".lock"
+BEAT = 30.0  # seconds between two signs of life, as the file's time of change
+SILENCE = 3 * BEAT  # seconds without one after which a run on another machine counts as dead
+PATIENCE = 2.0  # seconds in which a run that is ending may let go
+
+_held: list[IO[str]] = []
+
+
+def _let_go() -> None:
+    """Put `/dev/null` in place of a forked worker's copies: it must not hold the folder."""
+    for file in _held:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nothing, file.fileno())
+        os.close(nothing)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_let_go)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, as the first of the run's processes; the others only go along.
+
+    The lock of the file ends with its process, however that ends. A file system may have no locks
+    between machines; there the file's time of change tells whether its writer lives.
+
+    Raises:
+        UserError: Another run is being trained there.
+    """
+    if not is_first_of_all():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / NAME).open("a+", encoding="utf-8") as file:
+        _take(file, folder)
+        ended = threading.Event()
+        beat = threading.Thread(target=_beat, args=(folder / NAME, ended), daemon=True)
+        beat.start()
+        _held.append(file)
+        try:
+            yield
+        finally:
+            ended.set()
+            _held.remove(file)
+            file.truncate(0)
+
+
+def _take(file: IO[str], folder: Path) -> None:
+    until = time.monotonic() + PATIENCE
+    while not _is_free(file):
+        if time.monotonic() > until:
+            raise UserError(
+                f"output_dir={folder} is being trained by {in_words(_read(file))}: wait for it, or "
+                "choose another output_dir"
+            )
+        time.sleep(0.1)
+    file.truncate(0)
+    file.write(json.dumps(_this_process()) + "\n")
+    file.flush()
+
+
+def _is_free(file: IO[str]) -> bool:
+    try:
+        alone = lock(file)
+    except OSError:  # a network drive without locks
+        alone = True
+    return alone and not _lives_elsewhere(_read(file), Path(file.name))
+
+
+def holder(folder: Path) -> dict[str, Any] | None:
+    """Return what the run that is being trained in a folder noted of itself; None without one."""
+    try:
+        file = (folder / NAME).open(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    with file:
+        try:
+            free = lock(file, shared=True)
+        except OSError:
+            free = True
+        facts = _read(file)
+        return facts if not free or _lives_elsewhere(facts, folder / NAME) else None
+
+
+def _lives_elsewhere(facts: dict[str, Any], file: Path) -> bool:
+    """Return whether a run on another machine showed signs of life."""
+    own = _this_process()
+    if not facts or facts.get("host") == own["host"]:
+        return False
+    if facts.get("job") and facts["job"] == own["job"] and facts["restart"] != own["restart"]:
+        return False  # SLURM has moved this very job
+    return time.time() - file.stat().st_mtime < SILENCE
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": slurm_job(),
+        "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        "since": datetime.now().isoformat(" ", "seconds"),
+    }
+
+
+def slurm_job() -> str | None:
+    """Return the job of SLURM that this process is in, as squeue names it."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def in_words(facts: dict[str, Any]) -> str:
+    """Return a holder in words.
+
+    >>> in_words({"pid": 5, "host": "n1", "job": "7_2", "since": "2025-01-01 10:00:00"})
+    'process 5 on n1 (SLURM job 7_2, since 2025-01-01 10:00:00)'
+    """
+    if not facts:
+        return "another process"
+    job = f"SLURM job {facts['job']}, " if facts.get("job") else ""
+    return f"process {facts.get('pid')} on {facts.get('host')} ({job}since {facts.get('since')})"
+
+
+def _read(file: IO[str]) -> dict[str, Any]:
+    file.seek(0)
+    try:
+        facts = json.loads(file.read() or "{}")
+    except ValueError:  # it is being written
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _beat(file: Path, ended: threading.Event) -> None:
+    while not ended.wait(BEAT):
+        with suppress(OSError):
+            os.utime(file)
+
+
+def is_first_of_all() -> bool:
+    """Return whether this is the first process of all nodes of a run."""
+    if uses_slurm():
+        return os.environ.get("SLURM_PROCID", "0") == "0"
+    if "RANK" in os.environ:  # torchrun
+        return os.environ["RANK"] == "0"
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+    return os.environ.get("LOCAL_RANK", "0") == node == "0"
