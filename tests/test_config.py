@@ -139,8 +139,8 @@ def test_all_misfits_are_listed_at_once_with_path_and_suggestion(config: dict[st
         "method.depth: expected int, found 'deep'",
         "has no parameter 'max_epoch'; did you mean 'max_epochs'?",
         "dataset.batch_size: expected int, found 2.5",
-        "seed: expected int, found 'zero'",
-        "selection: 'first' is no",
+        "seed: expected int from 0 to 4294967295, found 'zero'",
+        "selection: expected one of ",
         "last, best, oracle",
     ):
         assert line in text

@@ -266,7 +266,7 @@ def test_what_is_no_plain_argument_is_refused(
     [
         ({"dims": 3}, "method: anomaly_lit.methods.AMINet has no parameter 'dims'; did you mean"),
         ({"dim": "wide"}, "method.dim: expected int, found 'wide'"),
-        ({"grid": ["a"]}, "method.grid: ['a'] is no "),
+        ({"grid": ["a"]}, "method.grid: expected int | collections.abc.Sequence[int], found ['a']"),
         ({"score": "worst"}, "method.score: expected one of std, max, found 'worst'"),
         ({"backbone": "resnet18"}, "method.backbone: expected Backbone, found 'resnet18'"),
     ],

@@ -127,7 +127,7 @@ def test_options_of_a_step_leave_no_trace_in_the_checkpoint(
     [
         (("step.fused=true", "method.optimizer._target_=torch.optim.Adamax"), "Adamax has no such"),
         (("step.pin_memory=true",), "training is on cpu"),
-        (("step.compile=3",), "step.compile: expected bool, found 3"),
+        (("step.compile=3",), "step.compile: expected bool | None, found 3"),
     ],
 )
 def test_options_of_a_step_that_cannot_be_had_are_refused(

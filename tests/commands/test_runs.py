@@ -931,7 +931,7 @@ def test_best_selection_needs_held_out_images(
         ("trainer.accelerator=quantum", "trainer: "),
         ("~callbacks.evaluation", "Evaluation"),
         ("trainer.val_check_interval=100 selection=best", "trainer.val_check_interval=100"),
-        ("image_size=abc", "image_size: expected int, found 'abc'"),
+        ("image_size=abc", "image_size: expected int | list[int], found 'abc'"),
         ("method.patch=3", "method.patch=3"),
         ("dataset.categories=[screw]", "dataset.categories: no screw"),
     ],
