@@ -22,9 +22,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from anomaly_lit.config.hydra import config_dir, in_sweep, message_of
-from anomaly_lit.types import Stopped, UserError
+from anomaly_lit.runs.ranks import tells
+from anomaly_lit.types import RUN_AGAIN, Stopped, UserError
 
-RUN_AGAIN, INTERRUPTED = 75, 130  # exit codes: EX_TEMPFAIL of sysexits.h, and Ctrl-C in a shell
+INTERRUPTED = 130  # exit code after Ctrl-C, as in a shell
 GOES_ON = "the same command with the same output_dir goes on from here"
 STRANGE = re.compile(r"[^\w\s/\\+.$%*@?|:,=()\[\]{}'\"-]", re.ASCII)  # no word of Hydra's
 
@@ -73,7 +74,8 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
         )
         if full or not in_words:
             traceback.print_exc()
-        else:
+            sys.exit(error_code)
+        if started or tells():
             print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
         sys.exit(error_code)
     finally:

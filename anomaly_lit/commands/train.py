@@ -11,7 +11,7 @@ from anomaly_lit.reporting.terminal import print_results
 from anomaly_lit.runs.build import find_all_weights
 from anomaly_lit.runs.folder import is_current, put_aside, read_metrics, state_of
 from anomaly_lit.runs.objective import check_objective, objective
-from anomaly_lit.runs.ranks import check_tasks, join_tasks
+from anomaly_lit.runs.ranks import check_tasks, join_tasks, told_once
 
 
 def main() -> None:
@@ -28,11 +28,12 @@ def train(cfg: DictConfig) -> float | None:
     directory = output_folder()
     cfg.output_dir = str(directory)  # and with it what refers to it, also in a job of a sweep
     config = plain(cfg)
-    validate(config)
-    pruning, when_changed = config.pop("pruning"), config.pop("when_changed")
-    check_objective(config)
-    join_tasks()
-    check_tasks(config["trainer"].get("devices"), config["trainer"].get("num_nodes", 1))
+    with told_once():
+        validate(config)
+        pruning, when_changed = config.pop("pruning"), config.pop("when_changed")
+        check_objective(config)
+        join_tasks()
+        check_tasks(config["trainer"].get("devices"), config["trainer"].get("num_nodes", 1))
     state = state_of(directory, config)
     if state == "finished" and not is_current(directory, config, when_changed):
         put_aside(directory)
