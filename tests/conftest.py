@@ -124,7 +124,8 @@ def environment() -> dict[str, str]:
 
 
 IN_CHILD = """
-import os, runpy, signal, sys
+import multiprocessing, os, runpy, signal, sys
+multiprocessing.set_start_method(method, force=True)  # of workers, as in a command of its own
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
 for number, path in ((1, out), (2, err)):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
@@ -177,7 +178,7 @@ def start_command(
         folder = tmp_path_factory.mktemp("process")
         names = {"command": command, "arguments": arguments, "environment": environment}
         names |= {"cwd": str(cwd), "out": str(folder / "out"), "err": str(folder / "err")}
-        names["alone"] = alone
+        names |= {"alone": alone, "method": multiprocessing.get_start_method()}
         process = context.Process(target=exec, args=(IN_CHILD, names))
         process.start()
         return Started(process, folder)
