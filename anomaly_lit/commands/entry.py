@@ -87,9 +87,10 @@ def register_plugins() -> None:
     """Our launchers and our sweeper, and our presets in place of others of the same name."""
     from hydra_plugins.anomaly_lit_launcher import ProcessLauncher
     from hydra_plugins.anomaly_lit_launcher.others import OtherLauncher
+    from hydra_plugins.anomaly_lit_launcher.ray import RayLauncher
     from hydra_plugins.anomaly_lit_sweeper import StudySweeper
 
-    for plugin in (ProcessLauncher, OtherLauncher, StudySweeper):
+    for plugin in (ProcessLauncher, RayLauncher, OtherLauncher, StudySweeper):
         Plugins.instance().register(plugin)  # Hydra's search misses them in a checkout
     stored = ConfigStore.instance().repo.get("hydra", {})
     for group in ("launcher", "sweeper", "sweeper/sampler", "sweeper/pruner"):

@@ -18,7 +18,7 @@ from anomaly_lit.types import UserError
 from hydra_plugins.anomaly_lit_launcher.others import OtherLauncher
 
 Run = Callable[..., Any]
-PACKAGES = {"joblib": "joblib", "submitit_local": "submitit", "ray": "ray"}
+PACKAGES = {"joblib": "joblib", "submitit_local": "submitit"}
 TOY = """
 import os
 from anomaly_lit.commands.entry import run_command
@@ -43,7 +43,7 @@ def need(launcher: str) -> None:
 
 @pytest.mark.parametrize(
     "launcher",
-    ["joblib", "submitit_local", pytest.param("ray", marks=pytest.mark.slow)],
+    ["joblib", "submitit_local"],
 )
 def test_a_failed_job_stops_no_other(
     launcher: str, environment: dict[str, str], tmp_path: Path
@@ -67,7 +67,7 @@ def test_a_failed_job_stops_no_other(
 
 @pytest.mark.parametrize(
     ("name", "extra"),
-    [("joblib", "sweep"), ("submitit_local", "sweep"), ("submitit_slurm", "sweep"), ("ray", "ray")],
+    [("joblib", "sweep"), ("submitit_local", "sweep"), ("submitit_slurm", "sweep")],
 )
 def test_a_missing_package_is_told_with_its_extra(
     name: str, extra: str, run_here: Run, tmp_path: Path
