@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from lightning_fabric.utilities.logger import _flatten_dict
 from pytorch_lightning.loggers import Logger, MLFlowLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from anomaly_lit.files import write_json
+from anomaly_lit.files import lock, write_json
 
 LONGEST = 128  # most characters of a name in wandb
 MARKS = ("sweep.json", "multirun.yaml")  # launchers write one of them into a sweep's folder
@@ -102,14 +104,16 @@ class MLflowRun(MLFlowLogger):
             folder.mkdir(parents=True, exist_ok=True)
             tracking_uri = f"sqlite:///{folder.resolve() / 'mlflow.db'}"
             artifact_location = artifact_location or (folder.resolve() / "mlflow").as_uri()
-        super().__init__(
-            experiment_name=experiment_name,
-            run_name=name or job,
-            tracking_uri=tracking_uri,
-            artifact_location=artifact_location,
-            tags={"group": group} if group else None,
-            run_id=read_ids(folder).get("mlflow"),
-        )
+        with in_turn(tracking_uri):
+            super().__init__(
+                experiment_name=experiment_name,
+                run_name=name or job,
+                tracking_uri=tracking_uri,
+                artifact_location=artifact_location,
+                tags={"group": group} if group else None,
+                run_id=read_ids(folder).get("mlflow"),
+            )
+            _ = self.experiment  # creates it, and the run
         self.folder = folder
         self.send_checkpoint = send_checkpoint
 
@@ -120,6 +124,37 @@ class MLflowRun(MLFlowLogger):
         self.log_hyperparams({k: v for k, v in _flatten_dict(config).items() if k not in known})
         for key, value in facts.items():
             self.experiment.set_tag(self.run_id, key.replace("/", "."), str(value))
+
+
+@contextmanager
+def in_turn(tracking_uri: str) -> Iterator[None]:
+    """Let one process after the other open an SQLite file: MLflow creates its tables in steps."""
+    if not tracking_uri.startswith("sqlite:///"):
+        yield
+        return
+    database = Path(tracking_uri.removeprefix("sqlite:///"))
+    with database.with_name(f".{database.name}.lock").open("a") as file:
+        while not lock(file):
+            time.sleep(0.05)
+        yield
+
+
+def remedy(name: str, error: BaseException) -> str:
+    """Return what to do about a logger that does not start.
+
+    Args:
+        name: Option of the group `logger`.
+        error: Why it does not start, with its causes.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ImportError):
+            return 'pip install "anomaly-lit[loggers]", or take logger=csv'
+        cause = cause.__cause__
+    return {
+        "wandb": "run `wandb login`, or take logger=wandb_offline",
+        "mlflow": "check logger.mlflow.tracking_uri, or take logger=csv",
+    }.get(name, "take logger=csv")
 
 
 @rank_zero_only

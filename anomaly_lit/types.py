@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict
 if TYPE_CHECKING:
     from torch import Tensor
 
+RUN_AGAIN = 75  # exit code of what a signal stopped: EX_TEMPFAIL of sysexits.h
+STOPPING = ("SIGTERM", "SIGUSR1", "SIGUSR2")  # what schedulers send; Windows lacks the last two
+
 
 class UserError(ValueError):
     """An error that the user can fix; the commands print it without a traceback.

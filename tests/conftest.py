@@ -124,10 +124,13 @@ def environment() -> dict[str, str]:
 
 
 IN_CHILD = """
-import os, runpy, signal, sys
+import multiprocessing, os, runpy, signal, sys
+multiprocessing.set_start_method(method, force=True)  # of workers, as in a command of its own
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
 for number, path in ((1, out), (2, err)):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+if alone:
+    os.setsid()
 os.environ.clear()
 os.environ.update(environment)
 os.chdir(cwd)
@@ -159,7 +162,8 @@ def start_command(
 ) -> Callable[..., Started]:
     """Starts ``python -m anomaly_lit.commands.<command> ARGUMENTS`` in a process of its own.
 
-    The process is forked from one that has imported the heavy packages once for all.
+    The process is forked from one that has imported the heavy packages once for all. `alone` gives
+    it a process group of its own, for signals to it and to all that it starts.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("this system does not fork processes")
@@ -170,10 +174,11 @@ def start_command(
         patch.setenv("HF_HUB_OFFLINE", "1")
         multiprocessing.forkserver.ensure_running()
 
-    def start(command: str, *arguments: str, cwd: Path = ROOT) -> Started:
+    def start(command: str, *arguments: str, cwd: Path = ROOT, alone: bool = False) -> Started:
         folder = tmp_path_factory.mktemp("process")
         names = {"command": command, "arguments": arguments, "environment": environment}
         names |= {"cwd": str(cwd), "out": str(folder / "out"), "err": str(folder / "err")}
+        names |= {"alone": alone, "method": multiprocessing.get_start_method()}
         process = context.Process(target=exec, args=(IN_CHILD, names))
         process.start()
         return Started(process, folder)

@@ -18,16 +18,17 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies.launchers import subprocess_script
 
-from anomaly_lit.types import Stopped
+from anomaly_lit.types import RUN_AGAIN, STOPPING, Stopped
 
 PATIENCE = 10.0  # seconds for a failed rank to say why, and for the others to hear of it
 LOST = re.compile(r"connection (was )?(closed|reset|refused)|gloo|nccl|broken pipe", re.IGNORECASE)
 
 
 class StopSignals(pl.Callback):
-    """Ends a run where SIGTERM or SIGUSR1 asks for it, and during training at a saved step.
+    """Ends a run where a scheduler's signal asks for it, and during training at a saved step.
 
-    Schedulers send them ahead of a time limit or to make room. While ``waiting`` a signal is only
+    Schedulers send `STOPPING` ahead of a time limit or to make room, often to every process of a
+    run: those that it has forked leave them to the run. While ``waiting`` a signal is only
     noted, for ``ResumeCheckpoint`` to act upon after the step; at other times nothing is to be
     saved, and it ends the run at once. Lightning's own handlers are replaced: they write
     checkpoints in the middle of a step, and talk to the other ranks while these may be elsewhere.
@@ -56,8 +57,8 @@ class StopSignals(pl.Callback):
         """Takes over the signals; Lightning takes them back at the start of each of its stages."""
         if threading.current_thread() is not threading.main_thread():
             return  # where Python lets nobody handle signals
-        for name in ("SIGTERM", "SIGUSR1"):
-            number = getattr(signal, name, None)  # Windows lacks the second
+        for name in STOPPING:
+            number = getattr(signal, name, None)
             if number is not None:
                 before = signal.signal(number, self._note)
                 self.before.setdefault(number, before)
@@ -107,6 +108,7 @@ class StopSignals(pl.Callback):
         """
         self.waiting = False
         if self.received:
+            _ending.set()
             raise Stopped(f"stopped by {signal_name(self.received)} after training")
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
@@ -114,11 +116,11 @@ class StopSignals(pl.Callback):
         raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:  # a data loader's worker
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        if os.getpid() != self.process:
+            return  # a data loader's worker: the run itself ends it, once it has saved
         self.received = number
         if not self.waiting:
+            _ending.set()
             raise Stopped(f"stopped by {signal_name(number)}")
 
 
@@ -157,10 +159,13 @@ def _watch(children: Sequence[subprocess.Popen[bytes]]) -> None:
             return
         time.sleep(0.5)
     time.sleep(PATIENCE / 2)  # a rank that hears of it ends by itself, see end_ranks
-    if not _ending.is_set():
-        print(f"error: {failed_rank(children)}", file=sys.stderr, flush=True)
-        kill(children)
-        os._exit(1)
+    if _ending.is_set():
+        return
+    stopped = any(child.poll() == RUN_AGAIN for child in children)  # before it was a rank
+    what = "another rank was stopped by a signal; run the same command again"
+    print(what if stopped else f"error: {failed_rank(children)}", file=sys.stderr, flush=True)
+    kill(children)
+    os._exit(RUN_AGAIN if stopped else 1)
 
 
 _ending = threading.Event()  # the main thread has heard of it

@@ -22,9 +22,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from anomaly_lit.config.hydra import config_dir, in_sweep, message_of
-from anomaly_lit.types import Stopped, UserError
+from anomaly_lit.runs.ranks import tells
+from anomaly_lit.types import RUN_AGAIN, Stopped, UserError
 
-RUN_AGAIN, INTERRUPTED = 75, 130  # exit codes: EX_TEMPFAIL of sysexits.h, and Ctrl-C in a shell
+INTERRUPTED = 130  # exit code after Ctrl-C, as in a shell
 GOES_ON = "the same command with the same output_dir goes on from here"
 STRANGE = re.compile(r"[^\w\s/\\+.$%*@?|:,=()\[\]{}'\"-]", re.ASCII)  # no word of Hydra's
 
@@ -39,7 +40,8 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
     started = False
 
     def fail(error: BaseException) -> None:
-        print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
+        if started or tells():
+            print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
         sys.exit(error_code)
 
     def guarded(cfg: DictConfig) -> Any:
@@ -91,9 +93,10 @@ def register_plugins() -> None:
     """Our launchers and our sweeper, and our presets in place of others of the same name."""
     from hydra_plugins.anomaly_lit_launcher import ProcessLauncher, SlurmLauncher
     from hydra_plugins.anomaly_lit_launcher.others import OtherLauncher
+    from hydra_plugins.anomaly_lit_launcher.ray import RayLauncher
     from hydra_plugins.anomaly_lit_sweeper import StudySweeper
 
-    for plugin in (ProcessLauncher, SlurmLauncher, OtherLauncher, StudySweeper):
+    for plugin in (ProcessLauncher, SlurmLauncher, RayLauncher, OtherLauncher, StudySweeper):
         Plugins.instance().register(plugin)  # Hydra's search misses them in a checkout
     stored = ConfigStore.instance().repo.get("hydra", {})
     for group in ("launcher", "sweeper", "sweeper/sampler", "sweeper/pruner"):

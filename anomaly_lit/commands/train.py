@@ -21,7 +21,7 @@ from anomaly_lit.runs.folder import (
     state_of,
 )
 from anomaly_lit.runs.objective import check_objective, objective
-from anomaly_lit.runs.ranks import check_tasks, join_tasks
+from anomaly_lit.runs.ranks import check_tasks, join_tasks, told_once
 
 
 def main() -> None:
@@ -38,12 +38,13 @@ def train(cfg: DictConfig) -> float | None:
     directory = output_folder()
     cfg.output_dir = str(directory)  # and with it what refers to it, also in a job of a sweep
     config = plain(cfg)
-    validate(config)
-    pruning, when_changed = config.pop("pruning"), config.pop("when_changed")
-    check_objective(config)
-    join_tasks()
-    check_tasks(config["trainer"].get("devices"), config["trainer"].get("num_nodes", 1))
-    check_holds_no_data(directory, config)
+    with told_once():
+        validate(config)
+        pruning, when_changed = config.pop("pruning"), config.pop("when_changed")
+        check_objective(config)
+        join_tasks()
+        check_tasks(config["trainer"].get("devices"), config["trainer"].get("num_nodes", 1))
+        check_holds_no_data(directory, config)
     with claimed(directory):
         return run_or_show(config, directory, pruning, when_changed)
 

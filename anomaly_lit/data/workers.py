@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import shutil
 import signal
@@ -80,19 +81,29 @@ def start_worker(worker: int) -> None:
     """Have a worker leave signals to the run, and end with the process that started it.
 
     A worker that died of a scheduler's signal would end the run before it could save itself. The
-    run itself ends its workers by SIGTERM, and waits for them: that one is obeyed.
+    run itself ends its workers by SIGTERM, and waits for them: that one is obeyed. The parent is
+    the process that asked for the worker, which a server of forks may have started in its stead.
     """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
     if LEFT_TO_THE_RUN:
         signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_RUN)
     if hasattr(signal, "sigwaitinfo"):
-        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        if os.getppid() == 1:  # the parent was gone before
+        threading.Thread(target=_obey, args=(parent.pid,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    if sys.platform == "linux" and os.getppid() == parent.pid:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # at once, whatever this process is doing
+        if os.getppid() != parent.pid:  # the parent was gone before
             os._exit(1)
 
 
-def _obey_parent(parent: int) -> None:
+def _end_with(parent: Any) -> None:
+    """Wait for the parent's end, and end too."""
+    parent.join()
+    os._exit(1)
+
+
+def _obey(parent: int | None) -> None:
     """Wait for signals; end at the parent's SIGTERM, pass over all others."""
     while True:
         heard = signal.sigwaitinfo(LEFT_TO_THE_RUN)

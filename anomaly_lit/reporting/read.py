@@ -102,6 +102,9 @@ def _parse_settings(text: str) -> dict[str, Value]:
     config = yaml.load(text, Loader=loader)
     if not isinstance(config, dict):
         raise ValueError(f"expected keys with values, found {type(config).__name__}")
+    trainer = config.get("trainer")
+    if isinstance(trainer, dict):  # older runs did not note the one node that they had
+        trainer.setdefault("num_nodes", 1)
     return flat(config)
 
 

@@ -177,7 +177,7 @@ def build_loggers(config: dict[str, Any], data_digest: str) -> list[Any]:
         UserError: A logger's package is missing, or its service refuses or does not respond.
     """
     from anomaly_lit.files import environment
-    from anomaly_lit.loggers import describe
+    from anomaly_lit.loggers import describe, remedy
 
     facts = {"data_digest": data_digest, **environment()}
     loggers = []
@@ -187,9 +187,7 @@ def build_loggers(config: dict[str, Any], data_digest: str) -> list[Any]:
             describe(logger, without_secrets(config), facts)
         except Exception as error:
             raise UserError(
-                f"logger={name} cannot start: {message_of(error)}. Use "
-                "logger=csv or logger=wandb_offline, run `wandb login`, or install "
-                "anomaly-lit[loggers] for tensorboard and mlflow"
+                f"logger={name} cannot start: {message_of(error)}. Remedy: {remedy(name, error)}"
             ) from error
         loggers.append(logger)
     return loggers

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from anomaly_lit.config.hydra import message_of
-from anomaly_lit.types import Stopped, UserError
+from anomaly_lit.types import RUN_AGAIN, Stopped, UserError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -31,7 +31,7 @@ def report_failures() -> Iterator[None]:
         yield
     except Stopped:
         if rank:
-            sys.exit(0)  # the first rank tells, and any other code would count as this one's death
+            sys.exit(RUN_AGAIN)  # the first rank tells
         raise
     except Exception as error:
         if "LOCAL_RANK" not in os.environ:  # which Lightning sets for the first rank, too
@@ -78,5 +78,6 @@ def quiet() -> None:
         ".*in eval mode at the start of training.*",
         ".*You're resuming from a checkpoint that ended before the epoch ended.*",
         ".*sync_dist=True.*",  # all ranks compute the metrics of all images
+        ".*`srun` command is available.*",  # check_tasks refuses what would be wrong without it
     ):
         warnings.filterwarnings("ignore", text)

@@ -22,7 +22,7 @@ from anomaly_lit.runs.failures import finish_loggers, out_of_memory, quiet, repo
 from anomaly_lit.runs.folder import check_same_data
 from anomaly_lit.runs.objective import PRUNED
 from anomaly_lit.runs.plan import print_plan
-from anomaly_lit.runs.ranks import check_launcher, is_first_process
+from anomaly_lit.runs.ranks import check_launcher, check_shares, is_first_process, told_once
 from anomaly_lit.runs.record import Timings, record, record_pruned
 from anomaly_lit.runs.storage import LAST, checkpoint_to_go_on_from
 from anomaly_lit.types import UserError
@@ -67,7 +67,9 @@ def run(
             note_configuration(config, directory)
         pruner = instantiate(pruning, "pruning") if pruning else None
         trainer, evaluation = build_trainer(config, directory, datamodule.digest, signals, pruner)
-        check_launcher(trainer)
+        with told_once():
+            check_launcher(trainer)
+            check_shares(datamodule, trainer.world_size)
         if trainer.is_global_zero:
             print_plan(trainer, method, datamodule)
             print(f"{'Resuming in' if goes_on else 'Writing to'} {directory}", flush=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from anomaly_lit.config.hydra import in_sweep
@@ -10,6 +13,10 @@ from anomaly_lit.types import UserError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+
+    from anomaly_lit.data.datamodule import AnomalyDataModule
+
+PATIENCE = 10.0  # seconds in which the first process tells what is wrong
 
 
 def join_tasks() -> None:
@@ -60,17 +67,24 @@ def check_tasks(devices: object, nodes: int) -> None:
         nodes: ``trainer.num_nodes``.
 
     Raises:
-        UserError: The tasks are not one for each device, or were not started by srun.
+        UserError: The tasks are not one for each device, were not started by srun, or cannot find
+            the first node.
     """
     if not uses_slurm():
         return
     tasks = int(os.environ["SLURM_NTASKS"])
-    if isinstance(devices, int) and devices > 0 and tasks != devices * nodes:
+    machines = nodes_of_slurm() or min(nodes, tasks)
+    known = os.environ.get("SLURM_NTASKS_PER_NODE") if tasks > 1 else None
+    each = int(known or max(1, tasks // machines))
+    if isinstance(devices, int) and devices > 0 and (
+        (tasks, machines, each) != (devices * nodes, nodes, devices)
+    ):  # fmt: skip
         raise UserError(
-            f"SLURM runs {tasks} task{'s'[: tasks > 1]} (SLURM_NTASKS) for trainer.devices="
-            f"{devices} on trainer.num_nodes={nodes}, one task for each device is needed: "
-            f"srun --nodes={nodes} --ntasks-per-node={devices}, or trainer.devices="
-            f"{max(1, tasks // nodes)}. Where SLURM is not to start the processes, "
+            f"SLURM runs {tasks} task{'s'[: tasks > 1]} (SLURM_NTASKS) on {machines} "
+            f"node{'s'[: machines > 1]} for trainer.devices={devices} on trainer.num_nodes="
+            f"{nodes}, and each device needs one task: set trainer.devices={each} "
+            f"trainer.num_nodes={machines}, or start the tasks with srun --nodes={nodes} "
+            f"--ntasks-per-node={devices}. Where SLURM is not to start the processes, "
             "SLURM_JOB_NAME=interactive leaves them to the command"
         )
     if tasks > 1 and "SLURM_STEP_ID" not in os.environ:
@@ -83,6 +97,61 @@ def check_tasks(devices: object, nodes: int) -> None:
             f"Lightning needs the tasks of each node: --ntasks-per-node={max(1, tasks // nodes)} "
             f"instead of --ntasks={tasks}"
         )
+    if tasks > 1:
+        check_first_node()
+
+
+def nodes_of_slurm() -> int | None:
+    """Nodes on which SLURM runs the tasks of this step; None where it does not say."""
+    names = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
+    return next((int(os.environ[name]) for name in names if name in os.environ), None)
+
+
+def check_first_node() -> None:
+    """Refuses a first node without an address: the ranks would look for it for half an hour.
+
+    Raises:
+        UserError: Its name does not resolve, and MASTER_ADDR does not give another one.
+    """
+    if "MASTER_ADDR" in os.environ or "SLURM_NODELIST" not in os.environ:
+        return
+    import socket
+
+    from pytorch_lightning.plugins.environments import SLURMEnvironment
+
+    listed = os.environ["SLURM_NODELIST"]
+    name = SLURMEnvironment.resolve_root_node_address(listed)
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        raise UserError(
+            f"the node {name}, first of SLURM_NODELIST={listed}, has no address here "
+            f"({error.strerror}): export MASTER_ADDR=ADDRESS, one that all nodes reach"
+        ) from error
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Has an error that all processes of a training share told by the first of them."""
+    try:
+        yield
+    except UserError as error:
+        if tells():
+            raise
+        raise SystemExit(1) from error
+
+
+def tells() -> bool:
+    """Whether this is the first process of those that SLURM or torchrun started.
+
+    The others wait before they go on and end, since the launcher may then kill all of them.
+    """
+    first = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+    if uses_slurm() and "SLURM_STEP_ID" in os.environ:
+        first = os.environ.get("SLURM_PROCID", "0")
+    if first != "0":
+        time.sleep(PATIENCE)
+    return first == "0"
 
 
 def check_launcher(trainer: pl.Trainer) -> None:
@@ -102,3 +171,27 @@ def check_launcher(trainer: pl.Trainer) -> None:
             f"trainer.devices={trainer.num_devices} within a sweep needs a process for each job: "
             "hydra/launcher=process (or one device: trainer.devices=1)"
         )
+
+
+def check_shares(datamodule: AnomalyDataModule, ranks: int) -> None:
+    """Refuses images of which some ranks would get none.
+
+    Raises:
+        UserError: There are fewer images to train on, held out or to test on than ranks.
+    """
+    remedies = {
+        "train": "train on fewer devices",
+        "holdout": f"raise dataset.holdout (now {datamodule.holdout}), or train on fewer devices",
+        "test": "train on fewer devices, and test the checkpoint with anomaly-test",
+    }
+    for name, samples in (
+        ("train", datamodule.train_samples),
+        ("holdout", datamodule.holdout_samples),
+        ("test", datamodule.test_samples),
+    ):
+        if 0 < len(samples) < ranks:
+            what = {"train": "to train on", "holdout": "held out", "test": "to test on"}[name]
+            raise UserError(
+                f"{len(samples)} image{'s'[: len(samples) > 1]} {what} for {ranks} ranks, and each "
+                f"needs one: {remedies[name]}"
+            )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from anomaly_lit.loggers import kept_id, sweep_and_name
+from anomaly_lit.loggers import kept_id, remedy, sweep_and_name
+from anomaly_lit.types import UserError
 
 Run = Callable[..., Any]
 
@@ -179,6 +182,46 @@ def test_offline_is_one_run_not_the_process(tmp_path: Path, monkeypatch: Any) ->
     assert logger.experiment.offline
     logger.experiment.finish()
     assert "WANDB_MODE" not in os.environ
+
+
+OPENS = """
+import sys
+from anomaly_lit.loggers import MLflowRun
+logger = MLflowRun(sys.argv[1], tracking_uri=f"sqlite:///{sys.argv[2]}")
+logger.describe({"seed": int(sys.argv[3])}, {"commit": "abc"})
+"""
+
+
+def test_jobs_that_begin_at_once_create_one_mlflow_file(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    file, jobs = tmp_path / "mlflow.db", range(3)
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", OPENS, str(tmp_path / f"job{number}"), str(file), str(number)],
+            env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        )
+        for number in jobs
+    ]  # fmt: skip
+    for process in running:
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+    client = mlflow.MlflowClient(f"sqlite:///{file}")
+    experiment = client.get_experiment_by_name("anomaly_lit")
+    runs = client.search_runs([experiment.experiment_id])
+    assert {(run.info.run_name, run.data.params["seed"]) for run in runs} == {
+        (f"job{number}", str(number)) for number in jobs
+    }
+
+
+def test_a_logger_that_does_not_start_is_told_with_its_own_remedy() -> None:
+    refused, missing = UserError("no"), UserError("no")
+    missing.__cause__ = ModuleNotFoundError("mlflow")
+    assert "wandb login" in remedy("wandb", refused)
+    for name in ("mlflow", "tensorboard"):
+        assert "wandb" not in remedy(name, refused)
+        assert "anomaly-lit[loggers]" in remedy(name, missing)
 
 
 def test_mlflow_keeps_one_run(run_here: Run, line: list[str], tmp_path: Path) -> None:

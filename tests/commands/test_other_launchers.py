@@ -19,7 +19,7 @@ from hydra_plugins.anomaly_lit_launcher import jobs, others
 from hydra_plugins.anomaly_lit_launcher.others import OtherLauncher
 
 Run = Callable[..., Any]
-PACKAGES = {"joblib": "joblib", "ray": "ray"}
+PACKAGES = {"joblib": "joblib"}
 TOY = """
 from anomaly_lit.commands.entry import run_command
 from anomaly_lit.config.hydra import output_folder
@@ -43,7 +43,7 @@ def need(launcher: str) -> None:
 
 @pytest.mark.parametrize(
     "launcher",
-    ["joblib", pytest.param("ray", marks=pytest.mark.slow)],
+    ["joblib"],
 )
 def test_a_failed_job_stops_no_other(
     launcher: str, environment: dict[str, str], tmp_path: Path
@@ -73,7 +73,7 @@ def test_a_failed_job_stops_no_other(
 
 @pytest.mark.parametrize(
     ("name", "extra"),
-    [("joblib", "sweep"), ("ray", "ray")],
+    [("joblib", "sweep")],
 )
 def test_a_missing_package_is_told_with_its_extra(
     name: str, extra: str, run_here: Run, tmp_path: Path

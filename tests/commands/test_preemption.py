@@ -110,6 +110,102 @@ def test_a_signal_saves_the_step_and_a_rerun_ends_with_the_same_weights(
     assert os.listdir(here) == []  # Lightning's own requeueing leaves checkpoints there
 
 
+def goes_on_training(folder: Path) -> Callable[[], bool]:
+    """Whether the run has written a checkpoint since now."""
+    last = folder / "checkpoints" / "last.ckpt"
+    before = last.stat().st_mtime_ns if last.exists() else 0
+    return lambda: last.exists() and last.stat().st_mtime_ns > before
+
+
+def is_left(group: int) -> bool:
+    """Whether a process group has a member."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def assert_group_stops(
+    start_command: Run, line: list[str], folder: Path, sent: signal.Signals
+) -> None:
+    """Sends a signal to a run and its workers, which saves and ends all of them."""
+    trains = goes_on_training(folder)
+    started = start_command("train", *line, f"output_dir={folder}", alone=True)
+    wait_for(trains, started.process.is_alive)
+    group = started.process.pid
+    os.killpg(group, sent)
+    outcome = started.wait(60)
+    assert outcome.code == 75, outcome.err
+    told = re.search(rf"stopped by {sent.name} at step (\d+), and saved", outcome.err)
+    assert told, outcome.err
+    assert "Traceback" not in outcome.err
+    assert weights_of(folder)["global_step"] == int(told[1])
+    wait_for(lambda: not is_left(group), lambda: True)
+
+
+WITH_WORKERS = ("dataset.num_workers=2", "checkpoint.every_steps=7")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_a_run_and_its_workers_saves_the_step(
+    start_command: Run, run_command: Run, line: list[str], whole: Path, tmp_path: Path,
+    sent: signal.Signals,
+) -> None:  # fmt: skip
+    line = [*line, *WITH_WORKERS]
+    assert_group_stops(start_command, line, tmp_path, sent)
+    again = run_command("train", *line, f"output_dir={tmp_path}")
+    assert again.code == 0, again.err
+    states = [weights_of(folder)["state_dict"] for folder in (tmp_path, whole)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_run_with_workers_that_is_stopped_ten_times_ends_with_the_same_weights(
+    start_command: Run, run_command: Run, line: list[str], tmp_path: Path
+) -> None:
+    line = [*line, *WITH_WORKERS, "trainer.max_steps=600"]
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    outcome = run_command("train", *line, f"output_dir={whole}")
+    assert outcome.code == 0, outcome.err
+    for number in range(10):
+        sent = (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2)[number % 3]
+        assert_group_stops(start_command, line, folder, sent)
+    again = run_command("train", *line, f"output_dir={folder}")
+    assert again.code == 0, again.err
+    assert_same_end(folder, whole)
+
+
+IMPORTED = """
+import os, signal, time
+os.kill(os.getpid(), signal.{sent})
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "sent"),
+    [("train", "SIGUSR1"), ("train", "SIGUSR2"), ("train", "SIGTERM"), ("predict", "SIGTERM")],
+)
+def test_a_signal_while_a_command_imports_asks_to_run_it_again(
+    environment: dict[str, str], tmp_path: Path, command: str, sent: str
+) -> None:
+    (tmp_path / "omegaconf.py").write_text(IMPORTED.replace("{sent}", sent))
+    paths = os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-m", f"anomaly_lit.commands.{command}"],
+        env=environment | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 75, done.stderr
+    assert done.stderr == f"stopped by {sent} with nothing to save; run it again\n"
+
+
+def test_a_program_that_imports_a_command_keeps_its_signals() -> None:
+    code = "import signal, anomaly_lit.commands.train; print(repr(signal.getsignal(15)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "SIG_DFL" in done.stdout, done.stdout + done.stderr
+
+
 def test_a_signal_before_the_first_step_ends_the_run_at_once(
     start_command: Run, line: list[str], tmp_path: Path
 ) -> None:

@@ -24,17 +24,21 @@ def work(ready):
     ready.put(os.getpid())
     time.sleep(60)
 
-context = multiprocessing.get_context("fork")
-ready = context.Queue()
-for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"):
-    signal.signal(getattr(signal, name), lambda number, frame: None)
-process = context.Process(target=work, args=(ready,))
-process.start()
-print(ready.get(), flush=True)
-sys.stdin.readline()
-process.terminate()
-process.join()
-print("ended", flush=True)
+def main():
+    context = multiprocessing.get_context(sys.argv[2])
+    ready = context.Queue()
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"):
+        signal.signal(getattr(signal, name), lambda number, frame: None)
+    process = context.Process(target=work, args=(ready,))
+    process.start()
+    print(ready.get(), flush=True)
+    sys.stdin.readline()
+    process.terminate()
+    process.join()
+    print("ended", flush=True)
+
+if __name__ == "__main__":
+    main()
 """
 
 
@@ -45,10 +49,15 @@ def is_alive(process: int) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux")
 @pytest.mark.parametrize("obeys", [True, False])
-def test_a_worker_survives_signals_to_its_group_and_ends_with_its_parent(obeys: bool) -> None:
+@pytest.mark.parametrize("method", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
+def test_a_worker_survives_signals_to_its_group_and_ends_with_its_parent(
+    obeys: bool, method: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
     root = str(Path(workers.__file__).parents[2])
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, root], stdin=subprocess.PIPE,
+        [sys.executable, script, root, method], stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert parent.stdin is not None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from anomaly_lit.runs.folder import put_aside, state_of
 from anomaly_lit.types import UserError
@@ -35,6 +36,17 @@ def test_a_folder_that_holds_the_images_is_refused(tmp_path: Path, place: str) -
         state_of(root / place, config_of(root / place, root))
     assert state_of(root / "run", config_of(root / "run", root)) == "new"
     assert state_of(tmp_path / "gone", config_of(tmp_path / "gone", tmp_path / "none")) == "new"
+
+
+def test_a_run_from_before_a_setting_was_noted_goes_on(tmp_path: Path) -> None:
+    config = {**config_of(tmp_path), "trainer": {"devices": 1}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    one, two = ({**config, "trainer": {"devices": 1, "num_nodes": n}} for n in (1, 2))
+    assert state_of(tmp_path, one) == "unfinished"
+    with pytest.raises(UserError, match=r"trainer.num_nodes: 1 there, 2 now"):
+        state_of(tmp_path, two)
 
 
 def test_a_folder_without_a_name_is_refused(tmp_path: Path) -> None:
