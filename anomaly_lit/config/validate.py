@@ -71,7 +71,7 @@ NODES: dict[Command, tuple[str, ...]] = {  # keys whose values have a `_target_`
     "train": ("callbacks", "dataset", "logger", "method", "pruning", "step", "trainer"),
     "test": ("dataset", "method"),
     "predict": (),
-    "data": ("dataset",),
+    "data": ("dataset", "trainer"),  # dataset=demo sets the length of training, not read here
 }
 NAMED = ("callbacks", "logger")  # keys that hold several nodes, by name
 
