@@ -28,14 +28,14 @@ class StopSignals(pl.Callback):
     """Ends a run where a scheduler's signal asks for it, and during training at a saved step.
 
     Schedulers send `STOPPING` ahead of a time limit or to make room, often to every process of a
-    run: those that it has forked leave them to the run. While ``waiting`` a signal is only
-    noted, for ``ResumeCheckpoint`` to act upon after the step; at other times nothing is to be
+    run: those that it has forked leave them to the run. While `waiting` a signal is only
+    noted, for `ResumeCheckpoint` to act upon after the step; at other times nothing is to be
     saved, and it ends the run at once. Lightning's own handlers are replaced: they write
     checkpoints in the middle of a step, and talk to the other ranks while these may be elsewhere.
 
     Attributes:
         received: Number of the last signal; 0 without one.
-        waiting: Whether a signal waits for ``leave`` or for a checkpoint.
+        waiting: Whether a signal waits for `leave` or for a checkpoint.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class StopSignals(pl.Callback):
             signal.signal(number, handler)
 
     def install(self) -> None:
-        """Takes over the signals; Lightning takes them back at the start of each of its stages."""
+        """Take over the signals; Lightning takes them back at the start of each of its stages."""
         if threading.current_thread() is not threading.main_thread():
             return  # where Python lets nobody handle signals
         for name in STOPPING:
@@ -87,11 +87,11 @@ class StopSignals(pl.Callback):
             raise KeyboardInterrupt
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes over the signals."""
+        """Take over the signals."""
         self.install()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes over the signals."""
+        """Take over the signals."""
         self.install()
 
     def on_exception(
@@ -125,7 +125,7 @@ class StopSignals(pl.Callback):
 
 
 def stop_asked(trainer: pl.Trainer, due: bool, asked: int) -> tuple[bool, int]:
-    """What all ranks do after a step: rank 0 says whether a checkpoint is due, any may be stopped.
+    """Agree after a step: rank 0 says whether a checkpoint is due, and any rank may be stopped.
 
     Args:
         trainer: The trainer; all ranks call this at the same step.
@@ -146,7 +146,7 @@ def stop_asked(trainer: pl.Trainer, due: bool, asked: int) -> tuple[bool, int]:
 
 
 def watch_ranks(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ends this process where another rank died and this one hangs, waiting for it.
+    """End this process where another rank died and this one hangs, waiting for it.
 
     In place of Lightning's observer, which kills this process without a word.
     """
@@ -172,12 +172,12 @@ _ending = threading.Event()  # the main thread has heard of it
 
 
 def replace_observer() -> None:
-    """Has Lightning call ``watch_ranks``; it offers no other way."""
+    """Have Lightning call `watch_ranks`; it offers no other way."""
     subprocess_script._launch_process_observer = watch_ranks  # type: ignore[assignment]
 
 
 def end_ranks(trainer: pl.Trainer, error: BaseException) -> str | None:
-    """Ends the ranks that this one started, after its own error.
+    """End the ranks that this one started, after its own error.
 
     Returns:
         What to tell where the error is only that another rank is gone; None where it is real.
@@ -219,14 +219,14 @@ def failed_rank(children: Sequence[subprocess.Popen[bytes]]) -> str:
 
 
 def kill(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ends processes without warning: they may hang, waiting for each other."""
+    """End processes without warning: they may hang, waiting for each other."""
     for child in children:
         if child.poll() is None:
             child.kill()
 
 
 def die_with_parent() -> None:
-    """Has the kernel end this rank with the process that started it (Linux)."""
+    """Have the kernel end this rank with the process that started it (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 

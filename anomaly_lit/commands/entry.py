@@ -109,7 +109,7 @@ def register_plugins() -> None:
 
 
 def quoted(argument: str) -> str:
-    """Quotes the value of ``key=value`` where Hydra's grammar would stumble over a path.
+    """Quote the value of `key=value` where Hydra's grammar would stumble over a path.
 
     >>> quoted("input=/a/b (1).png")
     "input='/a/b (1).png'"

@@ -54,7 +54,7 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def finish_loggers(trainer: pl.Trainer, error: BaseException | None) -> None:
-    """Closes the runs in services, with what became of them."""
+    """Close the runs in services, with what became of them."""
     from anomaly_lit.loggers import finish
 
     for logger in trainer.loggers:
@@ -62,7 +62,7 @@ def finish_loggers(trainer: pl.Trainer, error: BaseException | None) -> None:
 
 
 def quiet() -> None:
-    """Keeps Lightning's hints and known harmless warnings out of the way."""
+    """Keep Lightning's hints and known harmless warnings out of the way."""
     import logging
     import warnings
 

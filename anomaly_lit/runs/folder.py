@@ -28,7 +28,7 @@ WRITTEN = frozenset(
 
 
 def state_of(directory: Path, config: dict[str, Any]) -> str:
-    """``new``, ``unfinished`` or ``finished``; what another run left is never touched.
+    """Return `new`, `unfinished` or `finished`; what another run left is never touched.
 
     Raises:
         UserError: The folder holds a run of another configuration, or one without its config.
@@ -82,7 +82,7 @@ def is_current(
     Args:
         folder: Of the run.
         config: Its composed configuration.
-        when_changed: ``keep`` lets results of older code stand, though never those of other images.
+        when_changed: `keep` lets results of older code stand, though never those of other images.
     """
     metrics = read_metrics(folder)
     images, code = images_changed(metrics, config), code_changed(metrics, config)
@@ -152,7 +152,7 @@ def check_holds_no_data(directory: Path, config: dict[str, Any]) -> None:
 
 
 def check_same_data(datamodule: AnomalyDataModule, checkpoint: Path) -> None:
-    """Refuses to go on with other images than those a run began with.
+    """Refuse to go on with other images than those a run began with.
 
     Raises:
         UserError: Files were added, removed or changed since.
@@ -168,5 +168,5 @@ def check_same_data(datamodule: AnomalyDataModule, checkpoint: Path) -> None:
 
 
 def read_metrics(directory: Path) -> dict[str, Any]:
-    """The results of a finished run."""
+    """Return the results of a finished run."""
     return json.loads((directory / "metrics.json").read_text(encoding="utf-8"))

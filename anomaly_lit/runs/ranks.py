@@ -57,14 +57,14 @@ def uses_slurm() -> bool:
 
 
 def check_tasks(devices: object, nodes: int) -> None:
-    """Refuses processes of SLURM that would not train as one.
+    """Refuse processes of SLURM that would not train as one.
 
     Lightning itself looks at a part of this; what is left would hang, train on fewer devices than
     it says, or write several runs into one folder.
 
     Args:
-        devices: ``trainer.devices``; what is no number is counted later, by the trainer.
-        nodes: ``trainer.num_nodes``.
+        devices: `trainer.devices`; what is no number is counted later, by the trainer.
+        nodes: `trainer.num_nodes`.
 
     Raises:
         UserError: The tasks are not one for each device, were not started by srun, or cannot find
@@ -108,7 +108,7 @@ def nodes_of_slurm() -> int | None:
 
 
 def check_first_node() -> None:
-    """Refuses a first node without an address: the ranks would look for it for half an hour.
+    """Refuse a first node without an address: the ranks would look for it for half an hour.
 
     Raises:
         UserError: Its name does not resolve, and MASTER_ADDR does not give another one.
@@ -132,7 +132,7 @@ def check_first_node() -> None:
 
 @contextmanager
 def told_once() -> Iterator[None]:
-    """Has an error that all processes of a training share told by the first of them."""
+    """Have an error that all processes of a training share told by the first of them."""
     try:
         yield
     except UserError as error:
@@ -155,7 +155,7 @@ def tells() -> bool:
 
 
 def check_launcher(trainer: pl.Trainer) -> None:
-    """Refuses several devices within a sweep that runs its jobs in one process.
+    """Refuse several devices within a sweep that runs its jobs in one process.
 
     Raises:
         UserError: The other ranks would repeat the command and so train another job.
@@ -174,7 +174,7 @@ def check_launcher(trainer: pl.Trainer) -> None:
 
 
 def check_shares(datamodule: AnomalyDataModule, ranks: int) -> None:
-    """Refuses images of which some ranks would get none.
+    """Refuse images of which some ranks would get none.
 
     Raises:
         UserError: There are fewer images to train on, held out or to test on than ranks.

@@ -45,7 +45,7 @@ class Job:
 
 
 def check_folders(jobs: list[Job]) -> None:
-    """Raises ``UserError`` where two jobs would write into one folder."""
+    """Raise `UserError` where two jobs would write into one folder."""
     seen: dict[Path, Job] = {}
     for job in jobs:
         other = seen.setdefault(job.folder, job)
@@ -93,7 +93,7 @@ def who_trains(job: Job) -> str:
 
 
 def last_words(log: Path, lines: int = 1) -> str:
-    """The last lines of a log that say something; of an error in words, all of it."""
+    """Return the last lines of a log that say something; of an error in words, all of it."""
     text = log.read_text(encoding="utf-8", errors="replace").rpartition("\n--- ")[2]
     said = [line.rstrip() for line in text.splitlines()[1:] if line.strip()]
     said = [line for line in said if not line.startswith(OF_SLURM)] or said
@@ -104,7 +104,7 @@ def last_words(log: Path, lines: int = 1) -> str:
 
 
 def tell(job: Job, jobs: Sequence[Job]) -> None:
-    """A line for a job that ended."""
+    """Return a line for a job that ended."""
     ended = sum(other.state in ("done", "skipped", "failed") for other in jobs)
     took = f" in {time.time() - job.started:.0f} s" if job.state == "done" else ""
     what = {"skipped": "already finished", "failed": f"FAILED: {job.error}"}.get(job.state, "done")
@@ -112,7 +112,7 @@ def tell(job: Job, jobs: Sequence[Job]) -> None:
 
 
 def note(job: Job, code: int | None = None) -> None:
-    """Writes ``job.json``: what the job is, and how it went or goes."""
+    """Write `job.json`: what the job is, and how it went or goes."""
     facts: dict[str, Any] = {
         "overrides": without_secrets(job.overrides),
         "attempt": job.attempt,
@@ -149,14 +149,14 @@ def read_plan(folder: Path) -> dict[str, Any]:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Write a file whole or not at all."""
     fresh = file.with_name(f".{file.name}.{os.getpid()}")
     fresh.write_text(text + "\n", encoding="utf-8")
     fresh.replace(file)
 
 
 def value_of(job: Job) -> float | None:
-    """The metric that ``optimized_metric`` names, from the job's results."""
+    """Return the metric that `optimized_metric` names, from the job's results."""
     from anomaly_lit.runs.objective import PRUNED, objective
 
     if OmegaConf.select(job.config, "optimized_metric") is None:

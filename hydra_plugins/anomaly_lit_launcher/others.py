@@ -45,7 +45,7 @@ class OtherLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Imports and sets up the other launcher.
+        """Import and sets up the other launcher.
 
         Raises:
             UserError: Its package is not installed.
@@ -81,7 +81,7 @@ class OtherLauncher(Launcher):
         return told_together(self.launcher.launch(job_overrides, initial_job_idx))
 
     def check(self, config: DictConfig) -> None:
-        """Refuses devices that the launcher does not start processes for.
+        """Refuse devices that the launcher does not start processes for.
 
         Raises:
             UserError: With the launcher, or the settings, that train on as many devices.
@@ -128,7 +128,7 @@ class Noted:
 
 
 def told_together(jobs: Sequence[JobReturn]) -> Sequence[JobReturn]:
-    """The jobs; a failed one's value is an error that tells of all that failed."""
+    """Return the jobs; a failed one's value is an error that tells of all that failed."""
     failed = [job for job in jobs if job.status == JobStatus.FAILED]
     lines = [
         f"  {' '.join(job.overrides or [])}: {type(job._return_value).__name__}: "

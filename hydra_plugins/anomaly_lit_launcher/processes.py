@@ -1,8 +1,8 @@
-"""``hydra/launcher=process``: every job of a sweep in a process of its own.
+"""`hydra/launcher=process`: every job of a sweep in a process of its own.
 
 A job is the same command as by hand, in its folder, so several devices, a crash or a crash of the
-CUDA driver concern that job alone. What a job prints goes to ``job.log`` in its folder, and
-``job.json`` beside it says how it went. A folder with the results of the same configuration is not
+CUDA driver concern that job alone. What a job prints goes to `job.log` in its folder, and
+`job.json` beside it says how it went. A folder with the results of the same configuration is not
 run again; an interrupted job goes on from its last checkpoint.
 """
 
@@ -68,7 +68,7 @@ class ProcessLauncher(CommandLauncher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Runs the jobs and gives what they returned; a failed one does not stop the others."""
+        """Run the jobs and gives what they returned; a failed one does not stop the others."""
         check_alone()
         if not HAS_LOCKS:
             raise UserError(
@@ -90,7 +90,7 @@ class ProcessLauncher(CommandLauncher):
     # ------------------------------------------------------------------------------ planning
 
     def slots(self) -> list[list[str]]:
-        """The GPUs of each place for a job; empty lists where there are none to share out.
+        """Return the GPUs of each place for a job; empty lists where there are none to share out.
 
         Raises:
             UserError: More jobs at a time than GPUs for them.
@@ -115,7 +115,7 @@ class ProcessLauncher(CommandLauncher):
     # ------------------------------------------------------------------------------- running
 
     def run(self, jobs: list[Job], slots: list[list[str]]) -> None:
-        """Fills the places with jobs until none is left."""
+        """Fill the places with jobs until none is left."""
         waiting, running = list(jobs), list[Job]()
         free = list(range(len(slots)))
         while waiting or running:
@@ -140,7 +140,7 @@ class ProcessLauncher(CommandLauncher):
             time.sleep(PAUSE)
 
     def start(self, job: Job, gpus: list[str], places: int) -> bool:
-        """Starts a job's process; false while one from before still writes into the folder."""
+        """Start a job's process; false while one from before still writes into the folder."""
         job.folder.mkdir(parents=True, exist_ok=True)
         if who_trains(job):
             return False
@@ -165,7 +165,7 @@ class ProcessLauncher(CommandLauncher):
         return True
 
     def has_ended(self, job: Job) -> bool:
-        """Notes how a job ended; ends one that takes too long."""
+        """Note how a job ended; ends one that takes too long."""
         assert job.process is not None
         code = job.process.poll()
         late = self.timeout_minutes is not None and (

@@ -21,7 +21,7 @@ TASKS_OF_SLURM = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_PROCID", "SLURM_LOCALID
 
 
 def check_alone() -> None:
-    """Raises ``UserError`` in all but the first of several tasks of SLURM."""
+    """Raise `UserError` in all but the first of several tasks of SLURM."""
     rank = os.environ.get("SLURM_PROCID", "0")
     if rank != "0":
         raise UserError(
@@ -57,12 +57,12 @@ def environment(gpus: list[str], places: int) -> dict[str, str]:
 
 
 def escaped(path: Path) -> str:
-    """A path within single quotes of Hydra's grammar."""
+    """Return a path within single quotes of Hydra's grammar."""
     return str(path).replace("\\", "\\\\").replace("'", "\\'")
 
 
 def die_with_parent() -> None:
-    """Has the kernel end the job should the launcher be killed (Linux)."""
+    """Have the kernel end the job should the launcher be killed (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""``hydra/sweeper=optuna``: a study of Optuna whose trials are the jobs of any launcher.
+"""`hydra/sweeper=optuna`: a study of Optuna whose trials are the jobs of any launcher.
 
 Built on Optuna's ask and tell, so that any Optuna from 4 on will do, and that a study can be
 interrupted: what was finished stays, what was interrupted or failed is tried again in its folder,
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 
 class StudySweeper(Sweeper):
-    """Searches for the values with the best ``optimized_metric``.
+    """Searches for the values with the best `optimized_metric`.
 
     Args:
         sampler: Node that describes Optuna's sampler.
         pruner: Node that describes Optuna's pruner; null lets every trial run to its end.
         n_trials: Trials with a result, or pruned, that the study shall have; those it has count.
         n_jobs: Trials of a batch; null takes what the launcher runs at a time.
-        direction: ``minimize`` or ``maximize``; null tells by the metric's name.
+        direction: `minimize` or `maximize`; null tells by the metric's name.
         storage: Where the study is kept, as SQLAlchemy names it; null keeps it in memory.
         study_name: Its name there.
         max_failures: So many failures one after another end the call.
@@ -76,7 +76,7 @@ class StudySweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Makes the launcher."""
+        """Make the launcher."""
         self.hydra_context = hydra_context
         self.config = config
         self.folder = Path(config.hydra.sweep.dir)
@@ -85,7 +85,7 @@ class StudySweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Runs what is left of the study.
+        """Run what is left of the study.
 
         Raises:
             UserError: Nothing is searched, the objective cannot be had or is of the test set, the
@@ -102,7 +102,7 @@ class StudySweeper(Sweeper):
             self.conclude(study, metric)
 
     def checked_metric(self, fixed: list[str], space: Space) -> str:
-        """The objective, once a first configuration has been composed and found sound."""
+        """Return the objective, once a first configuration has been composed and found sound."""
         from anomaly_lit.runs.objective import check_objective
 
         if not space:
@@ -124,7 +124,7 @@ class StudySweeper(Sweeper):
         return config.optimized_metric
 
     def check_pruning(self, config: DictConfig) -> None:
-        """Refuses a pruner that never gets to say something.
+        """Refuse a pruner that never gets to say something.
 
         Raises:
             UserError: Validations do not measure the objective, there is one at the end alone, or
@@ -146,7 +146,7 @@ class StudySweeper(Sweeper):
             raise UserError(f"hydra/sweeper/pruner: jobs need hydra.sweeper.storage, {none}")
 
     def open_study(self, metric: str, fixed: list[str], space: Space) -> optuna.Study:
-        """Makes the study or opens the one that is there, if it is of the same search."""
+        """Make the study or opens the one that is there, if it is of the same search."""
         import optuna
 
         from anomaly_lit.config.build import differences
@@ -178,7 +178,7 @@ class StudySweeper(Sweeper):
         return study
 
     def run(self, study: optuna.Study, metric: str, fixed: list[str], space: Space) -> None:
-        """Runs batches until the study has its trials, or this call has tried as many."""
+        """Run batches until the study has its trials, or this call has tried as many."""
         at_a_time = self.n_jobs or OmegaConf.select(self.config, "hydra.launcher.jobs") or 1
         in_a_row = 0
         left = self.n_trials - len(finished(study))  # of this call, whatever becomes of them
@@ -204,7 +204,7 @@ class StudySweeper(Sweeper):
             left -= len(trials)
 
     def ask(self, study: optuna.Study, space: Space) -> optuna.Trial:
-        """A new trial; the same whether or not the study was interrupted before it."""
+        """Return a new trial; the same whether or not the study was interrupted before it."""
         from optuna.trial import TrialState
 
         from anomaly_lit.config.build import instantiate
@@ -219,7 +219,7 @@ class StudySweeper(Sweeper):
         return trial
 
     def told(self, trial: optuna.Trial, metric: str) -> list[str]:
-        """What a job must know to report to the pruner."""
+        """Return what a job must know to report to the pruner."""
         from anomaly_lit.config.hydra import plain
 
         if not self.pruner:
@@ -252,7 +252,7 @@ class StudySweeper(Sweeper):
         print(f"      {best.user_attrs.get('folder', '')}", flush=True)
 
     def write(self, study: optuna.Study, metric: str) -> None:
-        """Writes ``study.json``: the best trial and all of them."""
+        """Write `study.json`: the best trial and all of them."""
         from anomaly_lit.files import write_json
 
         trials = [
@@ -271,7 +271,7 @@ class StudySweeper(Sweeper):
 
 
 def import_optuna() -> None:
-    """Raises ``UserError`` where there is no Optuna, or one that is too old."""
+    """Raise `UserError` where there is no Optuna, or one that is too old."""
     try:
         from optuna.distributions import FloatDistribution  # noqa: F401
     except ImportError as error:

@@ -25,7 +25,7 @@ Space = dict[str, "BaseDistribution"]
 
 
 def split(lines: Sequence[str], loader: ConfigLoader | None = None) -> tuple[list[str], Space]:
-    """Overrides that every trial shares, and what the others are drawn from; the last one counts.
+    """Return what every trial shares, and what the others are drawn from; the last one counts.
 
     >>> fixed, space = split(["a=1", "b=interval(0,1.5)", "b=2,3"])  # doctest: +SKIP
     >>> fixed, space["b"].choices  # doctest: +SKIP
@@ -46,10 +46,10 @@ def split(lines: Sequence[str], loader: ConfigLoader | None = None) -> tuple[lis
 
 
 def distribution_of(override: Override) -> BaseDistribution:
-    """What Hydra's ``a,b``, ``choice``, ``glob``, ``range`` and ``interval`` stand for.
+    """Read what Hydra's `a,b`, `choice`, `glob`, `range` and `interval` stand for.
 
-    ``int(interval(1,4))`` gives whole numbers, both ends included, and
-    ``tag(log,interval(1e-5,1e-3))`` draws the logarithm.
+    `int(interval(1,4))` gives whole numbers, both ends included, and
+    `tag(log,interval(1e-5,1e-3))` draws the logarithm.
 
     Raises:
         UserError: It is an interval that Optuna refuses.
@@ -79,7 +79,7 @@ def encoded(value: Any) -> Any:
 
 
 def first_of(distribution: BaseDistribution) -> Any:
-    """Some value of a distribution."""
+    """Return some value of a distribution."""
     choices = getattr(distribution, "choices", None)
     return choices[0] if choices else getattr(distribution, "low")  # noqa: B009
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def try_again(study: optuna.Study, sweep: str) -> None:
-    """Puts the values of a sweep's trials that failed or were interrupted before all new ones."""
+    """Put the values of a sweep's trials that failed or were interrupted before all new ones."""
     from optuna.trial import TrialState
 
     trials = study.get_trials()
@@ -61,14 +61,14 @@ def tell(study: optuna.Study, trial: optuna.Trial, returned: JobReturn) -> bool:
 
 
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """The trials that need not be tried again: with a result, or pruned."""
+    """Return the trials that need not be tried again: with a result, or pruned."""
     from optuna.trial import TrialState
 
     return study.get_trials(False, states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
 def complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """The trials with a result."""
+    """Return the trials with a result."""
     from optuna.trial import TrialState
 
     return study.get_trials(False, states=(TrialState.COMPLETE,))
@@ -86,7 +86,7 @@ def line_of(study: optuna.Study, number: int, metric: str, wanted: int) -> str:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Holds the study for one command; the system lets go of it however that ends.
+    """Hold the study for one command; the system lets go of it however that ends.
 
     Raises:
         UserError: Another command holds it.
