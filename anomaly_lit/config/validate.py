@@ -63,7 +63,6 @@ HINTS: dict[Command, dict[str, Any]] = {  # types of keys that belong to no node
         "output_dir": str,
         "columns": COUNT,
         "clear_cache": bool,
-        "trainer": dict,  # the length of training, which dataset=demo sets and nobody reads here
     },
 }
 
