@@ -497,6 +497,25 @@ def test_the_same_command_waits_for_jobs_of_a_parent_that_was_killed(
     assert len(list(sweep.glob("*/metrics.json"))) == 2
 
 
+def test_ctrl_c_cancels_the_jobs_and_those_that_run_save_their_step(
+    start: Callable[..., Any], tiny: list[str], tmp_path: Path
+) -> None:
+    sweep = tmp_path / "sweep"
+    parent = start(
+        *line("train", "-m", *ON_CPUS, "hydra.launcher.array_parallelism=1", *tiny, *LONGER,
+              "seed=1,2", f"output_dir={sweep}")
+    )  # fmt: skip
+    wait_for(lambda: list(sweep.glob("*/training.png")))
+    parent.send_signal(signal.SIGINT)
+    out, _ = parent.communicate(timeout=60)
+    assert parent.returncode == 130
+    assert "cancelled 2 jobs in SLURM" in out
+    wait_for(lambda: not squeue("%i"), 60)
+    (log,) = sweep.glob("*/job.log")
+    assert re.search(r"stopped by SIGTERM at step \d+, and saved", log.read_text())
+    assert (log.parent / "checkpoints" / "last.ckpt").is_file()
+
+
 @pytest.mark.parametrize("sent", ["USR1", "USR2"])
 def test_a_job_of_a_sweep_that_is_warned_saves_and_goes_on(
     start: Callable[..., Any], tiny: list[str], whole: Path, tmp_path: Path, sent: str
