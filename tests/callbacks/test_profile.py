@@ -48,7 +48,7 @@ def test_an_action_that_began_before_the_clock_is_left_out(clock: Callable[..., 
 def test_every_part_has_a_sentence() -> None:
     computed = {"own layers", "backward", "optimizer", "loss"}
     assert set(PARTS) - computed <= set(ADVICE)
-    assert advice_on({"images": 3.0, "backward": 1.0}).startswith("images, 75 %: images wait")
+    assert advice_on({"images": 3.0, "backward": 1.0}).startswith("images, 75 %: reading images")
     assert advice_on({"backward": 3.0}) == f"backward, 100 %: {COMPUTED}"
     assert part_of("[LightningDataModule]Demo.setup") == "images"
     assert part_of("[Strategy]SingleDeviceStrategy.validation_step") == "own layers"
