@@ -46,8 +46,8 @@ def state_of(directory: Path, config: dict[str, Any]) -> str:
             )
         return "new"
     before = moved(yaml.safe_load(noted.read_text("utf-8")), str(directory))
-    if "num_nodes" in config["trainer"]:  # not noted by older runs, which had one node
-        before["trainer"].setdefault("num_nodes", 1)
+    if "num_nodes" in config.get("trainer", {}):  # not noted by older runs, which had one node
+        before.setdefault("trainer", {}).setdefault("num_nodes", 1)
     step = before.pop("step", None)  # how fast a step is: a run may go on with another
     told = without_secrets({k: v for k, v in config.items() if k != "step"})
     changes = differences(before, told)

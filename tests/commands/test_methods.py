@@ -125,8 +125,11 @@ def test_options_of_a_step_leave_no_trace_in_the_checkpoint(
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (("step.fused=true", "method.optimizer._target_=torch.optim.Adamax"), "Adamax has no such"),
-        (("step.pin_memory=true",), "training is on cpu"),
+        (
+            ("step.fused=true", "method.optimizer._target_=torch.optim.Adamax"),
+            "Adamax has no fused form",
+        ),
+        (("step.pin_memory=true",), "training runs on cpu"),
         (("step.compile=3",), "step.compile: expected bool | None, found 3"),
     ],
 )

@@ -171,9 +171,14 @@ def test_what_is_null_is_as_the_device_has_it() -> None:
 @pytest.mark.parametrize(
     ("optimizer", "precision", "options", "words"),
     [
-        (partial(torch.optim.RMSprop, lr=0.1), "32-true", {"fused": True}, "RMSprop has no such"),
+        (
+            partial(torch.optim.RMSprop, lr=0.1),
+            "32-true",
+            {"fused": True},
+            "RMSprop has no fused form",
+        ),
         (partial(ADAMW, foreach=True), "32-true", {"fused": True}, "step.fused=true:.*foreach"),
-        (ADAMW, "32-true", {"pin_memory": True}, "training is on cpu"),
+        (ADAMW, "32-true", {"pin_memory": True}, "training runs on cpu"),
         (ADAMW, "32-true", {"persistent_workers": True}, "dataset.num_workers=2"),
     ],
 )
