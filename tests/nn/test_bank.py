@@ -104,7 +104,7 @@ def test_a_bank_keeps_any_length_in_a_state_dict() -> None:
 
 
 def test_more_neighbours_than_vectors_are_refused() -> None:
-    with pytest.raises(UserError, match="2 nearest of 0 stored"):
+    with pytest.raises(UserError, match="2 nearest neighbours requested, but only 0"):
         Bank(5).nearest(vectors(1), 2)
 
 

@@ -22,7 +22,8 @@ from anomaly_lit.types import UserError
 def content(step: int, size: int = 10) -> dict[str, Any]:
     from anomaly_lit.inference.checkpoint import FORMAT_VERSION
 
-    entry = {"config": {}, "format_version": FORMAT_VERSION}
+    config = {"method": {"_target_": "x"}, "dataset": {"image_size": 64}, "callbacks": {}}
+    entry = {"config": config, "format_version": FORMAT_VERSION}
     return {"global_step": step, "state_dict": {"x": torch.ones(size)}, "anomaly_lit": entry}
 
 
