@@ -153,6 +153,6 @@ def test_slurm_variables_around_a_run_on_one_device_are_told(
             "train", *settings, f"dataset.root={mvtec_folder}", f"output_dir={tmp_path}"
         )
     assert outcome.code == 1
-    assert "SLURM runs 4 tasks (SLURM_NTASKS) for trainer.devices=1" in outcome.err
+    assert "SLURM runs 4 tasks (SLURM_NTASKS) on 1 node for trainer.devices=1" in outcome.err
     assert "srun" in outcome.err
     assert not os.path.exists(tmp_path / "checkpoints")
