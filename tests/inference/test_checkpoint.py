@@ -107,7 +107,7 @@ def test_a_file_that_is_cut_short_is_noticed(last: Path, tmp_path: Path) -> None
     cut = tmp_path / "cut.ckpt"
     for length in (4, 100, 4096, len(data) // 2, len(data) - 1):
         cut.write_bytes(data[:length])
-        assert "is damaged or cut short" in refusal(cut)
+        assert "is damaged or truncated" in refusal(cut)
 
 
 def test_empty_files_texts_folders_and_pipes_are_named_as_such(last: Path, tmp_path: Path) -> None:
