@@ -51,8 +51,7 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / NAME).open("a+", encoding="utf-8") as file:
-        _take(file, folder)
+    with _take(folder) as file:
         ended = threading.Event()
         beat = threading.Thread(target=_beat, args=(folder / NAME, ended), daemon=True)
         beat.start()
@@ -63,20 +62,36 @@ def claimed(folder: Path) -> Iterator[None]:
             ended.set()
             _held.remove(file)
             file.truncate(0)
+            with suppress(OSError):  # Windows removes no open files
+                (folder / NAME).unlink()
 
 
-def _take(file: IO[str], folder: Path) -> None:
+def _take(folder: Path) -> IO[str]:
     until = time.monotonic() + PATIENCE
-    while not _is_free(file):
+    while True:
+        file = (folder / NAME).open("a+", encoding="utf-8")
+        if _is_free(file) and _is_there(file):
+            break
+        facts = _read(file)
+        file.close()
         if time.monotonic() > until:
             raise UserError(
-                f"output_dir={folder} is being trained by {in_words(_read(file))}: wait for it, or "
+                f"output_dir={folder} is being trained by {in_words(facts)}: wait for it, or "
                 "choose another output_dir"
             )
         time.sleep(0.1)
     file.truncate(0)
     file.write(json.dumps(_this_process()) + "\n")
     file.flush()
+    return file
+
+
+def _is_there(file: IO[str]) -> bool:
+    """Return whether a run that ended just now has not removed the file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except FileNotFoundError:
+        return False
 
 
 def _is_free(file: IO[str]) -> bool:
@@ -84,7 +99,7 @@ def _is_free(file: IO[str]) -> bool:
         alone = lock(file)
     except OSError:  # a network drive without locks
         alone = True
-    return alone and not _lives_elsewhere(_read(file), Path(file.name))
+    return alone and not _lives_elsewhere(_read(file), file)
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
@@ -99,17 +114,17 @@ def holder(folder: Path) -> dict[str, Any] | None:
         except OSError:
             free = True
         facts = _read(file)
-        return facts if not free or _lives_elsewhere(facts, folder / NAME) else None
+        return facts if not free or _lives_elsewhere(facts, file) else None
 
 
-def _lives_elsewhere(facts: dict[str, Any], file: Path) -> bool:
+def _lives_elsewhere(facts: dict[str, Any], file: IO[str]) -> bool:
     """Return whether a run on another machine showed signs of life."""
     own = _this_process()
     if not facts or facts.get("host") == own["host"]:
         return False
-    if facts.get("job") and facts["job"] == own["job"] and facts["restart"] != own["restart"]:
+    if facts.get("job") and facts["job"] == own["job"] and facts.get("restart") != own["restart"]:
         return False  # SLURM has moved this very job
-    return time.time() - file.stat().st_mtime < SILENCE
+    return time.time() - os.fstat(file.fileno()).st_mtime < SILENCE
 
 
 def _this_process() -> dict[str, Any]:

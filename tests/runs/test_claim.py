@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,9 +42,32 @@ def test_a_second_run_is_refused_with_the_first_ones_name(
         with pytest.raises(UserError, match=words), claimed(tmp_path):
             pass
         assert holder(tmp_path) is not None
-    assert holder(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
     with claimed(tmp_path):  # and again
         pass
+
+
+def test_one_of_many_at_a_time_holds_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while others remove the file that they have locked."""
+    monkeypatch.setattr(claim, "PATIENCE", 60.0)
+    inside, most = 0, []
+
+    def enter() -> None:
+        nonlocal inside
+        for _ in range(5):
+            with claimed(tmp_path):
+                inside += 1
+                most.append(inside)
+                inside -= 1
+
+    threads = [threading.Thread(target=enter) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 20
 
 
 def test_a_folder_is_free_after_an_error(tmp_path: Path) -> None:
