@@ -82,9 +82,9 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 def snapshot(folder: Path) -> dict[Path, int]:
-    """When each result was written; the command's own log and lock apart."""
+    """When each result was written; logs of the command itself apart."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".log")
-    return {path: path.stat().st_mtime_ns for path in files if path.name != ".lock"}
+    return {path: path.stat().st_mtime_ns for path in files}
 
 
 # -------------------------------------------------------------------------------- results
