@@ -692,7 +692,7 @@ def test_input_and_checkpoint_have_to_be_named(
 
 def test_checkpoint_is_plain_data_with_everything_in_it(finished: Path) -> None:
     entry = state_of(finished)["anomaly_lit"]  # loaded with weights_only=True
-    assert entry["format_version"] == 1
+    assert entry["format_version"] == 2
     assert entry["config"]["method"]["_target_"] == "anomaly_lit.methods.AMINet"
     assert set(entry["calibration"]["categories"]) == {"bolt", "cloth"}
     assert entry["calibration"]["fpr"] == 0.01
