@@ -5,6 +5,7 @@ Nothing heavy is imported here: the commands read these types before they import
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict
 
 if TYPE_CHECKING:
@@ -19,6 +20,39 @@ class UserError(ValueError):
 
     The message names what was found, where, and what to change.
     """
+
+
+def check_range(section: str, interval: str, **values: float | Sequence[float] | None) -> None:
+    """Refuse numbers outside an interval, all at once; NaN lies in none.
+
+    Args:
+        section: Where the values are set, such as `method`.
+        interval: Written as in mathematics: `[1, inf)` includes 1, `(0, 1)` neither of its ends.
+        values: By name. None passes. A list must not be empty, and each of its numbers is checked.
+
+    Raises:
+        UserError: Names each value outside the interval.
+
+    >>> check_range("method", "[1, inf)", depth=3, dims=[1, 2])
+    """
+    low, high = (float(end) for end in interval[1:-1].split(","))
+
+    def lies_in(value: float) -> bool:
+        above = value >= low if interval[0] == "[" else value > low
+        return above and (value <= high if interval[-1] == "]" else value < high)
+
+    wrong = []
+    for name, value in values.items():
+        numbers = [value] if isinstance(value, int | float) else [] if value is None else value
+        if value is not None and not (len(numbers) and all(map(lies_in, numbers))):
+            shown = value if isinstance(value, int | float) else list(numbers)
+            wrong.append(f"{section}.{name}={shown}")
+    if wrong:
+        words = f"in {interval}"
+        if high == float("inf"):
+            least = f"{'at least' if interval[0] == '[' else 'above'} {low:g}"
+            words = "finite" if low == -high else least
+        raise UserError(f"{', '.join(wrong)}: {'each' if wrong[1:] else 'it'} must be {words}")
 
 
 class Stopped(BaseException):
