@@ -13,6 +13,8 @@ from anomaly_lit.drawing.loss_curves import save_loss_curves
 from anomaly_lit.drawing.panels import contact_sheet, training_panel
 from anomaly_lit.drawing.png import save_image
 
+FIFTHS = 5  # parts of a loss curve that are compared
+
 
 class TrainingPictures(pl.Callback):
     """Write `training.png`: the first batch as training sees it, with synthesis and prompts.
@@ -91,6 +93,15 @@ class LossCurves(pl.Callback):
         if trainer.is_global_zero and self.history:
             save_loss_curves(self.directory / "loss.png", self.history)
 
+    @property
+    def falling(self) -> float | None:
+        """By how much the training loss still fell at the end; see `still_falling`."""
+        terms = [line for key, line in self.history.items() if key.startswith("train/")]
+        last = max((line[-1][0] for line in terms), default=0)
+        stage = max((line[0][0] for line in terms if line[-1][0] == last), default=0)
+        loss = [value for step, value in self.history.get("train/loss", []) if step >= stage]
+        return still_falling(np.array(loss))
+
     def _note(self, trainer: pl.Trainer, prefix: str) -> None:
         for key, value in trainer.callback_metrics.items():
             if key.startswith(prefix):
@@ -108,3 +119,25 @@ class LossCurves(pl.Callback):
             key: [(int(step), float(value)) for step, value in line]
             for key, line in state_dict["history"].items()
         }
+
+
+def still_falling(loss: np.ndarray) -> float | None:
+    """Return the part of the loss's whole fall that happened in its last fifth.
+
+    Compares the means of the last two fifths. A fall within three standard errors of their
+    difference is noise and counts as 0.
+
+    Args:
+        loss: (n,) losses in the order of training, of one stage.
+
+    Returns:
+        A fraction, or None if there are fewer than `4 * FIFTHS` values, which tell nothing.
+    """
+    if len(loss) < 4 * FIFTHS:
+        return None
+    fifths = np.array_split(loss, FIFTHS)
+    before, last = fifths[-2:]
+    fall = before.mean() - last.mean()
+    error = np.sqrt(before.var(ddof=1) / len(before) + last.var(ddof=1) / len(last))
+    whole = fifths[0].mean() - last.mean()
+    return float(min(fall / whole, 1.0)) if fall > 3 * error and whole > 0 else 0.0

@@ -14,6 +14,7 @@ import yaml
 from anomaly_lit.calibration import promise_sentence
 from anomaly_lit.callbacks.step import compile_error
 from anomaly_lit.callbacks.stopping import StopSignals, end_ranks
+from anomaly_lit.callbacks.training import LossCurves
 from anomaly_lit.config.build import instantiate
 from anomaly_lit.files import replace_file, without_secrets
 from anomaly_lit.inference.checkpoint import read_checkpoint
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from anomaly_lit.callbacks.pruning import Pruning
     from anomaly_lit.data.datamodule import AnomalyDataModule
     from anomaly_lit.methods.base import Method
+
+FALLING = 0.05  # share of the loss's fall in the last fifth from which a run says so
 
 
 def run(
@@ -96,6 +99,19 @@ def note_configuration(config: dict[str, Any], directory: Path) -> None:
     (directory / PRUNED).unlink(missing_ok=True)
 
 
+def falling_words(trainer: pl.Trainer, falling: float | None) -> str | None:
+    """Return that the loss was still falling when training ended, and how to go on; None if not."""
+    if falling is None or falling < FALLING:
+        return None
+    by_steps = trainer.max_steps is not None and trainer.max_steps > 0
+    key = "max_steps" if by_steps else "max_epochs"
+    return (
+        f"The training loss was still falling: {falling:.0%} of its fall came in the last fifth. A "
+        f"longer training may find more: trainer.{key}={2 * (getattr(trainer, key) or 1)} in "
+        "another output_dir"
+    )
+
+
 def in_words(error: BaseException, trainer: pl.Trainer, config: dict[str, Any]) -> str | None:
     """Return what went wrong if the user can fix it; None if the error speaks for itself."""
     lost = end_ranks(trainer, error)
@@ -146,6 +162,12 @@ class Run:
         """The checkpoint that is tested: the last one, or that of `selection`."""
         return self.directory / "checkpoints" / f"{self.config['selection']}.ckpt"
 
+    @property
+    def falling(self) -> float | None:
+        """The part of the training loss's fall that came in its last fifth; None if unknown."""
+        curves = next((c for c in self.trainer.callbacks if isinstance(c, LossCurves)), None)  # type: ignore[attr-defined]
+        return None if curves is None else curves.falling
+
     def fit_and_test(self) -> dict[str, Any]:
         """Go through all steps.
 
@@ -169,6 +191,9 @@ class Run:
             datamodule=self.datamodule,
             ckpt_path=None if self.start is None else str(self.start),
         )
+        words = falling_words(self.trainer, self.falling)
+        if words and self.trainer.is_global_zero:
+            print(words)
         resumed = self.start is not None
         return Timings(resumed, time.perf_counter() - start, time.process_time() - cpu_start)
 

@@ -34,7 +34,12 @@ def plan_of(trainer: pl.Trainer, method: Method, datamodule: AnomalyDataModule) 
     if steps is None:
         return
     device = trainer.strategy.root_device.type
-    text = f"{steps} steps of {datamodule.batch_size} images, {trainer.precision}, on {device}"
+    seen = steps * trainer.accumulate_grad_batches * datamodule.batch_size * trainer.world_size
+    passes = seen / max(len(datamodule.train_samples), 1)
+    text = (
+        f"{steps} steps of {datamodule.batch_size} images ({passes:.3g} passes over the training "
+        f"images), {trainer.precision}, on {device}"
+    )
     if device == "cpu":
         seconds = steps * seconds_per_step(trainer, method, datamodule)
         text += f": roughly {seconds / 60:.1f} minutes of training"

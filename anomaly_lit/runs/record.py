@@ -66,6 +66,7 @@ def metrics_of(run: Run, timings: Timings, validation: dict[str, float]) -> dict
         "seed": run.config["seed"],
         "method": run.config["method"]["_target_"],
         "steps": run.trainer.global_step,
+        "training_loss_falling": run.falling,
         "precision": str(run.trainer.precision),
         "resumed": timings.resumed,
         "training_seconds": timings.training_seconds,

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from anomaly_lit.callbacks import LossCurves, ResumeCheckpoint, StepSeeds, StopAtNaN
 from anomaly_lit.callbacks.progress import LiveProgress, PlainProgress, duration
 from anomaly_lit.callbacks.run import RanksAgree, WholeCheckpoint
+from anomaly_lit.callbacks.training import still_falling
 from anomaly_lit.inference.checkpoint import FORMAT_VERSION
 from anomaly_lit.types import UserError
 
@@ -160,6 +162,31 @@ def test_checkpoint_waits_for_the_validation_that_follows(tmp_path: Path) -> Non
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
     noted = state["callbacks"]["LossCurves"]["history"]["val/loss"]
     assert [step for step, _ in noted] == [2, 4]
+
+
+def fallen(*losses: float, noise: float = 0.0) -> float | None:
+    values = np.array(losses) + noise * np.random.default_rng(0).normal(size=len(losses))
+    return still_falling(values)
+
+
+def test_a_falling_loss_is_noticed_and_noise_is_not() -> None:
+    steps = np.arange(100)
+    assert fallen(*(1 - steps / 100)) == pytest.approx(0.25)  # a fifth of four fifths
+    assert fallen(*np.exp(-steps / 5)) == pytest.approx(0, abs=1e-3)
+    assert fallen(*np.ones(100), noise=0.1) == 0
+    assert fallen(*(1 - steps / 100), noise=0.01) == pytest.approx(0.25, abs=0.02)
+    assert fallen(*(steps / 100)) == 0  # it rises
+    assert fallen(*range(19)) is None  # too few
+
+
+def test_only_the_last_stage_of_a_loss_counts(tmp_path: Path) -> None:
+    curves = LossCurves(str(tmp_path))
+    first = [(step, 9.0 - step) for step in range(50)]
+    second = [(step, 1.0 + step % 2) for step in range(50, 100)]
+    curves.history = {"train/loss": first + second, "train/codes": first, "train/map": second}
+    assert curves.falling == 0
+    curves.history = {"train/loss": first, "train/codes": first}
+    assert curves.falling == pytest.approx(0.25)
 
 
 def test_checkpoint_does_not_wait_where_nothing_is_held_out(tmp_path: Path) -> None:
