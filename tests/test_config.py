@@ -93,7 +93,9 @@ def test_every_key_of_a_method_is_a_parameter_and_every_parameter_a_key(method: 
     assert set(node) - {"_target_"} == set(parameters)
 
 
-@pytest.mark.parametrize("dataset", ["mvtec_ad", "btad", "visa", "ksdd2", "folder", "demo"])
+@pytest.mark.parametrize(
+    "dataset", ["mvtec_ad", "btad", "visa", "ksdd2", "cifar10", "mnist", "folder", "demo"]
+)
 def test_data_sets_follow_the_image_size_and_the_seed(dataset: str) -> None:
     found = composed(f"dataset={dataset}", "image_size=[96,128]", "seed=7")["dataset"]
     assert found["image_size"] == [96, 128]

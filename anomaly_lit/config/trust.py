@@ -96,7 +96,11 @@ KINDS_WITHIN: dict[Part, tuple[Kind, ...]] = {  # and what it may contain
         Kind("torch.nn", "torch.nn.Module", LOSSES),
         Kind("torch.optim", "torch.optim.Optimizer", OPTIMISERS, waits=True),
     ),
-    "dataset": (Kind("anomaly_lit.synthesis", "anomaly_lit.synthesis.base.Synthesis"), *CACHES),
+    "dataset": (
+        Kind("anomaly_lit.synthesis", "anomaly_lit.synthesis.base.Synthesis"),
+        Kind("anomaly_lit.data", "anomaly_lit.data.layouts.base.Layout"),
+        *CACHES,
+    ),
     "evaluation": (),
 }
 

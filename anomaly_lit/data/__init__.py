@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from anomaly_lit.data.demo.datamodule import Demo
     from anomaly_lit.data.layouts.base import Layout, Listing
     from anomaly_lit.data.layouts.btad import BTAD
+    from anomaly_lit.data.layouts.cifar import CIFAR10Layout, CIFAR100Layout
+    from anomaly_lit.data.layouts.classes import ClassesLayout
     from anomaly_lit.data.layouts.folder import Folder
+    from anomaly_lit.data.layouts.idx import MNISTLayout
     from anomaly_lit.data.layouts.ksdd2 import KolektorSDD2
     from anomaly_lit.data.layouts.mvtec_ad import MVTecAD
     from anomaly_lit.data.layouts.visa import VisA
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = [
     "BTAD",
     "AnomalyDataModule",
+    "CIFAR10Layout",
+    "CIFAR100Layout",
+    "ClassesLayout",
     "Demo",
     "DeviceCache",
     "DiskCache",
@@ -35,12 +41,16 @@ __all__ = [
     "KolektorSDD2",
     "Layout",
     "Listing",
+    "MNISTLayout",
     "MVTecAD",
     "VisA",
 ]
 FILES = {
     "BTAD": "layouts.btad",
     "AnomalyDataModule": "datamodule",
+    "CIFAR10Layout": "layouts.cifar",
+    "CIFAR100Layout": "layouts.cifar",
+    "ClassesLayout": "layouts.classes",
     "Demo": "demo.datamodule",
     "DeviceCache": "caches.memory",
     "DiskCache": "caches.disk",
@@ -51,6 +61,7 @@ FILES = {
     "KolektorSDD2": "layouts.ksdd2",
     "Layout": "layouts.base",
     "Listing": "layouts.base",
+    "MNISTLayout": "layouts.idx",
     "MVTecAD": "layouts.mvtec_ad",
     "VisA": "layouts.visa",
 }

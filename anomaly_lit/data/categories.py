@@ -33,17 +33,27 @@ def choose_categories(layout: Layout, root: Path, requested: str | Sequence[str]
         requested: Names, or `all`.
 
     Raises:
-        UserError: There is no category, or not one of that name.
+        UserError: There is no category, or not one of that name, or one model cannot learn them.
     """
     found = layout.find_categories(root)
-    if requested == "all":
+    if requested == "all" and not (found and layout.excludes_others):
         if not found:
             raise UserError(
                 f"no category below dataset.root={root}: no folder {layout.train_hint}{_tip(root)}"
             )
         return found
+    if layout.excludes_others and (requested == "all" or len(requested) > 1):
+        raise UserError(
+            f"dataset.categories={requested}: what is normal in one class is anomalous in another, "
+            f"so name one, such as dataset.categories=[{found[0]}]; one model each is a sweep, "
+            f"-m dataset.categories=[{'],['.join(found[:2])}]"
+        )
     wanted = [requested] if isinstance(requested, str) else list(requested)
-    unknown = [name for name in wanted if name not in found and not (root / name).is_dir()]
+    unknown = [
+        name
+        for name in wanted
+        if name not in found and (layout.excludes_others or not (root / name).is_dir())
+    ]
     if unknown or not wanted:
         raise UserError(
             f"dataset.categories: no {', '.join(unknown) or 'name'} in {root}; it holds "

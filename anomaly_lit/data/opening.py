@@ -10,6 +10,7 @@ from typing import IO
 
 from PIL import Image, ImageOps
 
+from anomaly_lit.data.packed import packed_picture
 from anomaly_lit.folders import formats
 from anomaly_lit.types import UserError
 
@@ -24,15 +25,17 @@ def open_picture(
     """Open a picture; its pixels are not decoded yet.
 
     Args:
-        path: A file's path, or an open file.
+        path: A file's path, that of a picture packed in a file, or an open file.
         max_pixels: A larger picture is refused before memory is spent on it; None sets no limit.
 
     Raises:
         UserError: Opening the picture, or anything done with it meanwhile, failed.
     """
     try:
-        with _GUARD.lifted():
-            file = Image.open(path, formats=formats())
+        file = packed_picture(path) if isinstance(path, str | Path) else None
+        if file is None:
+            with _GUARD.lifted():
+                file = Image.open(path, formats=formats())
         with file:
             check_pixels(file.size, max_pixels)
             yield file

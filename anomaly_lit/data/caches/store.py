@@ -34,6 +34,7 @@ from anomaly_lit.data.caches.segments import (
     offsets_of,
     rows_within,
 )
+from anomaly_lit.data.packed import file_of
 from anomaly_lit.data.progress import in_threads, warn_once
 from anomaly_lit.types import UserError
 
@@ -63,7 +64,7 @@ def file_key(path: str) -> bytes:
         UserError: The file does not exist or cannot be read.
     """
     try:
-        status = os.stat(path)
+        status = os.stat(file_of(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     text = f"{os.path.abspath(path)}\n{status.st_size}\n{status.st_mtime_ns}\n{status.st_ctime_ns}"

@@ -30,12 +30,15 @@ class Layout:
             may contain `<category>`.
         test_share: Share of the listed training images to keep for testing, in [0, 1); for sets
             without normal test images.
+        excludes_others: Whether what is normal in one category is anomalous in another, so that
+            one model cannot learn several.
     """
 
     licence: str | None = None
     mask_hint = "ROOT/<category>/ground_truth/<type>/<stem>_mask.png"
     train_hint = "<category>/train/good"
     test_share = 0.0
+    excludes_others = False
 
     @property
     def name(self) -> str:
