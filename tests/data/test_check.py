@@ -229,8 +229,12 @@ def test_every_option_shows_all_parameters_of_its_class(name: str) -> None:
     parameters = set(inspect.signature(target).parameters)
     given_elsewhere = {"cache", "feature_cache", "synthesis"}  # by other groups
     given_elsewhere |= {"needs", "validate_on_test", "pin_memory", "persistent_workers"}  # by runs
-    given_elsewhere |= {"layout"} if "layout" in parameters else set()  # by the class
+    layout = config["dataset"].pop("layout", None)
+    given_elsewhere |= {"layout"} & parameters  # by the class, or with all that it takes
     assert set(config["dataset"]) == parameters - given_elsewhere | {"_target_"}
+    if layout is not None:
+        chosen = inspect.signature(import_target(layout["_target_"])).parameters
+        assert set(layout) == set(chosen) | {"_target_"}
 
 
 @pytest.mark.parametrize("name", ["device", "disk", "host", "none"])
