@@ -91,6 +91,7 @@ KINDS_WITHIN: dict[Part, tuple[Kind, ...]] = {  # and what it may contain
     "method": (
         BACKBONE,
         Kind("anomaly_lit.masks", "anomaly_lit.masks.Mask"),
+        Kind("anomaly_lit.nn.latent", "anomaly_lit.nn.latent.LatentAutoencoder"),
         Kind("anomaly_lit.losses", "torch.nn.Module"),
         Kind("anomaly_lit.schedules", "builtins.object"),
         Kind("torch.nn", "torch.nn.Module", LOSSES),

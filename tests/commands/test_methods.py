@@ -45,8 +45,11 @@ def of_method(name: str) -> tuple[str, ...]:
         for path, node in nodes(config, "method")
         if node["_target_"] == "anomaly_lit.nn.backbone.Backbone"
     ]
-    numbers = yaml.safe_load((TINY / f"{name}.yaml").read_text())
-    return preset, *frozen, *(f"method.{key}={value}" for key, value in numbers.items()), *COMMON
+    numbers: dict[str, Any] = {}
+    for key, value in yaml.safe_load((TINY / f"{name}.yaml").read_text()).items():
+        parts = value if isinstance(value, dict) else {"": value}
+        numbers |= {f"method.{key}.{part}".rstrip("."): number for part, number in parts.items()}
+    return preset, *frozen, *(f"{key}={value}" for key, value in numbers.items()), *COMMON
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:

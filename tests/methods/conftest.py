@@ -33,7 +33,8 @@ def compose_method(name: str) -> dict[str, Any]:
     """The ``method`` node of ``method=NAME`` with its method's tiny numbers."""
     config = compose_published(name, 64)
     file = files()[config["_target_"].rpartition(".")[2]]
-    config |= yaml.safe_load((TINY / f"{file}.yaml").read_text())
+    for key, value in yaml.safe_load((TINY / f"{file}.yaml").read_text()).items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
     for _, node in nodes(config):
         if node["_target_"] == "anomaly_lit.nn.backbone.Backbone":
             shrink_backbone(node)
