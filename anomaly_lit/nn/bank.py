@@ -1,4 +1,4 @@
-"""A bank of feature vectors: nearest neighbours, a coreset, k-means.
+"""A bank of feature vectors: nearest neighbours, a sample, a coreset, k-means.
 
 Memory is bounded: distances are computed in blocks of at most `BLOCK` values, however many vectors
 there are. Distances are Euclidean and in float32, even under autocast.
@@ -24,6 +24,7 @@ class Bank(nn.Module):
 
     Args:
         shape: Shape of an item, such as the length of a vector.
+        dtype: Kind of number.
 
     Attributes:
         items: (n, *shape).
@@ -31,9 +32,9 @@ class Bank(nn.Module):
 
     items: Tensor
 
-    def __init__(self, *shape: int) -> None:
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.register_buffer("items", torch.zeros(0, *shape))
+        self.register_buffer("items", torch.zeros(0, *shape, dtype=dtype))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -125,23 +126,79 @@ def distances_to(queries: Tensor, items: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([(part[:, None] - items[row]).norm(dim=2) for part, row in parts])
 
 
+class Reservoir:
+    """Draws vectors from a stream of any length, each with the same chance.
+
+    It never holds more than twice the vectors to draw, however long the stream is.
+
+    Args:
+        most: Largest number of vectors to draw.
+        generator: Random generator on the vectors' device.
+    """
+
+    def __init__(self, most: int, generator: torch.Generator) -> None:
+        self.most = most
+        self.generator = generator
+        self._held: list[tuple[Tensor, Tensor]] = []  # a random key for each vector; smallest win
+        self._limit = torch.inf
+
+    def add(self, items: Tensor) -> None:
+        """Take the next vectors of the stream, (n, D)."""
+        draw = {"generator": self.generator, "device": items.device, "dtype": torch.float64}
+        keys = torch.rand(len(items), **draw)  # type: ignore[call-overload]
+        chosen = keys <= self._limit
+        self._held.append((keys[chosen], items[chosen]))
+        if sum(len(keys) for keys, _ in self._held) > 2 * self.most:
+            self._thin()
+
+    def drawn(self) -> Tensor:
+        """Return what was drawn, (at most `most`, D), in the order of the stream.
+
+        Raises:
+            UserError: The stream was empty.
+        """
+        if not self._held:
+            raise UserError("no vectors to draw from: there are no normal images to learn from")
+        self._thin()
+        return self._held[0][1]
+
+    def _thin(self) -> None:
+        keys, items = (torch.cat(parts) for parts in zip(*self._held, strict=True))
+        if len(keys) > self.most:
+            chosen = keys.topk(self.most, largest=False).indices.sort().values
+            keys, items = keys[chosen], items[chosen]
+            self._limit = float(keys.max())
+        self._held = [(keys, items)]
+
+
+def coreset_bytes(count: int, dim: int) -> int:
+    """Return the bytes that `coreset` needs beside `count` vectors of length `dim`."""
+    return count * (4 * dim + 16)
+
+
 def coreset(items: Tensor, count: int, first: int = 0, title: str = "") -> Tensor:
     """Choose rows that cover all items: each new one is the farthest from those chosen before.
 
     The greedy k-centre algorithm (Gonzalez, 1985): at most twice the best covering radius.
     It takes `count` passes over the items, O(n * count * D): project long vectors first, see
-    `random_projection`. It needs a copy of the items in float32 and 8 more bytes per item.
+    `random_projection`, and draw from a long stream first, see `Reservoir`, since a fixed share of
+    the items makes the cost quadratic. It needs a copy of the items in float32 and 16 more bytes
+    per item, see `coreset_bytes`.
 
     Args:
         items: (n, D).
         count: Number of rows to choose; all if there are not more.
         first: The first row.
-        title: Shown beside a progress bar; empty shows none.
+        title: Shown beside a progress bar, with the number of vectors and the memory needed; empty
+            shows none.
 
     Returns:
         (count,) int64, in the order chosen.
     """
     count = min(count, len(items))
+    if title:
+        mebibytes = coreset_bytes(*items.shape) / 2**20
+        title = f"{title}: {count:,} of {len(items):,} vectors, {mebibytes:,.0f} MiB"
     items = items.float()
     items = items - items.mean(dim=0)  # subtracting large numbers would lose digits
     squares = items.square().sum(dim=1)

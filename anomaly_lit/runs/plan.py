@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from anomaly_lit.data.companions import FEATURES
-from anomaly_lit.types import Batch
+from anomaly_lit.types import Batch, UserError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -40,9 +40,9 @@ def plan_of(trainer: pl.Trainer, method: Method, datamodule: AnomalyDataModule) 
         f"{steps} steps of {datamodule.batch_size} images ({passes:.3g} passes over the training "
         f"images), {trainer.precision}, on {device}"
     )
-    if device == "cpu":
-        seconds = steps * seconds_per_step(trainer, method, datamodule)
-        text += f": roughly {seconds / 60:.1f} minutes of training"
+    per_step = seconds_per_step(trainer, method, datamodule) if device == "cpu" else None
+    if per_step is not None:
+        text += f": roughly {steps * per_step / 60:.1f} minutes of training"
     yield text
 
 
@@ -63,8 +63,13 @@ def steps_of(trainer: pl.Trainer, steps_per_epoch: int) -> int | None:
     return min(limits) if limits else None
 
 
-def seconds_per_step(trainer: pl.Trainer, method: Method, datamodule: AnomalyDataModule) -> float:
-    """Compute a batch's loss twice in evaluation mode, and estimate a step from the second."""
+def seconds_per_step(
+    trainer: pl.Trainer, method: Method, datamodule: AnomalyDataModule
+) -> float | None:
+    """Compute a batch's loss twice in evaluation mode, and estimate a step from the second.
+
+    None if the loss cannot be computed yet, such as that of a method that first learns a bank.
+    """
     batch = next(iter(datamodule.train_dataloader()))
     if datamodule.synthesis is not None:
         batch = datamodule.corrupt(batch)
@@ -75,14 +80,23 @@ def seconds_per_step(trainer: pl.Trainer, method: Method, datamodule: AnomalyDat
         share_frozen = 0.5  # about half of the forward pass
         if datamodule.feature_cache is not None:
             batch, share_frozen = with_features(batch, method), 0.0
-        for _ in range(2):
-            start = time.perf_counter()
-            method.losses(batch)
-            duration = time.perf_counter() - start
+        durations = [_seconds(method, batch) for _ in range(2)]
     method.train(training)
     torch.set_rng_state(state)
-    step = duration * (1 + BACKWARD_SHARE * (1 - share_frozen))
+    if durations[1] is None:
+        return None
+    step = durations[1] * (1 + BACKWARD_SHARE * (1 - share_frozen))
     return step * trainer.accumulate_grad_batches
+
+
+def _seconds(method: Method, batch: Batch) -> float | None:
+    """Time the loss of a batch; None where it raises what training would raise too, if it does."""
+    start = time.perf_counter()
+    try:
+        method.losses(batch)
+    except UserError:
+        return None
+    return time.perf_counter() - start
 
 
 def with_features(batch: Batch, method: Method) -> Batch:

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from anomaly_lit.nn import bank as module
-from anomaly_lit.nn.bank import Bank, coreset, kmeans, nearest_rows, random_projection
+from anomaly_lit.nn.bank import (
+    Bank,
+    Reservoir,
+    coreset,
+    kmeans,
+    nearest_rows,
+    random_projection,
+)
 from anomaly_lit.types import UserError
 
 
@@ -189,3 +196,55 @@ def test_kmeans_of_repeated_vectors_gives_finite_centres() -> None:
 def test_more_clusters_than_vectors_are_refused() -> None:
     with pytest.raises(UserError, match="5 clusters requested from 3 vectors"):
         kmeans(vectors(3), 5, torch.Generator())
+
+
+# ------------------------------------------------------------------------------------ reservoir
+
+
+@pytest.mark.parametrize("parts", [1, 3, 60])
+def test_reservoir_keeps_so_many_vectors_in_their_order(parts: int) -> None:
+    """None twice, and all of a short stream."""
+    items = torch.arange(60.0)[:, None]
+    for most in (1, 7, 59, 60, 100):
+        reservoir = Reservoir(most, torch.Generator().manual_seed(0))
+        for part in items.chunk(parts):
+            reservoir.add(part)
+        found = reservoir.drawn()[:, 0]
+        assert len(found) == min(most, 60)
+        assert (found.diff() > 0).all()
+
+
+def test_reservoir_draws_every_vector_with_the_same_chance() -> None:
+    counts, generator = torch.zeros(20), torch.Generator().manual_seed(0)
+    for _ in range(2000):
+        reservoir = Reservoir(5, generator)
+        for part in torch.arange(20)[:, None].split(3):
+            reservoir.add(part)
+        counts[reservoir.drawn()[:, 0]] += 1
+    assert (counts - 500).abs().max() < 4 * (2000 * 0.25 * 0.75) ** 0.5
+
+
+def test_reservoir_holds_at_most_twice_what_it_draws() -> None:
+    reservoir = Reservoir(10, torch.Generator().manual_seed(0))
+    for part in vectors(500).split(5):
+        reservoir.add(part)
+        assert sum(len(items) for _, items in reservoir._held) <= 20
+
+
+def test_empty_stream_is_named() -> None:
+    with pytest.raises(UserError, match="no normal images to learn from"):
+        Reservoir(3, torch.Generator()).drawn()
+
+
+def test_bank_of_whole_numbers_keeps_its_kind() -> None:
+    bank, other = Bank(dtype=torch.long), Bank(dtype=torch.long)
+    bank.fill(torch.tensor([3, 1, 2]))
+    other.load_state_dict(bank.state_dict())
+    assert torch.equal(other.items, torch.tensor([3, 1, 2]))
+
+
+def test_coreset_says_its_size_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    coreset(vectors(2000), 20, title="patches")
+    shown = " ".join(capsys.readouterr().err.split())
+    assert not shown or "20 of 2,000" in shown  # nothing is shown where nobody looks
+    assert module.coreset_bytes(2000, 5) == 2000 * (20 + 16)
