@@ -90,6 +90,7 @@ KINDS: dict[Part, tuple[Kind, ...]] = {  # what each part may be
 KINDS_WITHIN: dict[Part, tuple[Kind, ...]] = {  # and what it may contain
     "method": (
         BACKBONE,
+        Kind("anomaly_lit.methods", "anomaly_lit.methods.base.Method"),
         Kind("anomaly_lit.masks", "anomaly_lit.masks.Mask"),
         Kind("anomaly_lit.nn.latent", "anomaly_lit.nn.latent.LatentAutoencoder"),
         Kind("anomaly_lit.losses", "torch.nn.Module"),

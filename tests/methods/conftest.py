@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from anomaly_lit.config.hydra import config_dir, plain
 from anomaly_lit.methods import files
 from anomaly_lit.types import Batch
 
-TINY = Path(__file__).parent / "tiny"  # <method>.yaml: numbers that make a test fast
+TINY = Path(__file__).parent / "tiny"  # <method>.yaml: numbers that make a test fast, a.b inside a
 
 
 def compose_published(name: str, image_size: int) -> dict[str, Any]:
@@ -35,6 +37,8 @@ def compose_method(name: str) -> dict[str, Any]:
     file = files()[config["_target_"].rpartition(".")[2]]
     for key, value in yaml.safe_load((TINY / f"{file}.yaml").read_text()).items():
         config[key] = config[key] | value if isinstance(value, dict) else value
+        *parents, last = key.split(".")
+        reduce(getitem, parents, config)[last] = value
     for _, node in nodes(config):
         if node["_target_"] == "anomaly_lit.nn.backbone.Backbone":
             shrink_backbone(node)
