@@ -137,8 +137,8 @@ class PNIRefine(Method):
         except (RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"method.pni_weights={path} does not fit method.pni: {reason}; give a checkpoint of "
-                "method=pni, and set below method.pni what its run set"
+                f"method.pni_weights={path} does not fit method.pni: {reason}; give a checkpoint "
+                "of method=pni, and set below method.pni what its run set"
             ) from error
 
     def build_pni(self) -> None:

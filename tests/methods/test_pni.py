@@ -252,7 +252,7 @@ def test_errors_say_what_to_change(small_method: Build, make_batch: Build) -> No
         small_method("pni", conditions=["neighbor"])
     with pytest.raises(UserError, match=r"method\.patch=4 must be odd"):
         small_method("pni", patch=4)
-    with pytest.raises(UserError, match="codes=1 too small"):
+    with pytest.raises(UserError, match=r"method\.codes=1: it must be at least 2"):
         small_method("pni", codes=1)
     with pytest.raises(UserError, match=r"method\.patch=9 leaves no position of a map of 8 x 8"):
         small_method("pni", patch=9)

@@ -54,7 +54,7 @@ from anomaly_lit.nn.bank import (
     partial_distances,
     random_projection,
 )
-from anomaly_lit.types import Batch, Prediction, UserError
+from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
 CONDITIONS = ("neighbourhood", "position")
 
@@ -131,18 +131,17 @@ class PNI(Method):
                 f"method.conditions={list(conditions)}: choose from {', '.join(CONDITIONS)}, each "
                 "at most once"
             )
-        if patch % 2 == 0 or not 0 < share <= 1 or gamma <= 0 or temperature <= 0:
-            raise UserError(
-                f"method.patch={patch} must be odd, share={share} lie in (0, 1], gamma={gamma} and "
-                f"temperature={temperature} above 0"
-            )
-        least = {"dim": 1, "candidates": 1, "projection": 1, "codes": 2, "reach": 1, "depth": 2,
-                 "patches": 2}  # fmt: skip
-        given = {"dim": dim, "candidates": candidates, "projection": projection, "codes": codes,
-                 "reach": reach, "depth": depth, "patches": patches}  # fmt: skip
-        low = [f"{name}={given[name]}" for name in least if given[name] < least[name]]
-        if low:
-            raise UserError(f"method: {', '.join(low)} too small (smallest values: {least})")
+        if patch % 2 == 0:
+            raise UserError(f"method.patch={patch} must be odd")
+        check_range("method", "(0, 1]", share=share)
+        check_range("method", "(0, inf)", gamma=gamma, temperature=temperature)
+        check_range("method", "[0, inf)", smoothing=smoothing)
+        check_range("method", "[0, 1)", dropout=dropout)
+        check_range(
+            "method", "[1, inf)", dim=dim, patch=patch, candidates=candidates, reach=reach,
+            projection=projection, width=width, neighbour_dim=neighbour_dim,
+        )  # fmt: skip
+        check_range("method", "[2, inf)", codes=codes, depth=depth, patches=patches)
         self.backbone = backbone
         self.conditions = tuple(conditions)
         self.dim, self.patch = dim, patch
