@@ -36,9 +36,9 @@ def compose_method(name: str) -> dict[str, Any]:
     config = compose_published(name, 64)
     file = files()[config["_target_"].rpartition(".")[2]]
     for key, value in yaml.safe_load((TINY / f"{file}.yaml").read_text()).items():
-        config[key] = config[key] | value if isinstance(value, dict) else value
         *parents, last = key.split(".")
-        reduce(getitem, parents, config)[last] = value
+        part = reduce(getitem, parents, config)
+        part[last] = part[last] | value if isinstance(value, dict) else value
     for _, node in nodes(config):
         if node["_target_"] == "anomaly_lit.nn.backbone.Backbone":
             shrink_backbone(node)
