@@ -1,4 +1,4 @@
-"""Progress of a training: a bar in a terminal, a line every few seconds in a log file."""
+"""Progress of a training or a test: a bar in a terminal, a line every few seconds in a log file."""
 
 from __future__ import annotations
 
@@ -86,6 +86,34 @@ class PlainProgress(ProgressBar):
         print(
             f"step {trainer.global_step}/{total}: {losses}, "
             f"{self.images / (now - self.start):.1f} images/s, {duration(left)} left",
+            flush=True,
+        )
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self.start = self.printed = time.monotonic()
+        self.images = 0
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Print a line if `every_seconds` have passed since the last one."""
+        self.images += len(batch["image"]) * trainer.world_size
+        now = time.monotonic()
+        if not self.enabled or now - self.printed < self.every_seconds:
+            return
+        self.printed = now
+        total = trainer.num_test_batches[dataloader_idx]
+        left = (now - self.start) / (batch_idx + 1) * (total - batch_idx - 1)
+        print(
+            f"tested {self.images} images, {(now - self.start) / self.images:.3g} s per image, "
+            f"{duration(left)} left",
             flush=True,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from anomaly_lit.config.validate import validate
 from anomaly_lit.types import UserError
 
 GOOD, DEFECT, NOT_JUDGED, FAILED = 0, 1, 2, 3  # 1 and 2: with exit_code=true only
+QUIET_SECONDS = 15.0  # between two lines about progress where there is no terminal
 
 
 def main() -> None:
@@ -61,24 +63,31 @@ def predict(cfg: DictConfig) -> int:
         print("Compiling for OpenVINO and comparing with torch, 5 to 10 s ...", flush=True)
     batches = list(batches_of(found.paths, config["batch_size"]))
     quiet = len(batches) < 2 or not sys.stdout.isatty()
+    start = told = time.perf_counter()
     judge = Judge(
         detector, found.root, directory, config["category"], config["save_maps"], max_pixels
     )
     with judge:
         for batch in track(batches, "Judging", disable=quiet):
             judge.judge(batch)
-    show(judge, directory)
+            if quiet and time.perf_counter() - told > QUIET_SECONDS:
+                told = time.perf_counter()
+                done = sum(judge.counts.values())
+                each = (told - start) / done
+                print(f"{done} of {len(found.paths)} judged, {each:.3g} s per image", flush=True)
+    show(judge, directory, (time.perf_counter() - start) / len(found.paths))
     if not config["exit_code"]:
         return GOOD
     return NOT_JUDGED if not judge.all_judged else DEFECT if judge.counts.get("defect") else GOOD
 
 
-def show(judge: Any, directory: Path) -> None:
-    """Print what was found, and where it was written."""
+def show(judge: Any, directory: Path, seconds: float) -> None:
+    """Print what was found, the seconds that an image took, and where it was written."""
     for error in judge.errors:
         print(error, file=sys.stderr)
     order = ("good", "defect", "unknown", "unreadable")
     print(", ".join(f"{judge.counts[name]} {name}" for name in order if judge.counts.get(name)))
+    print(f"{seconds:.3g} s per image")
     print(f"Overlays: {directory / 'overlays'}\nVerdicts: {directory / 'predictions.csv'}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
@@ -76,9 +77,12 @@ def test(cfg: DictConfig) -> None:
     if config["method"]:  # other scores need other thresholds
         datamodule.setup("validate")
         trainer.validate(method, datamodule=datamodule, verbose=False)
+    start = time.perf_counter()
     trainer.test(method, datamodule=datamodule, verbose=False)
+    seconds = time.perf_counter() - start
     metrics = {
         **tested(trainer, evaluation),
+        "test_seconds_per_image": seconds / max(1, len(datamodule.test_samples)),
         "selection": selection_of(trained, method),
         "seed": trained["seed"],
         "method_changes": config["method"],

@@ -46,6 +46,11 @@ class OpenVINO:
                 f"engine=openvino needs anomaly maps to compare with torch's, and "
                 f"{type(method).__name__} scores images alone: use engine=torch"
             )
+        if method.optimises:
+            raise UserError(
+                f"engine=openvino needs a fixed computation, and {type(method).__name__} solves an "
+                "optimisation problem for each image: use engine=torch"
+            )
         scoring = Scoring(method, category)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "scoring.onnx"

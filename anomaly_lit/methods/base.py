@@ -32,6 +32,8 @@ class Method(Optimised):
             `corruption`), `prompt`.
         localises: Whether predictions have an anomaly map; false for methods that score whole
             images only.
+        optimises: Whether scoring solves a problem anew for each image, which takes seconds and
+            ends when the image says so; such a method cannot be exported.
         oracle: What scoring takes from the test set, shown in every results table; empty if
             nothing.
         oracle_criterion: Metrics of the test set, joined by `+`, whose largest sum
@@ -42,6 +44,7 @@ class Method(Optimised):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     localises: bool = True
+    optimises: bool = False
     oracle: str = ""
     oracle_criterion: str = "image_auroc+pixel_auroc"
 

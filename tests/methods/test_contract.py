@@ -110,6 +110,8 @@ def test_scoring_draws_nothing_at_random(method: Any, make_batch: MakeBatch) -> 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 def test_scoring_is_one_graph_that_engines_can_take(method: Any, make_batch: MakeBatch) -> None:
     """Nothing in it breaks torch.compile or an export; what a compiler makes of it is not seen."""
+    if method.optimises:
+        pytest.skip("it solves a problem for each image, and ends when the image says so")
     batch = make_batch()
     method.eval()
 
