@@ -1,0 +1,151 @@
+"""Some 500 wrong inputs to the six commands, row by row in `wrong/train.txt` and `wrong/others.txt`.
+
+Each ends with the stated exit code and a sentence that names key, value and way out, without a
+traceback, and leaves nothing behind. Their order follows the configuration.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+
+import pytest
+
+Run = Callable[..., Any]
+
+TABLES = Path(__file__).parent / "wrong"
+CODES = {"train": 1, "test": 1, "predict": 3, "data": 1, "report": 1, "status": 1}
+USAGE = 2  # of the two commands that argparse serves
+LONGEST = 700  # letters of a line
+SMALL = "method.optimizer.lr=1e-3 trainer=cpu trainer.max_steps=1 trainer.val_check_interval=1 "
+SMALL += "trainer.precision=32-true logger=none image_size=64 dataset.batch_size=2 output_dir=$OUT"
+DATA = "dataset=mvtec_ad dataset.root=$ROOT dataset.categories=[bolt]"
+AMI = (
+    "method=ami_net_small method.grid=8 method.dim=32 method.heads=2 method.depth=1 "
+    "method.backbone.weights=random"
+)
+NARROW = (
+    "method.backbone.weights=random method.dim=32 method.heads=2 method.feedforward=32 "
+    "method.encoder_depth=1 method.decoder_depth=1 method.window=3"
+)
+BASES = {  # arguments of a run that would work
+    "ami": f"{AMI} {DATA}",
+    "folder": f"{AMI} dataset=folder dataset.root=$ROOT/bolt dataset.normal_dir=train",
+    "demo": f"{AMI} dataset=demo dataset.root=$TMP/unseen",
+    "ksdd2": f"{AMI} dataset=ksdd2",
+    "visa": f"{AMI} dataset=visa",
+    "btad": f"{AMI} dataset=btad",
+    "cma_ae": f"method=cma_ae_small method.channels=[8,16,16] method.items=10 {DATA} "
+    "method.backbone.weights=random",
+    "dsr": f"method=dsr_small method.hidden=8 method.residual=4 method.codes=32 {DATA} "
+    "method.restriction=8 method.object_width=8 method.detector=[8,8] method.window=3",
+    "fastflow": f"method=fastflow_small method.backbone.weights=random method.steps=2 {DATA}",
+    "mfrnet": f"method=mfrnet_small method.grid=8 method.dims=[16,16] method.depths=[1,1] {DATA} "
+    "method.head_dim=8 method.pools=[1,2] method.backbone.weights=random",
+    "onenip": f"method=onenip_small method.refiner_dim=8 {NARROW} {DATA}",
+    "uniad": f"method=uniad_small {NARROW} {DATA}",
+    "rstpm": "method=rstpm_small method.teacher.weights=random "
+    f"method.second_teacher.weights=random {DATA}",
+    "test": "output_dir=$OUT accelerator=cpu",
+    "predict": "output_dir=$OUT device=cpu",
+    "data": "dataset.root=$ROOT output_dir=$OUT image_size=64",
+    "report": "",
+    "status": "",
+}
+
+
+class Row(NamedTuple):
+    """A wrong input."""
+
+    base: str
+    arguments: str
+    words: list[str]  # of the message
+
+    @property
+    def command(self) -> str:
+        return self.base if self.base in CODES else "train"
+
+
+def rows_of(name: str) -> Iterator[Row]:
+    for line in (TABLES / name).read_text("utf-8").splitlines():
+        if line and not line.startswith("#"):
+            base, arguments, *words = (part.strip() for part in line.split("|"))
+            yield Row(base, arguments, words)
+
+
+ROWS = [row for name in ("train.txt", "others.txt") for row in rows_of(name)]
+
+
+@pytest.fixture(scope="module")
+def places(
+    tmp_path_factory: pytest.TempPathFactory, mvtec_folder: Path, run_here: Run
+) -> dict[str, Path]:
+    """What the placeholders of the tables stand for: a data set, a run, wrong files, an output."""
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "empty").mkdir()
+    (folder / "text.txt").write_text("these are notes")
+    shutil.copytree(mvtec_folder / "bolt", folder / "damaged" / "bolt")
+    picture = folder / "damaged" / "bolt" / "train" / "good" / "000.png"
+    picture.write_bytes(picture.read_bytes()[:1000])
+    (folder / "badplan").mkdir()
+    (folder / "badplan" / "sweep.json").write_text("[1, 2]")
+    found = {"ROOT": mvtec_folder, "TMP": folder, "OUT": folder / "out", "RUN": folder / "run"}
+    found["CKPT"] = found["RUN"] / "checkpoints" / "last.ckpt"
+    arguments = f"{BASES['ami']} {SMALL} output_dir=$RUN"
+    outcome = run_here("train", *Template(arguments).substitute(found).split())
+    assert outcome.code == 0, outcome.err
+    content = found["CKPT"].read_bytes()
+    (folder / "cut.ckpt").write_bytes(content[: len(content) // 2])
+    (folder / "zero.ckpt").touch()
+    return found
+
+
+def arguments_of(row: Row, places: dict[str, Path]) -> list[str]:
+    """The row's arguments, and those of its base that it does not replace."""
+    text = f"{BASES[row.base]} {SMALL if row.command == 'train' else ''}"
+    own = Template(row.arguments).safe_substitute(places).split()
+    keys = {argument.lstrip("~+").partition("=")[0] for argument in own}
+    if "~" in row.arguments:
+        gone = tuple(key + "." for key in keys)
+    else:
+        gone = ()
+    base = Template(text).safe_substitute(places).split()
+    key_of = {argument: argument.partition("=")[0] for argument in base}
+    return [a for a in base if key_of[a] not in keys and not key_of[a].startswith(gone or "!")] + own
+
+
+def files_below(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_size for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[f"{row.base} {row.arguments}" for row in ROWS])
+def test_wrong_input(
+    row: Row, places: dict[str, Path], run_here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANOMALY_LIT_CACHE", str(places["TMP"] / "cache"))
+    before = [files_below(places[name]) for name in ("TMP", "ROOT")]
+    try:
+        outcome = run_here(row.command, *arguments_of(row, places))
+        after = [files_below(places[name]) for name in ("TMP", "ROOT")]
+    finally:
+        for name in ("out", "cache", "unseen"):
+            shutil.rmtree(places["TMP"] / name, ignore_errors=True)
+    check_message(outcome.err, [Template(word).safe_substitute(places) for word in row.words])
+    usage = row.command in ("report", "status") and outcome.err.startswith("usage: ")
+    assert outcome.code == (USAGE if usage else CODES[row.command])
+    assert before == after
+
+
+def check_message(shown: str, words: list[str]) -> None:
+    """One sentence, or a heading and one line for each problem; every word is in it."""
+    assert "Traceback" not in shown
+    assert "error: " in shown, shown
+    message = shown.rpartition("error: ")[2].rstrip()
+    first, *others = message.splitlines()
+    assert not others or (first.endswith(":") and all(o.startswith("  ") for o in others)), shown
+    assert max(map(len, [first, *others])) < LONGEST
+    for word in words:
+        assert word in message, shown
