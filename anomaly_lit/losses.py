@@ -15,7 +15,7 @@ from kornia.filters import median_blur
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anomaly_lit.types import UserError
+from anomaly_lit.types import UserError, check_range
 
 
 def loss_terms(loss: nn.Module, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -68,10 +68,14 @@ class MSECosineLoss(SumOfTerms):
 
     Args:
         direction_weight: Weight of the cosine term (5 in AMI-Net's code).
+
+    Raises:
+        UserError: The weight is below 0.
     """
 
     def __init__(self, direction_weight: float = 5.0) -> None:
         super().__init__()
+        check_range("method.loss", "[0, inf)", direction_weight=direction_weight)
         self.direction_weight = direction_weight
         self.direction = CosineLoss()
 
@@ -92,13 +96,14 @@ class SSIMLoss(nn.Module):
         data_range: Difference between the largest and the smallest value that maps should have.
 
     Raises:
-        UserError: The window is even.
+        UserError: The window is even, or another value is not above 0.
     """
 
     def __init__(self, window: int = 11, sigma: float = 1.5, data_range: float = 1.0) -> None:
         super().__init__()
         if window < 1 or window % 2 == 0:
             raise UserError(f"method.loss: window={window} must be odd")
+        check_range("method.loss", "(0, inf)", sigma=sigma, data_range=data_range)
         self.window = window
         self.sigma = sigma
         self.data_range = data_range
@@ -127,6 +132,7 @@ class HybridLoss(SumOfTerms):
         data_range: float = 1.0,
     ) -> None:
         super().__init__()
+        check_range("method.loss", "[0, inf)", structure_weight=structure_weight)
         self.structure_weight = structure_weight
         self.structure = SSIMLoss(window, sigma, data_range)
 
@@ -146,7 +152,7 @@ class WeightedSum(SumOfTerms):
         weights: The weight of each, by the same names.
 
     Raises:
-        UserError: The names differ, or there are none.
+        UserError: The names differ, there are none, or a weight is below 0.
     """
 
     def __init__(self, losses: Mapping[str, nn.Module], weights: Mapping[str, float]) -> None:
@@ -157,6 +163,7 @@ class WeightedSum(SumOfTerms):
                 f"method.loss.weights {', '.join(sorted(weights)) or 'nothing'}: the same names "
                 "are needed in both"
             )
+        check_range("method.loss.weights", "[0, inf)", **weights)
         self.losses = nn.ModuleDict(losses)
         self.weights = dict(weights)
 
@@ -227,6 +234,8 @@ class MSGMSLoss(nn.Module):
 
     def __init__(self, scales: int = 4, constant: float = 0.0026) -> None:
         super().__init__()
+        check_range("method.loss", "[1, inf)", scales=scales)
+        check_range("method.loss", "(0, inf)", constant=constant)
         self.scales = scales
         self.constant = constant
 

@@ -109,10 +109,13 @@ class CrossedMasks(Mask):
         self.sizes = list(sizes)
         self.sets = sets
         self.score_sizes = self.sizes if score_sizes is None else list(score_sizes)
-        if sets < 2 or not self.sizes or min(self.sizes + self.score_sizes) < 1:
+        if sets < 2 or not self.sizes or not self.score_sizes:
             raise UserError(
-                f"mask: sizes={self.sizes} must be sides of at least 1, and sets={sets} at least 2"
+                f"method.mask: sizes={self.sizes} and score_sizes={score_sizes} need one side, and "
+                f"sets={sets} must be at least 2"
             )
+        if min(self.sizes + self.score_sizes) < 1:
+            raise UserError(f"method.mask: sizes={self.sizes} must be sides of at least 1")
 
     def __call__(self, batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
         """Return (sets, B, h, w) bool; any two are disjoint and together they cover the map."""

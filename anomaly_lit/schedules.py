@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from anomaly_lit.types import UserError
+from anomaly_lit.types import UserError, check_range
 
 
 class Cosine:
@@ -45,12 +45,13 @@ class Step:
         warmup: Share of training, in [0, at].
 
     Raises:
-        UserError: A share is out of range.
+        UserError: A share or the factor is out of range.
     """
 
     def __init__(self, at: float = 0.8, factor: float = 0.1, warmup: float = 0.0) -> None:
         if not (0 <= at <= 1 and 0 <= warmup <= at):
             raise UserError(f"schedule: at={at} must lie in [0, 1], warmup={warmup} in [0, at]")
+        check_range("method.schedule", "[0, inf)", factor=factor)
         self.at = at
         self.factor = factor
         self.warmup = warmup
@@ -70,12 +71,13 @@ class Decay:
         times: Number of parts of equal length; the first has the full rate.
 
     Raises:
-        UserError: There is no part.
+        UserError: There is no part, or the factor is below 0.
     """
 
     def __init__(self, factor: float = 0.9, times: int = 10) -> None:
         if times < 1:
             raise UserError(f"schedule: times={times} must be at least 1")
+        check_range("method.schedule", "[0, inf)", factor=factor)
         self.factor = factor
         self.times = times
 

@@ -22,7 +22,7 @@ from anomaly_lit.callbacks.records import (
     crop_of,
 )
 from anomaly_lit.metrics import PixelMetrics, SegmentationMetrics, image_metrics, item_curves
-from anomaly_lit.types import Prediction, UserError
+from anomaly_lit.types import Prediction, UserError, check_range
 
 
 class Evaluation(pl.Callback):
@@ -55,7 +55,7 @@ class Evaluation(pl.Callback):
             `drawing.curves.save_curves`.
 
     Raises:
-        UserError: A share is outside (0, 1), or a crop is not positive.
+        UserError: A share or limit is outside (0, 1), or a crop is not positive.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Evaluation(pl.Callback):
         }.items():
             if not 0 < share < 1:
                 raise UserError(f"{name}={share} must be between 0 and 1")
+        check_range("callbacks.evaluation", "(0, 1]", aupro_limits=aupro_limits)
         self.fpr = fpr
         self.pixel_fpr = pixel_fpr
         self.pixel_crop = crop_of(pixel_crop)

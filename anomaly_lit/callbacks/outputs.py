@@ -16,7 +16,7 @@ from anomaly_lit.drawing.curves import save_curves
 from anomaly_lit.drawing.panels import contact_sheet, panel
 from anomaly_lit.drawing.png import save_image
 from anomaly_lit.reporting.predictions import caption_of, choose_images, write_rows
-from anomaly_lit.types import Batch, UserError
+from anomaly_lit.types import Batch, UserError, check_range
 
 OVERVIEW = 12  # panels on the overview
 KINDS = {
@@ -53,6 +53,7 @@ class Outputs(pl.Callback):
     """
 
     def __init__(self, directory: str, max_images: int = 24) -> None:
+        check_range("callbacks.outputs", "[0, inf)", max_images=max_images)
         self.directory = Path(directory)
         self.max_images = max_images
         self.findings: list[Finding] = []

@@ -18,7 +18,7 @@ from anomaly_lit.callbacks.stopping import StopSignals, signal_name, stop_asked
 from anomaly_lit.data.sampler import mixed_seed
 from anomaly_lit.inference.checkpoint import FORMAT_VERSION
 from anomaly_lit.methods.base import Method
-from anomaly_lit.types import Batch, Sample, Stopped, UserError
+from anomaly_lit.types import Batch, Sample, Stopped, UserError, check_range
 
 TOGETHER = 10  # steps between two exchanges of several ranks: each exchange waits for their devices
 
@@ -81,7 +81,7 @@ class ResumeCheckpoint(Checkpoint):
         signals: Once one of these arrives, the file is written and training ends.
 
     Raises:
-        UserError: `every_steps` is below one.
+        UserError: `every_steps` is below one, or `every_minutes` below zero.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class ResumeCheckpoint(Checkpoint):
         signals: StopSignals | None = None,
     ) -> None:
         self.path = Path(directory) / "last.ckpt"
+        check_range("checkpoint", "[0, inf)", every_minutes=every_minutes)
         self.every_seconds = 60 * every_minutes
         if every_steps is not None and every_steps < 1:
             raise UserError(f"checkpoint.every_steps={every_steps} must be at least 1, or null")

@@ -12,6 +12,7 @@ import torch
 from anomaly_lit.drawing.loss_curves import save_loss_curves
 from anomaly_lit.drawing.panels import contact_sheet, training_panel
 from anomaly_lit.drawing.png import save_image
+from anomaly_lit.types import check_range
 
 FIFTHS = 5  # parts of a loss curve that are compared
 
@@ -25,6 +26,7 @@ class TrainingPictures(pl.Callback):
     """
 
     def __init__(self, directory: str, max_images: int = 8) -> None:
+        check_range("callbacks.training_pictures", "[0, inf)", max_images=max_images)
         self.path = Path(directory) / "training.png"
         self.max_images = max_images
 

@@ -11,11 +11,13 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
@@ -50,6 +52,8 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
         try:
             return task(cfg)
         except Exception as error:
+            if not in_sweep():
+                leave_nothing(existed)
             in_words = isinstance(error, UserError | OSError)
             if in_words and not full and not in_sweep():  # the other jobs of a sweep go on
                 fail(error)
@@ -60,6 +64,8 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
 
     guarded.__module__ = task.__module__  # Hydra names the job after it
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of exiting
+    named = [a.partition("=")[2] for a in sys.argv[1:] if a.startswith("output_dir=")]
+    existed = bool(named) and Path(named[-1].strip("'\"")).exists()
     sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
     register_plugins()
     main = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)
@@ -87,6 +93,17 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
     finally:
         if not full:
             os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+def leave_nothing(existed: bool) -> None:
+    """Take back the empty log, and the folder, that Hydra made for a task that was refused."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    log = folder / f"{HydraConfig.get().job.name}.log"
+    with suppress(OSError):
+        if log.is_file() and not (log.stat().st_size or (folder / "config.yaml").exists()):
+            log.unlink()
+        if not existed:
+            folder.rmdir()
 
 
 def register_plugins() -> None:
@@ -118,6 +135,9 @@ def quoted(argument: str) -> str:
     strange = STRANGE.search(value) or (
         re.search(r"[/\\]", value) and re.search(r"[=(){}:'\"\s]", value)
     )
+    there = re.search(r"[,=]", value) and os.path.lexists(os.path.expanduser(value))
+    if there and "'" not in value:
+        return f"{key}='{value}'"
     if not equals or not strange or value[0] in "'\"[{$" or "," in value or "${" in value:
         return argument
     # Hydra reads backslashes as themselves, save before a quote

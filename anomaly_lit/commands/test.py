@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
@@ -42,6 +43,7 @@ def test(cfg: DictConfig) -> None:
     from anomaly_lit.files import environment, write_json
     from anomaly_lit.inference.checkpoint import build_method, read_checkpoint
     from anomaly_lit.reporting.terminal import print_results
+    from anomaly_lit.runs.build import made_by
     from anomaly_lit.runs.failures import quiet
     from anomaly_lit.runs.record import selection_of, tested
 
@@ -66,7 +68,8 @@ def test(cfg: DictConfig) -> None:
     evaluation = build(calibration=calibration)  # data of the checkpoint: never instantiated
     assert isinstance(evaluation, Evaluation)
     outputs = Outputs(str(directory), config["max_images"])
-    trainer = pl.Trainer(
+    make = partial(
+        pl.Trainer,
         accelerator=config["accelerator"],
         devices=1,
         logger=False,
@@ -74,6 +77,7 @@ def test(cfg: DictConfig) -> None:
         enable_model_summary=False,
         callbacks=[evaluation, outputs, StepSeeds(trained["seed"]), progress_bar()],
     )
+    trainer = made_by(make, {"accelerator": config["accelerator"]})
     if config["method"]:  # other scores need other thresholds
         datamodule.setup("validate")
         trainer.validate(method, datamodule=datamodule, verbose=False)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
+import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverrideParseException
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from anomaly_lit.types import UserError
 
 
 def config_dir() -> str:
@@ -49,12 +55,57 @@ def message_of(error: BaseException) -> str:
     """Return what went wrong, in words, with the cause that Hydra keeps separately."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return message_of(error.__cause__)
-    text = str(error) or type(error).__name__
+    text = _hydra_in_words(error) or str(error) or type(error).__name__
     if text.startswith("Caught UserError in DataLoader worker"):
         text = text.rpartition("UserError: ")[2].strip()  # torch puts a traceback in front
-    if isinstance(error.__cause__, OmegaConfBaseException):
-        text += f"\n{error.__cause__}"
+    if isinstance(error, OmegaConfBaseException):
+        first = text.splitlines()[0]
+        return f"{error.full_key}: {first}" if error.full_key else first
     return text
+
+
+def _hydra_in_words(error: BaseException) -> str:
+    """Say in one sentence what Hydra says in several lines; empty where it is one already."""
+    text = str(error)
+    if isinstance(error, OverrideParseException):
+        reason = error.message.partition("See https://")[0].splitlines()[-1]
+        return (
+            f"cannot read the argument {error.override!r} ({reason}): write KEY=VALUE, and a value "
+            "with special characters as KEY=\\'VALUE\\'"
+        )
+    if text.startswith("Ambiguous value for argument"):
+        argument = text.splitlines()[0].removeprefix("Ambiguous value for argument ")
+        return (
+            f"{argument} has a comma: add -m to run one job after another, write KEY=[a,b] for a "
+            "list, or KEY=\\'a,b\\' for a text with a comma"
+        )
+    if text.startswith("Config group override must be"):
+        wrong = ", ".join(a for a in sys.argv[1:] if re.fullmatch(r"[\w/@.]*=(null|[\d.]+)?", a))
+        return f"a group takes the name of one of its options, such as dataset=demo; found {wrong}"
+    sought = re.match(r"(?s)(?:In '.*?': )?Could not find '(.*?)'\n+Available options in", text)
+    if sought:
+        options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+        group, _, name = sought[1].rpartition("/")
+        near = nearest(name, options)
+        return (
+            f"could not find {sought[1]!r}: the options of {group} are {', '.join(options)}{near}"
+        )
+    there = re.match(r"Could not append to config. An item is already at '(.*?)'", text)
+    if there:
+        return f"{there[1]} is there already: write it without the +"
+    absent = re.match(r"Could not override '(.*?)'", text)
+    if absent:
+        parent = getattr(error.__cause__, "parent_node", None)
+        known = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
+        near = nearest(absent[1].rpartition(".")[2], known)
+        return f"{absent[1]}: there is no such key{near or '; --cfg job shows all'}"
+    return ""
+
+
+def nearest(key: str, known: Collection[str]) -> str:
+    """Return words that name the most similar of several names, if one is similar."""
+    near = difflib.get_close_matches(key, sorted(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def in_sweep() -> bool:
@@ -63,7 +114,13 @@ def in_sweep() -> bool:
 
 
 def output_folder() -> Path:
-    """Return the folder of this run or of this job of a sweep."""
+    """Return the folder of this run or of this job of a sweep.
+
+    Raises:
+        UserError: Its name is empty.
+    """
+    if not in_sweep() and not str(HydraConfig.get().run.dir).strip():
+        raise UserError("output_dir is empty: name the folder of the run with output_dir=DIR")
     return Path(HydraConfig.get().runtime.output_dir)
 
 

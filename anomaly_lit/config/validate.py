@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -61,16 +62,42 @@ HINTS: dict[Command, dict[str, Any]] = {  # types of keys that belong to no node
         "image_size": IMAGE_SIZE,
         "seed": SEED,
         "output_dir": str,
-        "columns": COUNT,
+        "columns": Annotated[int, 1, 64],
         "clear_cache": bool,
     },
+}
+
+SHARE = Annotated[float, 0, 1]
+LIMIT = COUNT | SHARE | None  # batches, or a share of them
+RANGES: dict[Command, dict[str, Any]] = {  # of keys whose nodes state a type alone
+    "train": {
+        "trainer.max_steps": COUNT | Literal[-1],
+        "trainer.max_epochs": COUNT | Literal[-1] | None,
+        "trainer.val_check_interval": COUNT | SHARE | None,
+        "trainer.check_val_every_n_epoch": COUNT | None,
+        "trainer.log_every_n_steps": Annotated[int, 0] | None,
+        "trainer.accumulate_grad_batches": COUNT,
+        "trainer.gradient_clip_val": Annotated[float, 0, math.inf] | None,
+        "trainer.num_sanity_val_steps": Annotated[int, -1] | None,
+        "trainer.limit_train_batches": LIMIT,
+        "trainer.limit_val_batches": LIMIT,
+        "trainer.limit_test_batches": LIMIT,
+        "trainer.devices": COUNT | Literal[-1] | list[int] | str,
+        "trainer.num_nodes": COUNT,
+        "trainer.detect_anomaly": bool,
+        "trainer.deterministic": bool | Literal["warn"] | None,
+        "trainer.enable_model_summary": bool | None,
+    },
+    "test": {},
+    "predict": {},
+    "data": {},
 }
 
 NODES: dict[Command, tuple[str, ...]] = {  # keys whose values have a `_target_`
     "train": ("callbacks", "dataset", "logger", "method", "pruning", "step", "trainer"),
     "test": ("dataset", "method"),
     "predict": (),
-    "data": ("dataset", "trainer"),  # dataset=demo sets the length of training, not read here
+    "data": ("dataset",),
 }
 NAMED = ("callbacks", "logger")  # keys that hold several nodes, by name
 
@@ -86,14 +113,17 @@ def validate(config: Mapping[str, Any], command: Command | None = "train") -> No
         UserError: Lists every unknown, missing or ill-typed parameter with its path.
     """
     hints = HINTS[command] if command else {}
-    problems = [*_strangers(config, command)] if command else []
+    ranges = RANGES[command] if command else {}
+    problems = [*_strangers(config, command), *_absent(config, command)] if command else []
     problems += [
         problem
         for path, node in nodes(config)
         if f"{path}._target_" not in hints  # else the checkpoint completes the node
         for problem in _misfits(path, node)
+        if problem.partition(":")[0] not in ranges  # told below
     ]
-    for path, hint in hints.items():
+    problems += [*_endless(config)] if command == "train" else []
+    for path, hint in (hints | ranges).items():
         section, _, key = path.rpartition(".")
         values = config.get(section) if section else config
         if isinstance(values, Mapping) and key in values and not fits(values[key], hint):
@@ -119,6 +149,37 @@ def _strangers(config: Mapping[str, Any], command: Command) -> Iterator[str]:
             for name, node in value.items():
                 if not isinstance(node, Mapping) or "_target_" not in node:
                     yield f"{key}.{name}: it has no _target_, so nothing can be built from it"
+
+
+def _absent(config: Mapping[str, Any], command: Command) -> Iterator[str]:
+    """Say which keys were taken out: Hydra takes any with `~KEY`."""
+    for path in (*HINTS[command], *NODES[command]):
+        section, _, key = path.rpartition(".")
+        values = config.get(section) if section else config
+        if not isinstance(values, Mapping) or key not in values:
+            yield f"{path}: anomaly-{command} needs it, and the config does not give it"
+    if command == "train":
+        for path in ("dataset", "method", "step", "trainer"):
+            if path in config and not isinstance(config[path], Mapping):
+                yield f"{path}: {config[path]!r} is no node with a _target_"
+
+
+def _endless(config: Mapping[str, Any]) -> Iterator[str]:
+    """Say where nothing ends training, or a validation would never come."""
+    trainer = config.get("trainer")
+    trainer = trainer if isinstance(trainer, Mapping) else {}
+    bounds = [trainer.get(name) for name in ("max_steps", "max_epochs", "max_time")]
+    if bounds in ([-1, -1, None], [-1, -1, -1]):
+        yield "trainer.max_steps: -1 and trainer.max_epochs=-1 never end: set either above 0"
+    interval, counted = trainer.get("val_check_interval"), trainer.get("check_val_every_n_epoch", 1)
+    if counted is None and isinstance(interval, float):
+        yield (
+            f"trainer.val_check_interval: {interval} is no whole number of steps, which it must be "
+            "with trainer.check_val_every_n_epoch=null"
+        )
+    for key in ("val_check_interval", "limit_train_batches", "limit_test_batches"):
+        if trainer.get(key) == 0:
+            yield f"trainer.{key}: 0 would leave it out: give a number above 0"
 
 
 def _nearest(key: str, known: Collection[str]) -> str:
@@ -173,7 +234,8 @@ def fits(value: Any, hint: Any) -> bool:
         return value is None
     if origin is Annotated:  # with the smallest and possibly the largest number
         kind, least, *greatest = arguments
-        return fits(value, kind) and value >= least and all(value <= most for most in greatest)
+        inside = fits(value, kind) and least <= value < math.inf
+        return inside and all(value <= most for most in greatest)
     if hint is bool or hint is str:
         return isinstance(value, hint)
     if hint is int:
@@ -196,8 +258,14 @@ def _name(hint: Any) -> str:
         return f"one of {', '.join(str(option) for option in typing.get_args(hint))}"
     if typing.get_origin(hint) is Annotated:
         kind, least, *greatest = typing.get_args(hint)
-        limits = f"from {least} to {greatest[0]}" if greatest else f"of at least {least}"
+        within = greatest and greatest[0] < math.inf
+        limits = f"from {least} to {greatest[0]}" if within else f"of at least {least}"
         return f"{_name(kind)} {limits}"
+    options = typing.get_args(hint)
+    if any(typing.get_origin(option) is Annotated for option in options):
+        return " or ".join(_name(option) for option in options)
+    if hint is type(None):
+        return "null"
     if hint is bool:
         return "bool (true or false)"
     return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "")

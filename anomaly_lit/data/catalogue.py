@@ -83,6 +83,10 @@ class Catalogue:
             wrong.append(f"dataset.masks={self.masks}: choose required, optional or none")
         if self.shots is not None:
             wrong += too_small({"shots": (self.shots, 1)})
+        if not 0 <= self.seed < 2**32:
+            wrong.append(f"dataset.seed={self.seed}: it must lie in 0 to {2**32 - 1}")
+        if not isinstance(self.requested, str) and len(set(self.requested)) < len(self.requested):
+            wrong.append(f"dataset.categories={[*self.requested]}: name each category once")
         return wrong
 
     def list_samples(self) -> None:

@@ -15,6 +15,7 @@ from anomaly_lit.data.opening import MAX_PIXELS, ORIENTATION, open_picture, upri
 from anomaly_lit.data.truth import Region, read_mask
 from anomaly_lit.types import Sample, UserError
 
+LARGEST = 16384  # pixels of a side that a method sees
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -238,8 +239,10 @@ def _to_8_bits(values: npt.NDArray[np.generic], is_float: bool) -> Pixels:
 def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     numbers = [value, value] if isinstance(value, int) else list(value)
     whole = all(isinstance(number, int) and number > 0 for number in numbers)
-    if len(numbers) != 2 or not whole:
-        raise UserError(f"{name}={value}: give one positive whole number or [height, width]")
+    if len(numbers) != 2 or not whole or max(numbers) > LARGEST:
+        raise UserError(
+            f"{name}={value}: give one positive whole number or [height, width], at most {LARGEST}"
+        )
     return numbers[0], numbers[1]
 
 

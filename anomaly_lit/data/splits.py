@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from anomaly_lit.data.layouts.base import Listing
-from anomaly_lit.types import Sample
+from anomaly_lit.types import Sample, UserError
 
 
 class Splits(NamedTuple):
@@ -94,10 +94,18 @@ def split_category(
         holdout: Share of the normal training images to hold out.
         shots: Images to train on, out of those that are not held out; None takes all.
         test_share: Share of the normal training images to test on instead.
+
+    Raises:
+        UserError: There are fewer images than shots.
     """
     kept, train = draw(listing.train, round(test_share * len(listing.train)), "test")
     held, rest = draw(train, _holdout_count(train, draw, holdout), "holdout")
     if shots is not None:
+        if shots > len(rest) > 0:
+            raise UserError(
+                f"dataset.shots={shots}: {rest[0].category} has {len(rest)} training images that "
+                "are not held out: lower it, or dataset.holdout"
+            )
         rest, _ = draw(rest, shots, "shots")
     return Splits(rest, held, kept + listing.test)
 

@@ -74,11 +74,23 @@ class Detector:
         """Move the network.
 
         Raises:
-            UserError: The engine computes on a CPU only.
+            UserError: There is no such device, or the engine computes on a CPU only.
         """
+        known = "give cpu, cuda or cuda:N, or null for a GPU if there is one"
+        try:
+            if torch.device(device).type == "meta":
+                raise UserError(f"device=meta computes nothing: {known}")
+        except RuntimeError as error:
+            raise UserError(f"device={device} is no device of torch: {known}") from error
         if self.engine == "openvino" and torch.device(device).type != "cpu":
             raise UserError(f"engine=openvino computes on a CPU, not on device={device}")
-        self.method.to(device)
+        try:
+            self.method.to(device)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"device={device} cannot be used ({reason}): {known}") from error
         return self
 
     def predict(

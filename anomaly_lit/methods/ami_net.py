@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from anomaly_lit.losses import loss_terms
 from anomaly_lit.masks import Mask
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
-from anomaly_lit.nn.aggregate import aggregate, resize, smooth
+from anomaly_lit.nn.aggregate import aggregate, grid_pair, resize, smooth
 from anomaly_lit.nn.attention import init_as_one
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.transformer import (
@@ -44,7 +44,7 @@ from anomaly_lit.nn.transformer import (
     init_linear,
     sincos_positions,
 )
-from anomaly_lit.types import Batch, Prediction, UserError
+from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
 
 class AMINet(Method):
@@ -74,7 +74,8 @@ class AMINet(Method):
         score: `std` (the paper's code) or `max` of the map.
 
     Raises:
-        UserError: `patch` does not divide `grid`, or `heads` does not divide `dim`.
+        UserError: `patch` does not divide `grid`, `heads` does not divide `dim`, or a value is
+            out of range.
     """
 
     def __init__(
@@ -101,7 +102,12 @@ class AMINet(Method):
         score: Literal["std", "max"] = "std",
     ) -> None:
         super().__init__(optimizer, schedule)
-        self.grid = (grid, grid) if isinstance(grid, int) else (grid[0], grid[1])
+        self.grid = grid_pair(grid)
+        check_range("method", "[1, 1024]", grid=self.grid, patch=patch)
+        check_range("method", "[1, inf)", dim=dim, heads=heads, clusters=clusters)
+        check_range("method", "[0, inf)", depth=depth, cluster_depth=cluster_depth, jitter=jitter)
+        check_range("method", "[0, inf)", cluster_weight=cluster_weight, smoothing=smoothing)
+        check_range("method", "(-inf, inf)", sigma=sigma)
         if any(side % patch for side in self.grid) or dim % heads or dim % 4:
             raise UserError(
                 f"method.patch={patch} must divide method.grid={list(self.grid)}, and "

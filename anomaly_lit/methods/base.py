@@ -38,6 +38,7 @@ class Method(Optimised):
             nothing.
         oracle_criterion: Metrics of the test set, joined by `+`, whose largest sum
             `selection=oracle` chooses: those by which the paper chose its weights.
+        multiple: Height and width of an image must be multiples of this.
         learned: Whether `learn` has run; part of the state dict.
         calibrated: Whether `calibrate` has run with the current weights; part of the state dict.
     """
@@ -46,6 +47,7 @@ class Method(Optimised):
     localises: bool = True
     optimises: bool = False
     oracle: str = ""
+    multiple: int = 1
     oracle_criterion: str = "image_auroc+pixel_auroc"
 
     def __init__(

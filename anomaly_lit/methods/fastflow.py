@@ -37,7 +37,7 @@ from torch.optim.swa_utils import AveragedModel
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import grid_of, smooth
 from anomaly_lit.nn.backbone import Backbone
-from anomaly_lit.types import Batch, Prediction, UserError
+from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
 
 class FastFlow(Method):
@@ -78,8 +78,10 @@ class FastFlow(Method):
         smoothing: float = 0.0,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
-        if not 0 <= average < 1:
-            raise UserError(f"method.average={average} must lie in [0, 1)")
+        check_range("method", "[0, 1)", average=average)
+        check_range("method", "[1, inf)", steps=steps)
+        check_range("method", "(0, inf)", hidden_ratio=hidden_ratio)
+        check_range("method", "[0, inf)", smoothing=smoothing)
         if min(backbone.channels) < 2:
             raise UserError(f"a flow needs two channels; the stages have {backbone.channels}")
         self.backbone = backbone

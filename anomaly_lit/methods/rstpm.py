@@ -41,7 +41,7 @@ from torch.optim import Optimizer
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import smooth
 from anomaly_lit.nn.backbone import Backbone
-from anomaly_lit.types import Batch, Prediction, UserError
+from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
 
 class RSTPM(Method):
@@ -79,6 +79,9 @@ class RSTPM(Method):
         smoothing: float = 0.0,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
+        check_range("method", "(0, inf)", width=width, second_clip=second_clip)
+        check_range("method", "[0, 1]", second_warmup=second_warmup)
+        check_range("method", "[0, inf)", smoothing=smoothing)
         check_strides(teacher, second_teacher)
         self.teacher = teacher
         self.second_teacher = second_teacher

@@ -41,7 +41,7 @@ from anomaly_lit.nn.neighbours import (
     silence,
 )
 from anomaly_lit.nn.transformer import add_jitter, init_linear
-from anomaly_lit.types import Batch, Prediction, UserError
+from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
 
 class UniAD(Method):
@@ -100,6 +100,10 @@ class UniAD(Method):
         pool: int = 16,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
+        check_range("method", "[1, inf)", dim=dim, heads=heads, feedforward=feedforward, pool=pool)
+        check_range("method", "[0, inf)", encoder_depth=encoder_depth, decoder_depth=decoder_depth)
+        check_range("method", "[0, inf)", window=window, jitter=jitter)
+        check_range("method", "[0, 1)", dropout=dropout)
         if dim % heads or dim % 2:
             raise UserError(f"method.heads={heads} and 2 must divide method.dim={dim}")
         self.backbone = backbone
@@ -117,7 +121,8 @@ class UniAD(Method):
             math.prod(self.grid), dim, heads, feedforward, decoder_depth, dropout
         )
         self.head = nn.Linear(dim, channels)
-        self.apply(init_linear)
+        for part in (self.embed, self.encoder, self.decoder, self.head):
+            part.apply(init_linear)
         self.head_start = head
         if head == "mean":
             silence(self.head)

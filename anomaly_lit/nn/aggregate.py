@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anomaly_lit.types import UserError
+from anomaly_lit.types import UserError, check_range
 
 
 def aggregate(features: Sequence[Tensor], grid: Sequence[int], average: bool = False) -> Tensor:
@@ -79,16 +79,30 @@ def smooth(anomaly_map: Tensor, sigma: float) -> Tensor:
     return flat.view(batch, channels, height, width)
 
 
+def grid_pair(grid: int | Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a map from one number or two.
+
+    Raises:
+        UserError: There are more or fewer.
+    """
+    sides = [grid, grid] if isinstance(grid, int) else list(grid)
+    if len(sides) != 2:
+        raise UserError(f"method.grid={sides}: give one whole number, or [height, width]")
+    return sides[0], sides[1]
+
+
 def grid_of(image_size: int | Sequence[int], stride: int) -> tuple[int, int]:
     """Return rows and columns of a map with one position every `stride` pixels.
 
     Raises:
         UserError: The stride does not divide the image.
     """
+    check_range("method", "[1, inf)", stride=stride)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if height % stride or width % stride:
         raise UserError(
-            f"image_size={image_size} is no multiple of {stride}, the stride of the feature map"
+            f"image_size={image_size} is no multiple of method.stride={stride}, the stride of the "
+            "feature map: change either"
         )
     return height // stride, width // stride
 

@@ -14,7 +14,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from anomaly_lit.nn.weights import find_weights
-from anomaly_lit.types import UserError
+from anomaly_lit.types import UserError, check_range
 
 
 class Backbone(nn.Module):
@@ -60,6 +60,11 @@ class Backbone(nn.Module):
         final_norm: bool = False,
     ) -> None:
         super().__init__()
+        if not out_indices or list(out_indices) != sorted(set(out_indices)):
+            raise UserError(
+                f"method.backbone.out_indices={list(out_indices)}: give at least one stage, each "
+                "once, in rising order, such as [1, 2, 3]"
+            )
         self.name = name
         self.weights = weights
         self.file_stem = file_stem
@@ -69,8 +74,16 @@ class Backbone(nn.Module):
         self.network = self._build()
         self.channels: list[int] = self.network.feature_info.channels()
         self.strides: list[int] = self.network.feature_info.reduction()
+        if (mean is None) != (std is None):
+            raise UserError(f"method.backbone.mean={mean}, std={std}: give both, or neither")
         if mean is None or std is None:
             mean, std = _statistics(name)
+        check_range("method.backbone", "(0, inf)", std=std)
+        if len(mean) != 3 or len(std) != 3:
+            raise UserError(
+                f"method.backbone.mean={list(mean)}, std={list(std)}: give a number for each of "
+                "three channels"
+            )
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
         self.loaded = weights == "random"

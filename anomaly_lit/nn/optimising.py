@@ -6,14 +6,33 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from anomaly_lit.types import UserError
+from anomaly_lit.types import UserError, check_range
 
 OptimizerFn = Callable[[Iterable[Any]], Optimizer]  # parameters, or groups of them
 ScheduleFn = Callable[[float], float]
+
+
+def check_optimizer(optimizer: OptimizerFn) -> None:
+    """Build the optimiser for a single number, to see whether it takes its settings.
+
+    Raises:
+        UserError: It does not, or a setting is not finite.
+    """
+    settings = getattr(optimizer, "keywords", {})
+    numbers = {k: v for k, v in settings.items() if isinstance(v, int | float)}
+    check_range("method.optimizer", "(-inf, inf)", **numbers)
+    try:
+        optimizer([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError, IndexError) as error:
+        values = ", ".join(f"{name}={value}" for name, value in settings.items())
+        raise UserError(
+            f"method.optimizer takes no such values ({values}): {str(error).splitlines()[0]}"
+        ) from error
 
 
 class Optimised(pl.LightningModule):
@@ -24,6 +43,9 @@ class Optimised(pl.LightningModule):
         schedule: Factor of the learning rate at a share of training, in [0, 1]; None keeps it.
         gradient_clip: Largest norm of all gradients together; `trainer.gradient_clip_val` has
             precedence.
+
+    Raises:
+        UserError: `gradient_clip` is not above 0.
     """
 
     def __init__(
@@ -33,6 +55,7 @@ class Optimised(pl.LightningModule):
         gradient_clip: float | None = None,
     ) -> None:
         super().__init__()
+        check_range("method", "(0, inf)", gradient_clip=gradient_clip)
         self.optimizer = optimizer
         self.schedule = schedule
         self.gradient_clip = gradient_clip

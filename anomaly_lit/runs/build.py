@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,16 +37,93 @@ def find_all_weights(config: dict[str, Any]) -> None:
 
 def build(config: dict[str, Any]) -> tuple[AnomalyDataModule, Method]:
     """Build and check the data module, and build the method with its backbones' weights."""
+    from anomaly_lit.nn.optimising import check_optimizer
+
+    check_trainer(config["trainer"])
     datamodule = build_data(config)
+    method = instantiate(config["method"], "method")
+    check_optimizer(method.optimizer)
+    check_synthesis(datamodule, method)
+    check_companions(datamodule, method)
+    check_size(datamodule, method)
     if is_first_process():
         datamodule.prepare_data()
     datamodule.setup("fit")
     if not datamodule.holdout_samples and config["selection"] == "best":
         raise UserError("selection=best needs held-out images: set dataset.holdout above 0")
-    method = instantiate(config["method"], "method")
-    check_synthesis(datamodule, method)
     method.setup("fit")
     return datamodule, method
+
+
+def check_companions(datamodule: AnomalyDataModule, method: Method) -> None:
+    """Refuse a folder of companions that the method would never look into.
+
+    Raises:
+        UserError: `dataset.<name>_dir` is set, and the method does not need it.
+    """
+    from anomaly_lit.data.companions import NAMES
+
+    for name in NAMES:
+        folder = getattr(datamodule, f"{name}_dir", None)
+        if folder is not None and name not in method.needs:
+            raise UserError(
+                f"dataset.{name}_dir={folder}: {type(method).__name__} reads no {name} images; set "
+                f"dataset.{name}_dir=null"
+            )
+
+
+def check_size(datamodule: AnomalyDataModule, method: Method) -> None:
+    """Refuse images of a size that the method's network does not take.
+
+    Raises:
+        UserError: A side is no multiple of `method.multiple`.
+    """
+    size, multiple = list(datamodule.resize.size), method.multiple
+    if any(side % multiple for side in size):
+        near = [max(1, round(side / multiple)) * multiple for side in size]
+        raise UserError(
+            f"image_size={size}: {type(method).__name__} needs a multiple of {multiple} in height "
+            f"and width, such as image_size=[{near[0]},{near[1]}]"
+        )
+
+
+def check_trainer(settings: dict[str, Any]) -> None:
+    """Refuse, before anything is read, what Lightning would refuse later.
+
+    Raises:
+        UserError: The trainer has no such device, precision, strategy or profiler.
+    """
+    from anomaly_lit.runs.failures import quiet
+
+    quiet()
+    bare = {key: value for key, value in settings.items() if key not in ("callbacks", "plugins")}
+    made_by(instantiate({**bare, "logger": False, "_partial_": True}, "trainer"), settings)
+
+
+def made_by(make: Callable[[], pl.Trainer], settings: Mapping[str, Any]) -> pl.Trainer:
+    """Return the trainer that a function makes from settings.
+
+    Raises:
+        UserError: Lightning refuses them.
+    """
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    accelerator, devices = settings.get("accelerator", "auto"), settings.get("devices", "auto")
+    most = max(16, os.cpu_count() or 1)
+    count = int(devices) if str(devices).isdecimal() else 0
+    if count > most and device_type(accelerator) == "cpu":
+        raise UserError(
+            f"trainer.devices={devices} starts as many processes, and this machine has "
+            f"{os.cpu_count()} processors: lower it"
+        )
+    try:
+        return make()
+    except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
+        text = " ".join(str(error).split())
+        about = ("accelerator", "devices", "num_nodes", "strategy", "precision", "profiler")
+        named = [k for k in about if k in settings and k in text.lower()] or about[:2]
+        given = ", ".join(f"trainer.{key}={settings.get(key, 'auto')}" for key in named)
+        raise UserError(f"{given} cannot be: {text}") from error
 
 
 def build_data(config: dict[str, Any]) -> AnomalyDataModule:
@@ -87,7 +167,6 @@ def build_trainer(
 ) -> tuple[pl.Trainer, Evaluation]:
     """Return the trainer with the callbacks of every run and those of the configuration."""
     from pytorch_lightning.callbacks import ModelCheckpoint
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
     from anomaly_lit.callbacks.dashboard import Dashboard
     from anomaly_lit.callbacks.evaluation import Evaluation
@@ -106,7 +185,7 @@ def build_trainer(
 
     folder = str(directory / "checkpoints")
     named = config["callbacks"] or {}
-    callbacks = [instantiate(node) for node in named.values()]
+    callbacks = [instantiate(node, f"callbacks.{name}") for name, node in named.items()]
     evaluation = next((c for c in callbacks if isinstance(c, Evaluation)), None)
     if evaluation is None:
         raise UserError(
@@ -140,7 +219,6 @@ def build_trainer(
     if pruner is not None:
         callbacks.append(pruner)
     replace_observer()
-    loggers = build_loggers(config, data_digest)
     callbacks.append(Dashboard(str(directory), f"{folder}/{config['selection']}.ckpt"))
     settings = {"default_root_dir": str(directory), **config["trainer"]}
     plugins = instantiate(settings.pop("plugins", None), "trainer.plugins") or []
@@ -148,10 +226,9 @@ def build_trainer(
     if settings.get("precision") is None:
         settings["precision"] = default_precision(settings.get("accelerator", "auto"))
     make = instantiate({**settings, "_partial_": True})
-    try:
-        return make(callbacks=callbacks, logger=loggers or False, plugins=plugins), evaluation
-    except (MisconfigurationException, ImportError, ValueError) as error:  # such as no device
-        raise UserError(f"trainer: {error}") from error
+    trainer = made_by(partial(make, callbacks=callbacks, logger=False, plugins=plugins), settings)
+    trainer.loggers = build_loggers(config, data_digest)
+    return trainer, evaluation
 
 
 def check_validates(config: dict[str, Any]) -> None:

@@ -66,13 +66,13 @@ def run(
             print(f"warning: {remark}", file=sys.stderr)
         if start is not None:
             check_same_data(datamodule, start)
-        if is_first_process():
-            note_configuration(config, directory)
         pruner = instantiate(pruning, "pruning") if pruning else None
         trainer, evaluation = build_trainer(config, directory, datamodule.digest, signals, pruner)
         with told_once():
             check_launcher(trainer)
             check_shares(datamodule, trainer.world_size)
+        if is_first_process():
+            note_configuration(config, directory)
         if trainer.is_global_zero:
             print_plan(trainer, method, datamodule)
             print(f"{'Resuming in' if goes_on else 'Writing to'} {directory}", flush=True)

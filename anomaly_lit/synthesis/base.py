@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anomaly_lit.types import UserError
+from anomaly_lit.types import UserError, check_range
 
 
 class Synthesis(nn.Module):
@@ -92,7 +92,7 @@ class Mixed(Synthesis):
         probability: Share of images that get a recipe at all.
 
     Raises:
-        UserError: The names differ, or no weight is positive.
+        UserError: The names differ, a weight is below 0, or none is above.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class Mixed(Synthesis):
         probability: float = 1.0,
     ) -> None:
         super().__init__(probability, allow_empty=True)
+        check_range("dataset.synthesis.weights", "[0, inf)", **weights)
         if set(recipes) != set(weights) or not any(weight > 0 for weight in weights.values()):
             raise UserError(
                 f"dataset.synthesis.recipes names {', '.join(sorted(recipes)) or 'nothing'}, "
@@ -135,6 +136,21 @@ class Mixed(Synthesis):
                 corrupted = corrupted.index_copy(0, rows, source)
                 corruption = corruption.index_copy(0, rows, changed)
         return corrupted, corruption
+
+
+def check_pairs(interval: str, **pairs: Sequence[float] | None) -> None:
+    """Refuse ranges that are not a least and a greatest number in an interval; None passes.
+
+    Raises:
+        UserError: Names the range.
+    """
+    for name, pair in pairs.items():
+        if pair is not None and (len(pair) != 2 or not pair[0] <= pair[1]):
+            raise UserError(
+                f"dataset.synthesis: {name}={list(pair)} must rise: give the least and the "
+                f"greatest number, in {interval}"
+            )
+    check_range("dataset.synthesis", interval, **pairs)
 
 
 def uniform(

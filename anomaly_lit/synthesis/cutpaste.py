@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from anomaly_lit.synthesis.augment import colour_jitter
-from anomaly_lit.synthesis.base import Synthesis, pixel_grid, uniform
-from anomaly_lit.types import UserError
+from anomaly_lit.synthesis.base import Synthesis, check_pairs, pixel_grid, uniform
+from anomaly_lit.types import UserError, check_range
 
 
 class CutPaste(Synthesis):
@@ -55,14 +55,12 @@ class CutPaste(Synthesis):
         allow_empty: bool = False,
     ) -> None:
         super().__init__(probability, foreground, allow_empty)
-        ranges = {"area": area, "aspect": aspect, "scar_width": scar_width}
-        ranges |= {"scar_length": scar_length}
-        wrong = [f"{k}={list(v)}" for k, v in ranges.items() if not 0 < v[0] <= v[1]]
-        if wrong or area[1] >= 1 or not aspect[0] <= 1 <= aspect[1]:
-            raise UserError(
-                f"dataset.synthesis: {', '.join(wrong) or f'area={list(area)}, aspect={aspect}'}: "
-                "ranges must rise from above 0, area to below 1, and aspect across 1"
-            )
+        check_pairs("(0, 1)", area=area)
+        check_pairs("(0, inf)", aspect=aspect, scar_width=scar_width, scar_length=scar_length)
+        if not aspect[0] <= 1 <= aspect[1]:
+            raise UserError(f"dataset.synthesis: aspect={list(aspect)} must rise across 1")
+        check_range("dataset.synthesis", "(-inf, inf)", scar_angle=scar_angle)
+        check_range("dataset.synthesis", "[0, inf)", jitter=jitter, hue=hue)
         self.kind = kind
         self.area = area
         self.aspect = aspect

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anomaly_lit.synthesis.augment import augment
-from anomaly_lit.synthesis.base import Synthesis, pixel_grid, uniform
+from anomaly_lit.synthesis.base import Synthesis, check_pairs, pixel_grid, uniform
 from anomaly_lit.synthesis.nsa import partners
 from anomaly_lit.synthesis.perlin import PerlinMask
 from anomaly_lit.synthesis.textures import TextureFolder, procedural_textures
-from anomaly_lit.types import UserError
+from anomaly_lit.types import UserError, check_range
 
 SHAPES = ("perlin", "blob", "stroke", "strip")
 CONTENTS = ("texture", "other", "shuffled", "grey")
@@ -62,11 +62,10 @@ class GeneralAnomalies(Synthesis):
         allow_empty: bool = False,
     ) -> None:
         super().__init__(probability, foreground, allow_empty)
-        if not 0 <= beta[0] <= beta[1] < 1 or feather < 1 or feather % 2 == 0:
-            raise UserError(
-                f"dataset.synthesis: beta={list(beta)} must rise, from 0 to below 1, and "
-                f"feather={feather} be odd"
-            )
+        check_pairs("[0, 1)", beta=beta)
+        check_range("dataset.synthesis", "[0, 10]", augmentations=augmentations)
+        if feather < 1 or feather % 2 == 0:
+            raise UserError(f"dataset.synthesis: feather={feather} must be odd and above 0")
         self.shapes = _shares("shapes", shapes, SHAPES)
         self.contents = _shares("contents", contents, CONTENTS)
         self.folder = None if texture_dir is None else TextureFolder(texture_dir, max_textures)

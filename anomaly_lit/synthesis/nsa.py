@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anomaly_lit.synthesis.base import Synthesis, pixel_grid, uniform
-from anomaly_lit.types import UserError
+from anomaly_lit.synthesis.base import Synthesis, check_pairs, pixel_grid, uniform
+from anomaly_lit.types import check_range
 
 
 class NSA(Synthesis):
@@ -48,11 +48,10 @@ class NSA(Synthesis):
         allow_empty: bool = False,
     ) -> None:
         super().__init__(probability, foreground, allow_empty)
-        if not (0 < half_size[0] <= half_size[1] < 0.5 and 0 < scale[0] <= scale[1] and parts >= 1):
-            raise UserError(
-                f"dataset.synthesis: half_size={list(half_size)} must rise between 0 and 0.5, "
-                f"scale={list(scale)} from above 0, and parts={parts} be at least 1"
-            )
+        check_pairs("(0, 0.5)", half_size=half_size)
+        check_pairs("(0, inf)", scale=scale)
+        check_range("dataset.synthesis", "[1, inf)", parts=parts)
+        check_range("dataset.synthesis", "[0, 1]", least_change=least_change)
         self.half_size = half_size
         self.parts = parts
         self.scale = scale

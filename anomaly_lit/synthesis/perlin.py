@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from anomaly_lit.synthesis.augment import augment, rotate
-from anomaly_lit.synthesis.base import Synthesis, uniform
+from anomaly_lit.synthesis.base import Synthesis, check_pairs, uniform
 from anomaly_lit.synthesis.noise import perlin_noise
 from anomaly_lit.synthesis.textures import TextureFolder, procedural_textures
-from anomaly_lit.types import UserError
+from anomaly_lit.types import check_range
 
 
 class PerlinMask:
@@ -37,10 +37,9 @@ class PerlinMask:
         threshold: float = 0.5,
         attempts: int = 2,
     ) -> None:
-        if not 0 <= exponents[0] <= exponents[1] <= 8:
-            raise UserError(f"dataset.synthesis: exponents={list(exponents)} must rise, in 0 to 8")
-        if area is not None and not 0 < area[0] <= area[1] < 1:
-            raise UserError(f"dataset.synthesis: area={list(area)} must rise, between 0 and 1")
+        check_pairs("[0, 8]", exponents=exponents)
+        check_pairs("(0, 1)", area=area)
+        check_range("dataset.synthesis", "(-inf, inf)", rotation=rotation, threshold=threshold)
         self.exponents = exponents
         self.rotation = rotation
         self.area = area
@@ -109,8 +108,8 @@ class Perlin(Synthesis):
         allow_empty: bool = False,
     ) -> None:
         super().__init__(probability, foreground, allow_empty)
-        if not 0 <= beta[0] <= beta[1] < 1:
-            raise UserError(f"dataset.synthesis: beta={list(beta)} must rise, from 0 to below 1")
+        check_pairs("[0, 1)", beta=beta)
+        check_range("dataset.synthesis", "[0, 10]", augmentations=augmentations)
         self.mask = PerlinMask(exponents, rotation, area, threshold)
         self.folder = None if texture_dir is None else TextureFolder(texture_dir, max_textures)
         self.beta = beta
@@ -140,6 +139,9 @@ class Smudge(Synthesis):
         probability: See `Synthesis`.
         foreground: See `Synthesis`.
         allow_empty: See `Synthesis`.
+
+    Raises:
+        UserError: A range does not rise or leaves its bounds.
     """
 
     def __init__(
@@ -154,6 +156,7 @@ class Smudge(Synthesis):
         allow_empty: bool = False,
     ) -> None:
         super().__init__(probability, foreground, allow_empty)
+        check_pairs("[0, 1)", beta=beta)
         self.mask = PerlinMask(exponents, rotation, area, threshold)
         self.beta = beta
 

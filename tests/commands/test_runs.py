@@ -928,7 +928,7 @@ def test_best_selection_needs_held_out_images(
         ("checkpoint.every_steps=0", "checkpoint.every_steps=0"),
         ("threshold.fpr=2", "threshold.fpr=2"),
         ("cache=null", "error: "),
-        ("trainer.accelerator=quantum", "trainer: "),
+        ("trainer.accelerator=quantum", "trainer.accelerator=quantum"),
         ("~callbacks.evaluation", "Evaluation"),
         ("trainer.val_check_interval=100 selection=best", "trainer.val_check_interval=100"),
         ("image_size=abc", "image_size: expected int | list[int], found 'abc'"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from anomaly_lit.data.layouts.base import Listing
 from anomaly_lit.data.splits import Draw, split_category
-from anomaly_lit.types import Sample
+from anomaly_lit.types import Sample, UserError
 
 ROOT = Path("data")
 
@@ -58,6 +58,11 @@ def test_a_group_stays_on_one_side(
     groups: list[str], holdout: float, shots: int | None, seed: int
 ) -> None:
     listing = Listing(images(len(groups), groups), [])
+    most = len(split_category(listing, Draw(seed, ROOT), holdout, None)[0])
+    if shots is not None and shots > most:
+        with pytest.raises(UserError, match=r"dataset\.shots="):
+            split_category(listing, Draw(seed, ROOT), holdout, shots)
+        return
     train, held, _ = split_category(listing, Draw(seed, ROOT), holdout, shots)
     sides = [{sample.group for sample in part} for part in (train, held)]
     assert not sides[0] & sides[1]

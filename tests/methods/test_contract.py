@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from anomaly_lit.callbacks.run import ResumeCheckpoint, StepSeeds
+from anomaly_lit.config import build as build_module
 from anomaly_lit.config.hydra import config_dir
 from anomaly_lit.losses import total
 from anomaly_lit.methods import files
@@ -68,6 +69,36 @@ def test_there_are_methods() -> None:
             folder / f"test_{name}.py",
         ):
             assert file.is_file(), file
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_constructor_leaves_the_parts_that_it_is_handed_as_they_are(
+    name: str, monkeypatch: pytest.MonkeyPatch, small_method: Build
+) -> None:
+    """Each part gets layers of the usual kinds, which a careless `apply` would initialise anew."""
+    handed: list[tuple[nn.Module, Any]] = []
+
+    def state_of(part: nn.Module) -> Any:
+        flags = [weights.requires_grad for weights in part.parameters()]
+        state = {key: value.clone() for key, value in part.state_dict().items()}
+        return state, flags, [module.training for module in part.modules()]
+
+    def build(config: Any, path: str = "") -> Any:
+        made = original(config, path)
+        if path and isinstance(made, nn.Module):
+            made.probe = nn.Sequential(nn.Linear(3, 3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+            nn.init.constant_(made.probe[0].bias, 7.0)
+            handed.append((made, state_of(made)))
+        return made
+
+    original = build_module.instantiate
+    monkeypatch.setattr(build_module, "instantiate", build)
+    small_method(name)
+    for part, (state, flags, modes) in handed:
+        after, flags_after, modes_after = state_of(part)
+        assert (flags_after, modes_after) == (flags, modes)
+        for key, value in state.items():
+            assert torch.equal(after[key], value), key
 
 
 def test_prediction_has_the_shapes_of_the_interface(method: Any, make_batch: MakeBatch) -> None:

@@ -22,7 +22,7 @@ from anomaly_lit.data.caches.memory import ImageCache
 from anomaly_lit.data.demo.products import GOOD, PRODUCTS, picture
 from anomaly_lit.data.layouts.mvtec_ad import MVTecAD, MVTecADLayout
 from anomaly_lit.data.opening import MAX_PIXELS
-from anomaly_lit.types import UserError
+from anomaly_lit.types import UserError, check_range
 
 VERSION = 1  # of the drawings; raise it when any picture changes
 MANIFEST = "demo.json"
@@ -73,6 +73,7 @@ class Demo(MVTecAD):
         pin_memory: bool | None = None,
         persistent_workers: bool | None = None,
     ) -> None:
+        check_range("dataset", "[0, inf)", drawing_seed=drawing_seed)
         super().__init__(
             root=root,
             categories=categories,

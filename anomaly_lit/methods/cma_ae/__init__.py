@@ -37,7 +37,7 @@ from anomaly_lit.methods.cma_ae.network import ClearMemory, Recall, cover
 from anomaly_lit.nn.aggregate import smooth
 from anomaly_lit.nn.autoencoder import Decoder, Encoder
 from anomaly_lit.nn.backbone import Backbone
-from anomaly_lit.types import Batch, Prediction, UserError
+from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
 THRESHOLD_IMAGES = 256  # held-out images from which the threshold is taken
 
@@ -93,7 +93,11 @@ class CMAAE(Method):
         least_region: int = 10,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
-        if not 1 <= memories <= len(channels) or items < 2 or temperature <= 0:
+        check_range("method", "[1, inf)", channels=channels)
+        check_range("method", "[0, inf)", entropy_weight=entropy_weight, gate_weight=gate_weight)
+        check_range("method", "[0, inf)", smoothing=smoothing, pixel_weight=pixel_weight)
+        check_range("method", "[0, inf)", least_region=least_region)
+        if not 1 <= memories <= len(channels) or items < 2 or not temperature > 0:
             raise UserError(
                 f"method.memories={memories} must lie in 1 to {len(channels)} (the stages), "
                 f"items={items} be at least 2 and temperature={temperature} above 0"
@@ -106,6 +110,7 @@ class CMAAE(Method):
         self.smoothing = smoothing
         self.pixel_weight = pixel_weight
         self.least_region = least_region
+        self.multiple = 2 ** len(channels)
         self.encoder = Encoder(channels)
         coarse_first = list(reversed(channels))
         self.memories = nn.ModuleList(

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,13 +45,14 @@ from anomaly_lit.methods.dsr.network import (
     Restriction,
     corrupt_codes,
     init_gaussian,
+    read_latent,
 )
 from anomaly_lit.nn.stages import Stages
 from anomaly_lit.nn.unet import UNet
 from anomaly_lit.synthesis.augment import rotate
 from anomaly_lit.synthesis.perlin import PerlinMask
 from anomaly_lit.synthesis.textures import TextureFolder, procedural_textures
-from anomaly_lit.types import Batch, Prediction, UserError
+from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
 STAGES = ("latent", "detection", "upsampling")
 
@@ -82,6 +82,7 @@ class DSR(Method):
         UserError: A number is out of range.
     """
 
+    multiple = 8
     needs = frozenset({"corrupted"})
 
     def __init__(
@@ -103,15 +104,17 @@ class DSR(Method):
         window: int = 21,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
+        check_range("method", "[1, inf)", hidden=hidden, residual=residual, reseed=reseed)
+        check_range("method", "[1, inf)", restriction=restriction, detector=detector, window=window)
+        check_range("method", "[1, inf)", object_width=object_width)
+        check_range("method", "[0, inf)", textures=textures, shares=shares)
         if codes < 20 or hidden % 2 or object_width % 4 or window % 2 == 0:
             raise UserError(
                 f"method.codes={codes} must be at least 20, hidden={hidden} even, object_width="
                 f"{object_width} a multiple of 4 and window={window} odd"
             )
-        if len(shares) != 3 or min(shares) < 0 or shares[1] <= 0 or shares[2] <= 0:
-            raise UserError(
-                f"method.shares={list(shares)}: give three shares, the last two above 0"
-            )
+        if len(shares) != 3 or shares[1] <= 0 or shares[2] <= 0:
+            raise UserError(f"method.shares={list(shares)}: give three, the last two above 0")
         self.textures = textures
         self.texture_folder = None if texture_dir is None else TextureFolder(texture_dir)
         self.latent_weights = latent_weights
@@ -328,21 +331,3 @@ def turned(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
     with torch.autocast(image.device.type, enabled=False):
         moved = rotate(image.float(), angle).to(image.dtype)
     return torch.where((draw[0] < share).view(-1, 1, 1, 1), moved, image)
-
-
-def read_latent(path: str) -> dict[str, Tensor]:
-    """Return the latent model's weights from a checkpoint.
-
-    Raises:
-        UserError: The file cannot be read, or holds no latent model.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"method.latent_weights={path}: no such file")
-    state = torch.load(file, map_location="cpu", weights_only=True).get("state_dict", {})
-    latent = {k.removeprefix("latent."): v for k, v in state.items() if k.startswith("latent.")}
-    if not latent:
-        raise UserError(
-            f"method.latent_weights={path} is not a checkpoint of DSR: it has no latent model"
-        )
-    return latent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from anomaly_lit.nn.bank import nearest_rows, partial_distances
 from anomaly_lit.nn.unet import conv3, doubled
+from anomaly_lit.types import UserError
 
 ROWS = 4096  # vectors whose distances to all codes are sorted at once
 
@@ -286,3 +288,24 @@ def init_gaussian(module: nn.Module) -> None:
     """Draw weights of convolutions from N(0, 0.02^2)."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
+
+
+def read_latent(path: str) -> dict[str, Tensor]:
+    """Return the latent model's weights from a checkpoint.
+
+    Raises:
+        UserError: The file cannot be read, or holds no latent model.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"method.latent_weights={path}: no such file")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception:  # of many kinds
+        state = {}
+    latent = {k.removeprefix("latent."): v for k, v in state.items() if k.startswith("latent.")}
+    if not latent:
+        raise UserError(
+            f"method.latent_weights={path} is not a checkpoint of DSR: it has no latent model"
+        )
+    return latent

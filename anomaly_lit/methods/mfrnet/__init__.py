@@ -44,9 +44,9 @@ from anomaly_lit.losses import loss_terms, ssim_map
 from anomaly_lit.masks import Mask
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.methods.mfrnet.network import RestorationNetwork, init_truncated
-from anomaly_lit.nn.aggregate import resize, shrink, smooth
+from anomaly_lit.nn.aggregate import grid_pair, resize, shrink, smooth
 from anomaly_lit.nn.backbone import Backbone
-from anomaly_lit.types import Batch, Prediction, UserError
+from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
 SAMPLED = 256  # positions per training image, for the channels' percentiles
 
@@ -105,7 +105,11 @@ class MFRNet(Method):
         mask_seed: int = 0,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
-        self.grid = (grid, grid) if isinstance(grid, int) else (grid[0], grid[1])
+        self.grid = grid_pair(grid)
+        check_range("method", "[1, 1024]", grid=self.grid)
+        check_range("method", "[1, inf)", dims=dims, head_dim=head_dim, pools=pools)
+        check_range("method", "[0, inf)", depths=depths, structure_weight=structure_weight)
+        check_range("method", "[0, inf)", smoothing=smoothing, mask_seed=mask_seed)
         shrink = 2 ** (len(dims) - 1)
         if len(dims) != len(depths) or any(side % shrink for side in self.grid):
             raise UserError(

@@ -49,7 +49,7 @@ from anomaly_lit.nn.neighbours import (
     silence,
 )
 from anomaly_lit.nn.transformer import add_jitter, init_linear
-from anomaly_lit.types import Batch, Prediction, UserError
+from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
 FUSION_IMAGES = 64  # training images for the fusion constant
 
@@ -130,8 +130,14 @@ class OneNIP(Method):
         pool: int = 16,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
+        check_range("method", "[1, inf)", dim=dim, heads=heads, feedforward=feedforward, pool=pool)
+        check_range("method", "[0, inf)", encoder_depth=encoder_depth, decoder_depth=decoder_depth)
+        check_range("method", "[0, inf)", window=window, jitter=jitter)
+        check_range("method", "[0, 1)", dropout=dropout)
         if dim % heads or dim % 2:
             raise UserError(f"method.heads={heads} and 2 must divide method.dim={dim}")
+        check_range("method", "[1, inf)", refiner_dim=refiner_dim, prompts=prompts)
+        check_range("method", "[0, inf)", refiner_weight=refiner_weight, dice_factor=dice_factor)
         if not 0 <= prompt_index < prompts:
             raise UserError(
                 f"method.prompt_index={prompt_index} must lie in 0 to {prompts - 1}, since "
