@@ -249,10 +249,14 @@ class MSGMSLoss(nn.Module):
                     break
                 if scale:
                     one, other = F.avg_pool2d(one, 2), F.avg_pool2d(other, 2)
-                x, y = _edges(one), _edges(other)
-                alike = (2 * x * y + self.constant) / (x * x + y * y + self.constant)
-                gaps.append(1 - alike.mean())
+                gaps.append(1 - gms_map(one, other, self.constant).mean())
             return torch.stack(gaps).mean()
+
+
+def gms_map(one: Tensor, other: Tensor, constant: float = 0.0026) -> Tensor:
+    """Return the similarity of edges of two (B, C, H, W) maps at each position, (B, 1, H, W)."""
+    x, y = _edges(one), _edges(other)
+    return (2 * x * y + constant) / (x * x + y * y + constant)
 
 
 def _edges(image: Tensor) -> Tensor:
