@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ class Method(Optimised):
 
     Attributes:
         needs: Keys of a training batch that the method reads besides the image: `corrupted` (with
-            `corruption`), `prompt`.
+            `corruption`), `prompt`, `outlier`. Where they depend on an argument, `__init__` sets
+            them.
         localises: Whether predictions have an anomaly map; false for methods that score whole
             images only.
         optimises: Whether scoring solves a problem anew for each image, which takes seconds and
@@ -43,7 +44,7 @@ class Method(Optimised):
         calibrated: Whether `calibrate` has run with the current weights; part of the state dict.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
     localises: bool = True
     optimises: bool = False
     oracle: str = ""

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anomaly_lit.config.build import import_target, instantiate, nodes
+from anomaly_lit.config.build import instantiate, nodes
 from anomaly_lit.config.hydra import message_of
 from anomaly_lit.files import without_secrets
 from anomaly_lit.runs.ranks import is_first_process
@@ -40,8 +40,8 @@ def build(config: dict[str, Any]) -> tuple[AnomalyDataModule, Method]:
     from anomaly_lit.nn.optimising import check_optimizer
 
     check_trainer(config["trainer"])
-    datamodule = build_data(config)
     method = instantiate(config["method"], "method")
+    datamodule = build_data(config, method)
     check_optimizer(method.optimizer)
     check_synthesis(datamodule, method)
     check_companions(datamodule, method)
@@ -126,11 +126,11 @@ def made_by(make: Callable[[], pl.Trainer], settings: Mapping[str, Any]) -> pl.T
         raise UserError(f"{given} cannot be: {text}") from error
 
 
-def build_data(config: dict[str, Any]) -> AnomalyDataModule:
+def build_data(config: dict[str, Any], method: Method) -> AnomalyDataModule:
     """Build the data module with what the method, the selection and the step require."""
     step = instantiate(config["step"], "step")
     extras = {
-        "needs": sorted(import_target(config["method"]["_target_"]).needs),
+        "needs": sorted(method.needs),
         "validate_on_test": config["selection"] == "oracle",
         **step.feeding(device_type(config["trainer"].get("accelerator", "auto"))),
     }
