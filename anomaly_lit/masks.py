@@ -83,6 +83,39 @@ class FixedRatioMask(Mask):
         return _hide(share, height, width, generator)
 
 
+class BlockMask(Mask):
+    """Random square blocks in training, nothing in scoring (the self-supervised task of SIVT).
+
+    Blocks lie on a grid; those at the lower and right border are smaller if their side does not
+    divide that of the map.
+
+    Args:
+        ratio: Share of the blocks that is hidden, in [0, 1]; rounded down to whole blocks.
+        side: Side of a block, in positions.
+
+    Raises:
+        UserError: A number is out of range.
+    """
+
+    def __init__(self, ratio: float = 0.4, side: int = 2) -> None:
+        if not 0 <= ratio <= 1 or side < 1:
+            raise UserError(
+                f"mask: ratio={ratio} must lie in [0, 1], and side={side} be at least 1"
+            )
+        self.ratio = ratio
+        self.side = side
+
+    def __call__(self, batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+        """Return (1, B, h, w) bool."""
+        share = torch.full((batch, 1), self.ratio, device=generator.device)
+        blocks = _hide(share, -(-height // self.side), -(-width // self.side), generator)
+        return _enlarged(blocks, self.side)[..., :height, :width]
+
+    def for_scoring(self, height: int, width: int, generator: torch.Generator) -> list[Tensor]:
+        """Return one set (1, 1, h, w) that hides nothing."""
+        return [NoMask()(1, height, width, generator)]
+
+
 class CrossedMasks(Mask):
     """Sets of square cells that together hide every position exactly once (MFRNet).
 
@@ -146,7 +179,7 @@ class CrossedMasks(Mask):
         rows, columns = -(-height // size), -(-width // size)
         noise = torch.rand(batch, rows * columns, generator=generator, device=generator.device)
         rank = noise.argsort(dim=1).argsort(dim=1).view(batch, rows, columns)
-        cells = rank.repeat_interleave(size, dim=1).repeat_interleave(size, dim=2)
+        cells = _enlarged(rank, size)
         number = torch.arange(self.sets, device=generator.device).view(-1, 1, 1, 1)
         return cells[None, :, :height, :width] % self.sets == number
 
@@ -159,3 +192,8 @@ def _hide(share: Tensor, height: int, width: int, generator: torch.Generator) ->
     # 1e-6 keeps floor(0.29 * 100) at 29 in float32
     hidden = rank < (share * positions + 1e-6).floor()
     return hidden.view(1, -1, height, width)
+
+
+def _enlarged(cells: Tensor, side: int) -> Tensor:
+    """Repeat each cell of (..., rows, columns) over a square of positions."""
+    return cells.repeat_interleave(side, dim=-2).repeat_interleave(side, dim=-1)

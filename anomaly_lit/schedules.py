@@ -7,6 +7,7 @@ run has the same shape as a long one.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from anomaly_lit.types import UserError, check_range
 
@@ -37,22 +38,24 @@ class Cosine:
 
 
 class Step:
-    """Rises linearly over `warmup`, stays constant, then drops once.
+    """Rises linearly over `warmup`, stays constant, then drops once or several times.
 
     Args:
-        at: Share of training after which the rate drops, in [0, 1].
-        factor: Factor of the rate after the drop.
-        warmup: Share of training, in [0, at].
+        at: Share of training after which the rate drops, in [0, 1], or one for each drop.
+        factor: Factor of the rate at each drop.
+        warmup: Share of training, at most the smallest of `at`.
 
     Raises:
         UserError: A share or the factor is out of range.
     """
 
-    def __init__(self, at: float = 0.8, factor: float = 0.1, warmup: float = 0.0) -> None:
-        if not (0 <= at <= 1 and 0 <= warmup <= at):
+    def __init__(
+        self, at: float | Sequence[float] = 0.8, factor: float = 0.1, warmup: float = 0.0
+    ) -> None:
+        self.at = list(at) if isinstance(at, Sequence) else [at]
+        if not all(0 <= warmup <= share <= 1 for share in self.at):
             raise UserError(f"schedule: at={at} must lie in [0, 1], warmup={warmup} in [0, at]")
         check_range("method.schedule", "[0, inf)", factor=factor)
-        self.at = at
         self.factor = factor
         self.warmup = warmup
 
@@ -60,7 +63,7 @@ class Step:
         """Return the factor when a share `done` of training is over."""
         if done < self.warmup:
             return done / self.warmup
-        return self.factor if done >= self.at else 1.0
+        return self.factor ** sum(done >= share for share in self.at)
 
 
 class Decay:

@@ -7,10 +7,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from anomaly_lit.masks import CrossedMasks, FixedRatioMask, NoMask, RandomMask
+from anomaly_lit.masks import BlockMask, CrossedMasks, FixedRatioMask, NoMask, RandomMask
 from anomaly_lit.types import UserError
 
-MASKS = [NoMask(), RandomMask(), RandomMask(0.2, 0.4), FixedRatioMask(0.3)]
+MASKS = [NoMask(), RandomMask(), RandomMask(0.2, 0.4), FixedRatioMask(0.3), BlockMask()]
 
 
 def draw(mask: Callable[..., Tensor], batch: int = 4, seed: int = 0, side: int = 8) -> Tensor:
@@ -127,3 +127,29 @@ def test_a_map_with_fewer_cells_than_sets_is_refused() -> None:
     assert len(CrossedMasks([2, 4], 5).for_scoring(6, 8, torch.Generator())) == 1
     with pytest.raises(UserError, match="sets=1"):
         CrossedMasks([4], 1)
+
+
+@pytest.mark.parametrize(("ratio", "side"), [(0.0, 2), (0.4, 2), (0.9, 3), (1.0, 5)])
+def test_blocks_are_hidden_whole_or_not_at_all(ratio: float, side: int) -> None:
+    hidden = BlockMask(ratio, side)(6, 8, 10, torch.Generator().manual_seed(0))[0]
+    rows, columns = -(-8 // side), -(-10 // side)
+    for image in hidden:
+        whole = 0
+        for row in range(rows):
+            for column in range(columns):
+                block = image[row * side : (row + 1) * side, column * side : (column + 1) * side]
+                assert block.all() or not block.any()
+                whole += int(block.all())
+        assert whole == int(ratio * rows * columns + 1e-6)
+
+
+def test_blocks_hide_nothing_in_scoring() -> None:
+    (hidden,) = BlockMask(0.9).for_scoring(8, 10, torch.Generator().manual_seed(0))
+    assert hidden.shape == (1, 1, 8, 10)
+    assert not hidden.any()
+
+
+@pytest.mark.parametrize("numbers", [{"ratio": 1.5}, {"side": 0}])
+def test_impossible_blocks_are_refused(numbers: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="="):
+        BlockMask(**numbers)  # type: ignore[arg-type]

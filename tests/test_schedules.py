@@ -26,6 +26,8 @@ def test_step_is_lower_from_its_share_on():
     assert [schedule(done) for done in (0, 0.79, 0.8, 1)] == [1, 1, 0.1, 0.1]
     warm = Step(at=0.8, factor=0.1, warmup=0.5)
     assert [warm(done) for done in (0, 0.25, 0.5, 0.8)] == [0, 0.5, 1, 0.1]
+    several = Step(at=[0.5, 0.7, 0.9], factor=0.1)
+    assert [several(done) for done in (0, 0.5, 0.8, 1)] == pytest.approx([1, 0.1, 0.01, 0.001])
     with pytest.raises(UserError, match="at=80"):
         Step(at=80)
     with pytest.raises(UserError, match=r"warmup=0\.9"):

@@ -83,8 +83,8 @@ class NeighbourEncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
-        """Map (B, N, dim), (N, dim) and (N, N) bool to (B, N, dim)."""
+    def forward(self, tokens: Tensor, positions: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """Map (B, N, dim), (N, dim) and (N, N) bool or None to (B, N, dim)."""
         placed = tokens + positions
         tokens = self.norm1(tokens + self.dropout(self.attention(placed, placed, tokens, allowed)))
         return self.norm2(tokens + self.dropout(self.mlp(tokens)))
@@ -109,8 +109,8 @@ class NeighbourEncoder(nn.Module):
             NeighbourEncoderLayer(dim, heads, feedforward, dropout) for _ in range(depth)
         )
 
-    def forward(self, tokens: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
-        """Map (B, N, dim), (N, dim) and (N, N) bool to (B, N, dim)."""
+    def forward(self, tokens: Tensor, positions: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """Map (B, N, dim), (N, dim) and (N, N) bool or None to (B, N, dim)."""
         for layer in self.layers:
             tokens = layer(tokens, positions, allowed)
         return tokens

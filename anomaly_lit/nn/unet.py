@@ -1,8 +1,8 @@
-"""Convolutional networks in pixel space with instance normalisation."""
+"""Convolutional networks in pixel space."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 class UNet(nn.Module):
-    """Encoder-decoder with skip connections.
+    """Encoder-decoder with skip connections and instance normalisation.
 
     Args:
         channels: Channels of the input.
@@ -41,11 +41,11 @@ class UNet(nn.Module):
         return self.out(x)
 
 
-def conv3(*channels: int) -> nn.Sequential:
-    """Return 3 x 3 convolutions, each with instance normalisation and ReLU."""
+def conv3(*channels: int, norm: Callable[[int], nn.Module] = nn.InstanceNorm2d) -> nn.Sequential:
+    """Return 3 x 3 convolutions, each with a normalisation and ReLU."""
     layers: list[nn.Module] = []
     for given, made in pairwise(channels):
-        layers += [nn.Conv2d(given, made, 3, padding=1), nn.InstanceNorm2d(made), nn.ReLU()]
+        layers += [nn.Conv2d(given, made, 3, padding=1), norm(made), nn.ReLU()]
     return nn.Sequential(*layers)
 
 

@@ -49,7 +49,17 @@ class PerlinMask:
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """Return (B, 1, H, W) bool for images (B, 3, H, W)."""
         batch, _, height, width = image.shape
-        count = batch * self.attempts
+        noise = self.noise(image, generator)
+        if self.area is not None:
+            share = uniform(image, generator, *self.area).view(batch, 1)
+            ordered = noise.flatten(1).sort(dim=1, descending=True).values
+            last = (share * height * width).long().clamp(max=height * width - 1)
+            return (noise > ordered.gather(1, last).view(-1, 1, 1))[:, None]
+        return first_filled((noise > self.threshold).view(self.attempts, batch, height, width))
+
+    def noise(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw rotated noise in about [-1, 1], (attempts * B, H, W)."""
+        count, (height, width) = len(image) * self.attempts, image.shape[-2:]
         low, high = self.exponents
         exponents = torch.randint(
             low, high + 1, (2, count), generator=generator, device=image.device
@@ -58,16 +68,15 @@ class PerlinMask:
         if self.rotation:
             angle = torch.rand(count, generator=generator, device=image.device)
             noise = rotate(noise[:, None], self.rotation * (2 * angle - 1))[:, 0]
-        if self.area is not None:
-            share = uniform(image, generator, *self.area).view(batch, 1)
-            ordered = noise.flatten(1).sort(dim=1, descending=True).values
-            last = (share * height * width).long().clamp(max=height * width - 1)
-            return (noise > ordered.gather(1, last).view(-1, 1, 1))[:, None]
-        high_noise = (noise > self.threshold).view(self.attempts, batch, height, width)
-        filled = high_noise.flatten(2).any(dim=2)  # (attempts, B)
-        first = filled.float().argmax(dim=0)  # 0 where all are empty
-        rows = torch.arange(batch, device=image.device)
-        return high_noise[first, rows][:, None]
+        return noise
+
+
+def first_filled(drawn: Tensor) -> Tensor:
+    """Map several draws (n, B, H, W) bool to the first of each image that is not empty."""
+    filled = drawn.flatten(2).any(dim=2)  # (n, B)
+    first = filled.float().argmax(dim=0)  # 0 where all are empty
+    rows = torch.arange(drawn.shape[1], device=drawn.device)
+    return drawn[first, rows][:, None]
 
 
 class Perlin(Synthesis):

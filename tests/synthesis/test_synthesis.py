@@ -18,7 +18,16 @@ from torch import Tensor
 
 from anomaly_lit.config.build import instantiate
 from anomaly_lit.config.hydra import config_dir, plain
-from anomaly_lit.synthesis import NSA, CutPaste, Mixed, Perlin, Smudge, Synthesis
+from anomaly_lit.synthesis import (
+    NSA,
+    Confetti,
+    CutPaste,
+    Mixed,
+    Perlin,
+    SaliencyPerlin,
+    Smudge,
+    Synthesis,
+)
 from anomaly_lit.synthesis.augment import augment, colour_jitter
 from anomaly_lit.synthesis.base import foreground_of, otsu, random_disc
 from anomaly_lit.synthesis.general import (
@@ -32,6 +41,7 @@ from anomaly_lit.synthesis.general import (
 from anomaly_lit.synthesis.noise import perlin_noise
 from anomaly_lit.synthesis.nsa import fill_smoothly, partners
 from anomaly_lit.synthesis.perlin import PerlinMask
+from anomaly_lit.synthesis.saliency import highest, spectral_residual
 from anomaly_lit.synthesis.textures import TextureFolder, procedural_textures
 from anomaly_lit.types import UserError
 
@@ -294,6 +304,89 @@ def test_aspects_lie_in_their_range() -> None:
 # ------------------------------------------------------------------------------ NSA
 
 
+def test_confetti_is_as_many_turned_rectangles_as_asked_for() -> None:
+    image = torch.full((40, 3, 112, 112), 0.5)
+    recipe = Confetti(pieces=(2, 3), side=(16, 16), smoothing=1, probability=1.0)
+    drawn = recipe.rectangles(image, seeded())
+    assert drawn.shape == (40, 3, 112, 112)
+    assert drawn[:, :2].flatten(2).any(dim=2).float().mean() > 0.9  # few begin beyond the border
+    assert 0.2 < drawn[:, 2].flatten(1).any(dim=1).float().mean() < 0.8  # the third is there or not
+    areas = drawn.flatten(2).sum(dim=2).float()
+    assert areas.max() <= 81  # 8 x 8 pixels at half of 224, and their border
+    assert areas.median() > 40
+    corrupted, corruption = recipe(image, seeded())
+    assert torch.equal(corruption, recipe.rectangles(image, seeded()).any(dim=1, keepdim=True))
+    assert (corrupted > 0.5).any()
+    assert (corrupted < 0.5).any()
+
+
+def test_confetti_reports_only_what_it_changes() -> None:
+    white = torch.ones(20, 3, 32, 32)
+    corrupted, corruption = Confetti(probability=1.0, allow_empty=True)(white, seeded())
+    assert torch.equal((corrupted != white).any(dim=1, keepdim=True), corruption)
+    assert not corruption.flatten(1).any(dim=1).all()  # brighter than white is nothing
+    assert corruption.any()
+
+
+@pytest.mark.parametrize("saliency", ["foreground", "spectral"])
+@pytest.mark.parametrize("area", [None, (0.05, 0.2)])
+def test_a_salient_mask_lies_on_what_is_salient(saliency: Any, area: Any) -> None:
+    image = images(30)
+    recipe = SaliencyPerlin(saliency, area=area, probability=1.0, allow_empty=True)
+    corruption = recipe(image, seeded())[1]
+    salient = foreground_of(image) if saliency == "foreground" else spectral_residual(image)
+    least = salient.float().mean(dim=(2, 3), keepdim=True) if area else 0.4
+    assert not (corruption & (salient < least)).any()
+    assert corruption.flatten(1).any(dim=1).float().mean() > 0.5
+
+
+def test_a_salient_mask_is_noise_times_saliency_above_a_threshold_that_rises() -> None:
+    image = images(5)
+    recipe = SaliencyPerlin(threshold=0.3, slope=0.5, attempts=1, probability=1.0)
+    noise = recipe.mask.noise(image, seeded(3))
+    found = recipe.mask(image, seeded(3))
+    for number in range(5):
+        salient = foreground_of(image[number : number + 1])[0, 0].float()
+        wanted = salient * noise[number] > 0.3 + 0.5 * salient.mean()
+        assert torch.equal(found[number, 0], wanted)
+
+
+def test_without_saliency_it_is_the_noise_alone() -> None:
+    image = images(5)
+    recipe = SaliencyPerlin("none", threshold=0.3, slope=0.2, probability=1.0)
+    plain = PerlinMask(threshold=0.5)
+    assert torch.equal(recipe.mask(image, seeded()), plain(image, seeded()))
+
+
+def test_the_share_of_the_salient_region_can_be_chosen() -> None:
+    image = images(40, 64, 64)
+    recipe = SaliencyPerlin("spectral", area=(0.1, 0.1), probability=1.0)
+    salient = spectral_residual(image)
+    region = (salient >= salient.mean(dim=(2, 3), keepdim=True)).flatten(1).sum(dim=1)
+    covered = recipe.mask(image, seeded()).flatten(1).sum(dim=1) / region
+    assert (covered - 0.1).abs().max() < 0.01  # within a tenth of what was asked for
+
+
+def test_highest_values_are_those_of_the_region() -> None:
+    values = torch.tensor([[[1.0, 5.0], [4.0, 3.0]]])
+    region = torch.tensor([[[True, False], [True, True]]])
+    found = highest(values, region, torch.tensor([[0.67]]))
+    assert found.tolist() == [[[[False, False], [True, True]]]]
+
+
+def test_spectral_residual_finds_the_odd_one_out() -> None:
+    stripes = 0.5 + 0.4 * torch.sin(torch.arange(64) * 0.8).expand(1, 3, 64, 64)
+    image = stripes.clone()
+    image[..., 20:26, 40:46] = 1.0
+    salient = spectral_residual(image)
+    assert float(salient.min()) == 0
+    assert float(salient.max()) == 1
+    row, column = divmod(int(salient.argmax()), 64)
+    assert 17 <= row <= 29
+    assert 37 <= column <= 49
+    assert (spectral_residual(torch.full((1, 3, 20, 30), 0.3)) == 1).all()
+
+
 def test_partner_is_another_image_of_the_category() -> None:
     names = ["a", "b", "a", "c", "a", "b"]
     seen = set()
@@ -376,6 +469,11 @@ def test_gpu_and_cpu_agree_on_who_gets_what(monkeypatch: pytest.MonkeyPatch) -> 
         (lambda: CutPaste(area=(0.2, 0.1)), "area="),
         (lambda: CutPaste(aspect=(2, 3)), "aspect="),
         (lambda: NSA(half_size=(0.1, 0.6)), "half_size="),
+        (lambda: Confetti(pieces=(0, 2)), "pieces="),
+        (lambda: Confetti(side=(5, 2)), "side="),
+        (lambda: Confetti(smoothing=4), "smoothing=4"),
+        (lambda: SaliencyPerlin(saliency="none at all"), "saliency=none at all"),  # type: ignore[arg-type]
+        (lambda: SaliencyPerlin(area=(0.2, 0.1)), "area="),
     ],
 )
 def test_wrong_numbers_are_refused(build: Any, text: str) -> None:
