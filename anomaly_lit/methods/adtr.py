@@ -44,7 +44,7 @@ from anomaly_lit.nn.attention import Attention
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.neighbours import NeighbourEncoder, answer_with_mean, silence
 from anomaly_lit.nn.transformer import init_linear
-from anomaly_lit.types import Batch, Prediction, UserError
+from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
 NEEDS = {"none": (), "masks": ("corrupted",), "labels": ("corrupted",), "outliers": ("outlier",)}
 
@@ -111,13 +111,19 @@ class ADTR(Method):
         smoothing: float = 0.0,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
+        check_range("method", "[1, inf)", dim=dim, heads=heads, feedforward=feedforward, pool=pool)
+        check_range("method", "[0, inf)", encoder_depth=encoder_depth, decoder_depth=decoder_depth)
+        check_range("method", "[0, inf)", alpha=alpha, smoothing=smoothing)
+        check_range("method", "[0, 1)", dropout=dropout)
+        check_range("method", "(0, 1]", top=top)
         if dim % heads:
             raise UserError(f"method.heads={heads} must divide method.dim={dim}")
         if anomalies not in NEEDS:
             raise UserError(f"method.anomalies={anomalies}: choose one of {', '.join(NEEDS)}")
-        if not 0 < top <= 1 or (alpha is not None and alpha < 0):
+        if query not in ("learned", "input") or score not in ("max", "mean"):
             raise UserError(
-                f"method.top={top} must lie in (0, 1], and method.alpha={alpha} be at least 0"
+                f"method.query={query} must be learned or input, and method.score={score} max or "
+                "mean"
             )
         self.needs = frozenset(NEEDS[anomalies])
         self.backbone = backbone

@@ -43,7 +43,7 @@ from anomaly_lit.nn.aggregate import aggregate, resize, smooth
 from anomaly_lit.nn.attention import init_as_one
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.transformer import TransformerBlock, init_linear, sincos_positions
-from anomaly_lit.types import Batch, Prediction, UserError
+from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
 
 class SIVT(Method):
@@ -102,6 +102,11 @@ class SIVT(Method):
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
         self.grid = (grid, grid) if isinstance(grid, int) else (grid[0], grid[1])
+        check_range("method", "[1, 1024]", grid=self.grid, patch=patch)
+        check_range("method", "[1, inf)", encoder_heads=encoder_heads, decoder_heads=decoder_heads)
+        check_range("method", "[0, inf)", encoder_depth=encoder_depth, decoder_depth=decoder_depth)
+        check_range("method", "[0, inf)", smoothing=smoothing)
+        check_range("method", "[1, inf)", dim=dim)
         if any(side % patch for side in self.grid):
             raise UserError(f"method.patch={patch} must divide method.grid={list(self.grid)}")
         if dim % 4 or dim % encoder_heads or dim % decoder_heads:

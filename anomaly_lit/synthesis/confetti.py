@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anomaly_lit.synthesis.base import Synthesis, pixel_grid
-from anomaly_lit.types import UserError
+from anomaly_lit.synthesis.base import Synthesis, check_pairs, pixel_grid
+from anomaly_lit.types import UserError, check_range
 
 
 class Confetti(Synthesis):
@@ -43,11 +43,9 @@ class Confetti(Synthesis):
         allow_empty: bool = False,
     ) -> None:
         super().__init__(probability, foreground, allow_empty)
-        if not (1 <= pieces[0] <= pieces[1] and 0 < side[0] <= side[1]):
-            raise UserError(
-                f"dataset.synthesis: pieces={list(pieces)} must rise from at least 1, side="
-                f"{list(side)} from above 0"
-            )
+        check_pairs("[1, inf)", pieces=pieces)
+        check_pairs("(0, inf)", side=side)
+        check_range("dataset.synthesis", "(-inf, inf)", angle=angle)
         if smoothing < 1 or smoothing % 2 == 0:
             raise UserError(f"dataset.synthesis: smoothing={smoothing} must be odd")
         self.pieces = pieces

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from anomaly_lit.synthesis.base import foreground_of, uniform
 from anomaly_lit.synthesis.perlin import Perlin, PerlinMask, first_filled
-from anomaly_lit.types import UserError
+from anomaly_lit.types import UserError, check_range
 
 SIDE = 64  # of the grey image in which the spectral residual looks for what is salient
 
@@ -101,6 +101,8 @@ class SaliencyMask(PerlinMask):
         attempts: int,
     ) -> None:
         super().__init__(exponents, rotation, area, threshold, attempts)
+        check_range("dataset.synthesis", "(-inf, inf)", slope=slope)
+        check_range("dataset.synthesis", "[1, inf)", attempts=attempts)
         maps = {"foreground": foreground_of, "spectral": spectral_residual, "none": None}
         if saliency not in maps:
             raise UserError(

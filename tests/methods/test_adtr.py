@@ -232,6 +232,8 @@ def test_score_of_an_image_rises_with_a_block_in_it(
         ({"heads": 3}, "heads=3"),
         ({"anomalies": "some"}, "anomalies=some"),
         ({"top": 0}, "top=0"),
+        ({"query": "none"}, "query=none"),
+        ({"score": "std"}, "score=std"),
         ({"alpha": -1}, "alpha=-1"),
     ],
 )
