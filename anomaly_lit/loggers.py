@@ -1,7 +1,7 @@
 """Runs in wandb, MLflow and TensorBoard: one per output folder, however often it is resumed.
 
 The ids of runs are kept in `run_ids.json` in the output folder. The runs of a sweep are grouped
-under the name of the sweep's folder; each is named after its job's folder.
+under the name of the sweep's folder; each is named by the overrides that set its job apart.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning_fabric.utilities.logger import _flatten_dict
 from pytorch_lightning.loggers import Logger, MLFlowLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from anomaly_lit.config.hydra import overrides_of_job
 from anomaly_lit.files import lock, write_json
 
 LONGEST = 128  # most characters of a name in wandb
@@ -32,7 +34,9 @@ class WandbRun(WandbLogger):
         project: Project in wandb.
         entity: User or team; None takes the account's default.
         group: Group of runs; None takes the name of the sweep's folder, if there is one.
-        name: Name shown in wandb; None takes the folder's name.
+        name: Name shown in wandb; None takes the overrides that set a sweep's job apart, or else
+            the folder's name.
+        job_type: Kind of the run, to filter by.
         tags: Tags of the run.
         offline: Write to `directory/wandb` only. This concerns this run alone; Lightning's own
             parameter sets the mode of the whole process, and so of the other jobs of a sweep.
@@ -50,6 +54,7 @@ class WandbRun(WandbLogger):
         group: str | None = None,
         name: str | None = None,
         tags: Sequence[str] = (),
+        job_type: str = "train",
         offline: bool = False,
         send_checkpoint: bool = False,
         init_timeout: float = 60.0,
@@ -67,6 +72,7 @@ class WandbRun(WandbLogger):
             entity=entity,
             group=group or sweep,
             tags=list(tags),
+            job_type=job_type,
             mode="offline" if offline else None,  # None: WANDB_MODE decides
             settings=wandb.Settings(init_timeout=init_timeout, finish_timeout=finish_timeout),
         )
@@ -83,7 +89,7 @@ class MLflowRun(MLFlowLogger):
         artifact_location: Where a new experiment stores its figures if no server decides; None
             takes `directory/mlflow`.
         group: The tag `group`; None takes the name of the sweep's folder, if there is one.
-        name: Name shown in MLflow; None takes the folder's name.
+        name: Name shown in MLflow; None as in wandb.
         send_checkpoint: Also send the tested checkpoint.
     """
 
@@ -188,14 +194,32 @@ def finish(logger: Logger, exit_code: int, stopped: bool) -> None:
 def sweep_and_name(directory: Path) -> tuple[str | None, str]:
     """Return the names of the sweep and of the run.
 
-    The sweep's is the name of its folder, None for a run outside a sweep; the run's is its path
-    below that folder.
+    The sweep's is the name of its folder, None for a run outside a sweep; the run's are the
+    overrides that tell it from the others, or else its path below that folder.
     """
     directory = directory.resolve()
     for folder in list(directory.parents)[:3]:
         if any((folder / mark).is_file() for mark in MARKS):
-            return folder.name, directory.relative_to(folder).as_posix()
+            place = directory.relative_to(folder).as_posix()
+            return folder.name, " ".join(what_sets_apart(folder, place)) or place
     return None, directory.name
+
+
+def what_sets_apart(sweep: Path, place: str) -> list[str]:
+    """Return the overrides of a sweep's job that others of its jobs do not have.
+
+    Args:
+        sweep: The sweep's folder.
+        place: The job's path below it.
+    """
+    plan, multirun = (sweep / mark for mark in MARKS)
+    if plan.is_file():  # a launcher's list of all jobs
+        jobs = json.loads(plan.read_text(encoding="utf-8")).get("jobs", {})
+        own, others = jobs.get(place, []), list(jobs.values())
+        return [o for o in own if any(o not in other for other in others)]
+    typed = yaml.safe_load(multirun.read_text(encoding="utf-8")) or {}  # seed=0,1 where it varies
+    shared = typed.get("hydra", {}).get("overrides", {}).get("task", [])
+    return [override for override in overrides_of_job() if override not in shared]
 
 
 def kept_id(directory: Path, service: str) -> str:

@@ -112,6 +112,11 @@ def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def overrides_of_job() -> list[str]:
+    """Return what this job of a multirun was told, the same for all jobs included."""
+    return list(HydraConfig.get().overrides.task) if in_sweep() else []
+
+
 def output_folder() -> Path:
     """Return the folder of this run or of this job of a sweep.
 

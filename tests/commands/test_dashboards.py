@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,13 +28,15 @@ def line(settings: tuple[str, ...], mvtec_folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(run_command: Run, line: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The one finished job of a sweep. Shared: nobody writes into it."""
+    """One of two finished jobs of a sweep. Shared: nobody writes into it."""
     pytest.importorskip("tensorboard")
     sweep = tmp_path_factory.mktemp("dashboards") / "my_sweep"
     services = ["logger=[csv,tensorboard,wandb_offline]", "logger.wandb.send_checkpoint=true"]
-    outcome = run_command("train", "-m", *line, *services, f"output_dir={sweep}")
+    outcome = run_command("train", "-m", *line, *services, "seed=0,1", f"output_dir={sweep}")
     assert outcome.code == 0, outcome.err
-    return next(sweep.glob("*/metrics.json")).parent
+    found = [file.parent for file in sweep.glob("*/metrics.json")]
+    assert len(found) == 2
+    return next(f for f in found if json.loads((f / "metrics.json").read_text())["seed"] == 1)
 
 
 def records_of(file: Path) -> Iterator[Any]:
@@ -67,14 +72,18 @@ def items_of(updates: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def written(folder: Path) -> dict[str, Any]:
-    """Of the wandb run: the run, config, summary and metrics by name, history, kinds of records."""
-    files = list(folder.glob("wandb/offline-run-*/run-*.wandb"))
-    assert len(files) == 1
+    """What the run of the folder sent."""
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    return content_of(file)
+
+
+def content_of(file: Path) -> dict[str, Any]:
+    """Of a wandb run: the run, config, summary and metrics by name, history, kinds of records."""
     found: dict[str, Any] = {
         "config": {}, "summary": {}, "metrics": {}, "history": [], "kinds": set(),
-        "files": files[0].parent / "files",
+        "files": file.parent / "files",
     }  # fmt: skip
-    for record in records_of(files[0]):
+    for record in records_of(file):
         kind = record.WhichOneof("record_type")
         found["kinds"].add(kind)
         if kind == "run":
@@ -99,7 +108,10 @@ def test_wandb_groups_runs_by_sweep_and_names_them_by_job(
     written: dict[str, Any], folder: Path
 ) -> None:
     run = written["run"]
-    assert (run.run_group, run.display_name) == ("my_sweep", folder.name)
+    assert (run.run_group, run.display_name, run.job_type) == ("my_sweep", "seed=1", "train")
+    files = folder.parent.glob("*/wandb/offline-run-*/run-*.wandb")
+    names = {content_of(file)["run"].display_name for file in files}
+    assert names == {"seed=0", "seed=1"}
     assert run.run_id == kept_id(folder, "wandb")
     assert written["exit"] == 0
     assert "stats" in written["kinds"]  # use of the processor, memory and GPU
@@ -148,9 +160,23 @@ def test_wandb_gets_the_checkpoint_where_asked(written: dict[str, Any]) -> None:
     assert [entry.path for entry in written["artifact"].manifest.contents] == ["last.ckpt"]
 
 
-def test_tensorboard_shows_the_same(folder: Path) -> None:
+def scalars_of(folder: Path) -> set[str]:
+    """Names of all curves in TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    return set(EventAccumulator(str(folder / "logs")).Reload().Tags()["scalars"])
+
+
+def numbers_of(summary: dict[str, Any]) -> set[str]:
+    """Names of what is a number in wandb, but its own."""
+    own = ("_", "trainer/")
+    return {k for k, v in summary.items() if isinstance(v, int | float) and not k.startswith(own)}
+
+
+def test_tensorboard_shows_the_same(folder: Path, written: dict[str, Any]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert set(written["summary"]) & scalars_of(folder) == numbers_of(written["summary"])
     events = EventAccumulator(str(folder / "logs"), size_guidance={"images": 0}).Reload()
     tags = events.Tags()
     assert {"train/loss", "val/loss", "test/bolt/image_auroc"} <= set(tags["scalars"])
@@ -164,12 +190,59 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run_ids.json").read_text()).keys() == {"wandb"}
 
 
+def test_wandb_itself_finds_the_runs_of_a_sweep(
+    folder: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The documented `wandb sync` would send both; nothing is sent."""
+    runs = [str(path) for path in folder.parent.glob("*/wandb/offline-run-*")]
+    done = subprocess.run(
+        [sys.executable, "-m", "wandb", "sync", "--dry-run", *runs],
+        env=environment, capture_output=True, text=True, timeout=100, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert all(path.rpartition("-")[2] in said for path in runs), said
+
+
+def test_a_run_that_was_stopped_goes_on_in_the_same_curves(
+    start_command: Run, run_command: Run, line: list[str], tmp_path: Path
+) -> None:
+    """The steps of the second start follow those of the first, in one run of wandb."""
+    line = [*line, "logger=wandb_offline", "trainer.max_steps=40", "checkpoint.every_steps=4"]
+    started = start_command("train", *line, f"output_dir={tmp_path}")
+    until = time.monotonic() + 120
+    while not (tmp_path / "checkpoints" / "last.ckpt").exists():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    os.kill(started.process.pid, signal.SIGUSR1)
+    stopped = started.wait()
+    assert stopped.code == 75, stopped.err
+    again = run_command("train", *line, f"output_dir={tmp_path}")
+    assert again.code == 0, again.err
+    files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    first, second = (content_of(file) for file in files)
+    assert first["run"].run_id == second["run"].run_id
+    assert first["run"].display_name == second["run"].display_name
+    steps = [
+        [row["trainer/global_step"] for row in part["history"] if "train/loss" in row]
+        for part in (first, second)
+    ]
+    assert steps[0] + steps[1] == list(range(40))
+    assert steps[0]
+    assert steps[1]
+
+
 def test_a_sweep_is_known_by_what_its_launcher_wrote(tmp_path: Path) -> None:
     job = tmp_path / "sweep" / "a=1" / "b=2"
     assert sweep_and_name(job) == (None, "b=2")
     job.mkdir(parents=True)
-    (tmp_path / "sweep" / "sweep.json").touch()
+    plan = tmp_path / "sweep" / "sweep.json"
+    plan.write_text(json.dumps({"jobs": {}}))
     assert sweep_and_name(job) == ("sweep", "a=1/b=2")
+    shared = ["trainer.max_steps=5", "dataset=visa"]
+    jobs = {"a=1/b=2": ["a=1", *shared, "b=2"], "a=1/b=3": ["a=1", *shared, "b=3"]}
+    plan.write_text(json.dumps({"jobs": jobs}))
+    assert sweep_and_name(job) == ("sweep", "b=2")
 
 
 def test_offline_is_one_run_not_the_process(tmp_path: Path, monkeypatch: Any) -> None:
@@ -229,7 +302,7 @@ def test_mlflow_keeps_one_run(run_here: Run, line: list[str], tmp_path: Path) ->
     command = [
         *line,
         f"output_dir={tmp_path}",
-        "logger=mlflow",
+        "logger=[mlflow,tensorboard]",
         "logger.mlflow.send_checkpoint=true",
     ]
     for _ in range(2):
@@ -243,6 +316,7 @@ def test_mlflow_keeps_one_run(run_here: Run, line: list[str], tmp_path: Path) ->
     assert run.data.params["method/dim"] == "32"
     assert len(run.data.tags["data_digest"]) == 64
     assert "test/bolt/pixel_ap" in run.data.metrics
+    assert set(run.data.metrics) - {"epoch"} == scalars_of(tmp_path) - {"epoch", "hp_metric"}
     names = {item.path for folder in ("test", "train", "checkpoints")
              for item in client.list_artifacts(run.info.run_id, folder)}  # fmt: skip
     assert {"test/images", "test/worst.json", "test/curves.png", "checkpoints/last.ckpt"} <= names
