@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,13 +31,7 @@ ON_CPUS = (
 )  # fmt: skip
 LONG = ("trainer.max_steps=400", "trainer.val_check_interval=100", "checkpoint.every_minutes=60")
 LONGER = ("trainer.max_steps=100000", "trainer.val_check_interval=100000")
-SCRIPT = """#!/bin/bash
-#SBATCH --requeue --open-mode=append --signal=USR1@60
-srun --kill-on-bad-exit=1 {command} && exit 0
-code=$?
-if [ $code -eq 75 ]; then scontrol requeue $SLURM_JOB_ID; fi
-exit $code
-"""
+PAGE = Path(__file__).parents[2] / "docs" / "cluster.md"
 Call = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -95,6 +90,14 @@ def wait_for(happened: Callable[[], Any], seconds: float = 240) -> None:
     while not happened():
         assert time.monotonic() < until, "it did not happen in time"
         time.sleep(0.05)
+
+
+def documented_script(command: str) -> str:
+    """Gives the batch script of docs/cluster.md with a command in place of its own."""
+    page = PAGE.read_text(encoding="utf-8")
+    begin = page.index("    #!/bin/bash")
+    script = textwrap.dedent(page[begin : page.index("    exit $code", begin)]) + "exit $code\n"
+    return re.sub(r"anomaly-train .*?(?= && exit 0)", lambda _: command, script)
 
 
 def weights_of(folder: Path) -> dict[str, Any]:
@@ -233,7 +236,7 @@ def batch(call: Call, tmp_path: Path) -> Callable[..., str]:
     def send(*command: str) -> str:
         script = tmp_path / "job.sh"
         quoted = " ".join(f"'{word}'" for word in command)
-        script.write_text(SCRIPT.format(command=quoted))
+        script.write_text(documented_script(quoted))
         done = call(
             "sbatch", "--parsable", f"--output={tmp_path / 'job.log'}", "--time=30", "--ntasks=1",
             "--ntasks-per-node=1", str(script),
