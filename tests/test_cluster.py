@@ -1,4 +1,4 @@
-"""Processes of SLURM and submitit: what is told to Lightning, and what is refused."""
+"""Processes of SLURM: what is told to Lightning, and what is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from anomaly_lit.runs.ranks import (
     check_shares,
     check_tasks,
     is_first_process,
-    join_tasks,
     told_once,
 )
 from anomaly_lit.types import UserError
@@ -28,7 +27,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     """No variable of a scheduler; what a test sets is taken back."""
     names = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
              "MASTER_PORT", "TORCHELASTIC_RUN_ID")  # fmt: skip
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SUBMITIT", *names))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", *names))}
     monkeypatch.setattr(os, "environ", kept)
 
 
@@ -133,20 +132,6 @@ def test_the_first_process_of_a_node_is_known_by_either_name() -> None:
     assert is_first_process()
     os.environ["SLURM_LOCALID"] = "1"
     assert not is_first_process()
-
-
-def test_local_tasks_of_submitit_are_joined_and_jobs_kept_apart() -> None:
-    os.environ |= {
-        "SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1",
-        "SUBMITIT_LOCAL_LOCALID": "1", "SUBMITIT_LOCAL_JOB_ID": "77",
-    }  # fmt: skip
-    join_tasks()
-    assert {k: os.environ[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")} == {
-        "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "10077",
-    }  # fmt: skip
-    os.environ["SUBMITIT_EXECUTOR"] = "slurm"
-    join_tasks()
-    assert "MASTER_PORT" not in os.environ  # Lightning takes one by the number of the job
 
 
 def test_jobs_of_the_process_launcher_are_no_tasks_of_slurm() -> None:

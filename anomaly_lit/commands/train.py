@@ -21,7 +21,7 @@ from anomaly_lit.runs.folder import (
     state_of,
 )
 from anomaly_lit.runs.objective import check_objective, objective
-from anomaly_lit.runs.ranks import check_tasks, join_tasks, told_once
+from anomaly_lit.runs.ranks import check_tasks, told_once
 
 
 def main() -> None:
@@ -42,7 +42,6 @@ def train(cfg: DictConfig) -> float | None:
         validate(config)
         pruning, when_changed = config.pop("pruning"), config.pop("when_changed")
         check_objective(config)
-        join_tasks()
         check_tasks(config["trainer"].get("devices"), config["trainer"].get("num_nodes", 1))
         check_holds_no_data(directory, config)
     with claimed(directory):

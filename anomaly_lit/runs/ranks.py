@@ -19,31 +19,6 @@ if TYPE_CHECKING:
 PATIENCE = 10.0  # seconds in which the first process tells what is wrong
 
 
-def join_tasks() -> None:
-    """Lets the tasks that submitit started for one job find each other.
-
-    On SLURM Lightning reads SLURM's own variables, and the port follows from the job's number; one
-    from the shell that submitted the jobs would be the same for all of them. Local tasks have no
-    such variables and are told here, in the way of torchrun.
-    """
-    kind = os.environ.get("SUBMITIT_EXECUTOR")
-    if kind == "slurm":
-        os.environ.pop("MASTER_PORT", None)
-        os.environ.pop("MASTER_ADDR", None)
-    if kind != "local" or int(os.environ.get("SUBMITIT_LOCAL_NTASKS", 1)) == 1:
-        return
-    told = {
-        name: os.environ[f"SUBMITIT_LOCAL_{name}"] for name in ("NTASKS", "GLOBALID", "LOCALID")
-    }
-    job = os.environ["SUBMITIT_LOCAL_JOB_ID"]  # of a process, so unique among those that live
-    os.environ.update(
-        RANK=told["GLOBALID"], LOCAL_RANK=told["LOCALID"], GROUP_RANK="0",
-        WORLD_SIZE=told["NTASKS"], LOCAL_WORLD_SIZE=told["NTASKS"],
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(10000 + int(job) % 50000),
-        TORCHELASTIC_RUN_ID=job,
-    )  # fmt: skip
-
-
 def is_first_process() -> bool:
     """Whether this process is the one that writes: rank 0 of its node, or the only one."""
     return int(os.environ.get("SLURM_LOCALID" if uses_slurm() else "LOCAL_RANK", 0)) == 0
