@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import logging
 import multiprocessing
 import multiprocessing.forkserver
@@ -106,6 +107,53 @@ def mvtec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for category in ("bolt", "cloth"):
         write_category(root / category)
     return root
+
+
+def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Names of what differs between two state dicts; a part's extra state is plain data."""
+    import torch
+
+    assert first.keys() == second.keys()
+    return [
+        name
+        for name, value in first.items()
+        if not (
+            torch.equal(value, second[name])
+            if isinstance(value, torch.Tensor)
+            else value == second[name]
+        )
+    ]
+
+
+@pytest.fixture(scope="session")
+def assert_same_weights() -> Callable[..., None]:
+    """Compares checkpoints of two runs bit for bit: ``check(one, other, name="last")``.
+
+    Both come from ``run_here`` or both from ``run_command``: the latter has one thread, and another
+    number of threads rounds differently.
+    """
+    import torch
+
+    def check(one: Path, other: Path, name: str = "last") -> None:
+        files = [folder / "checkpoints" / f"{name}.ckpt" for folder in (one, other)]
+        first, second = (torch.load(file, weights_only=True) for file in files)
+        assert first["global_step"] == second["global_step"]
+        assert differing(first["state_dict"], second["state_dict"]) == []
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def assert_same_end(assert_same_weights: Callable[..., None]) -> Callable[..., None]:
+    """Compares the weights and the test results of two runs: ``check(one, other)``."""
+
+    def check(one: Path, other: Path) -> None:
+        assert_same_weights(one, other)
+        metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (one, other)]
+        tested = [{k: v for k, v in of_one.items() if k[:5] == "test/"} for of_one in metrics]
+        assert tested[0] == tested[1]
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -53,29 +52,6 @@ def weights_of(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Names of what differs between two state dicts; a part's extra state is plain data."""
-    assert first.keys() == second.keys()
-    return [
-        name
-        for name, value in first.items()
-        if not (
-            torch.equal(value, second[name])
-            if isinstance(value, torch.Tensor)
-            else value == second[name]
-        )
-    ]
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    first, second = weights_of(one), weights_of(other)
-    assert first["global_step"] == second["global_step"]
-    assert differing(first["state_dict"], second["state_dict"]) == []
-    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (one, other)]
-    tested = [{k: v for k, v in of_one.items() if k[:5] == "test/"} for of_one in metrics]
-    assert tested[0] == tested[1]
-
-
 @pytest.mark.parametrize(
     ("sent", "slurm"),
     [
@@ -87,7 +63,7 @@ def assert_same_end(one: Path, other: Path) -> None:
 def test_a_signal_saves_the_step_and_a_rerun_ends_with_the_same_weights(
     start_command: Run, run_command: Run, line: list[str], whole: Path, tmp_path: Path,
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, sent: signal.Signals,
-    slurm: dict[str, str],
+    slurm: dict[str, str], assert_same_end: Callable[..., None],
 ) -> None:  # fmt: skip
     for name, value in slurm.items():
         monkeypatch.setitem(environment, name, value)
@@ -162,7 +138,11 @@ def test_a_signal_to_a_run_and_its_workers_saves_the_step(
 
 @pytest.mark.slow
 def test_a_run_with_workers_that_is_stopped_ten_times_ends_with_the_same_weights(
-    start_command: Run, run_command: Run, line: list[str], tmp_path: Path
+    start_command: Run,
+    run_command: Run,
+    line: list[str],
+    tmp_path: Path,
+    assert_same_end: Callable[..., None],
 ) -> None:
     line = [*line, *WITH_WORKERS, "trainer.max_steps=600"]
     whole, folder = tmp_path / "whole", tmp_path / "run"

@@ -58,29 +58,6 @@ def state_of(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Names of what differs between two state dicts; a part's extra state is plain data."""
-    assert first.keys() == second.keys()
-    return [
-        name
-        for name, value in first.items()
-        if not (
-            torch.equal(value, second[name])
-            if isinstance(value, torch.Tensor)
-            else value == second[name]
-        )
-    ]
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    """Bit for bit: both runs come from ``run_here`` or both from ``run_command``.
-
-    The latter has one thread, and another number of threads rounds differently.
-    """
-    first, second = state_of(one)["state_dict"], state_of(other)["state_dict"]
-    assert differing(first, second) == []
-
-
 def snapshot(folder: Path) -> dict[Path, int]:
     """When each result was written; logs of the command itself apart."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".log")
@@ -228,7 +205,12 @@ def kill_when(started: Any, file: Path) -> None:
 
 
 def test_run_killed_within_an_epoch_ends_with_the_same_weights(
-    start_command: Run, run_command: Run, longer: list[str], uninterrupted: Path, tmp_path: Path
+    start_command: Run,
+    run_command: Run,
+    longer: list[str],
+    uninterrupted: Path,
+    tmp_path: Path,
+    assert_same_weights: Callable[..., None],
 ) -> None:
     folder = tmp_path / "killed"
     last = folder / "checkpoints" / "last.ckpt"
@@ -253,7 +235,12 @@ def test_run_killed_within_an_epoch_ends_with_the_same_weights(
 
 
 def test_run_killed_before_its_first_checkpoint_starts_anew(
-    start_command: Run, run_command: Run, longer: list[str], uninterrupted: Path, tmp_path: Path
+    start_command: Run,
+    run_command: Run,
+    longer: list[str],
+    uninterrupted: Path,
+    tmp_path: Path,
+    assert_same_weights: Callable[..., None],
 ) -> None:
     folder = tmp_path / "killed"
     command = [*longer, f"output_dir={folder}", "checkpoint.every_steps=null"]
@@ -265,7 +252,12 @@ def test_run_killed_before_its_first_checkpoint_starts_anew(
 
 
 def test_run_killed_after_training_only_tests(
-    start_command: Run, run_command: Run, longer: list[str], uninterrupted: Path, tmp_path: Path
+    start_command: Run,
+    run_command: Run,
+    longer: list[str],
+    uninterrupted: Path,
+    tmp_path: Path,
+    assert_same_weights: Callable[..., None],
 ) -> None:
     folder = tmp_path / "killed"
     command = [*longer, f"output_dir={folder}"]
@@ -278,7 +270,12 @@ def test_run_killed_after_training_only_tests(
 
 @pytest.mark.parametrize("selection", ["best", "oracle"])
 def test_no_candidate_is_lost_with_a_kill(
-    start_command: Run, run_command: Run, longer: list[str], tmp_path: Path, selection: str
+    start_command: Run,
+    run_command: Run,
+    longer: list[str],
+    tmp_path: Path,
+    selection: str,
+    assert_same_weights: Callable[..., None],
 ) -> None:
     changes = ["trainer.val_check_interval=5", "checkpoint.every_steps=5", "trainer.max_steps=20"]
     command = [*longer, *changes, f"selection={selection}"]
@@ -292,9 +289,7 @@ def test_no_candidate_is_lost_with_a_kill(
     ]
     assert [step for step, _ in curves[0]] == [5, 10, 15, 20]
     assert curves[0] == curves[1]
-    name = f"checkpoints/{selection}.ckpt"
-    chosen = [torch.load(f / name, weights_only=True)["state_dict"] for f in (whole, folder)]
-    assert differing(*chosen) == []
+    assert_same_weights(whole, folder, selection)
 
 
 def test_interrupted_run_says_how_to_go_on(
@@ -313,7 +308,11 @@ def test_interrupted_run_says_how_to_go_on(
 
 
 def test_accumulated_gradients_survive_a_kill(
-    start_command: Run, run_command: Run, longer: list[str], tmp_path: Path
+    start_command: Run,
+    run_command: Run,
+    longer: list[str],
+    tmp_path: Path,
+    assert_same_weights: Callable[..., None],
 ) -> None:
     changes = ["trainer.accumulate_grad_batches=3", "trainer.max_steps=14"]
     command = [*longer, *changes, "checkpoint.every_steps=2"]
@@ -327,7 +326,11 @@ def test_accumulated_gradients_survive_a_kill(
 
 
 def test_same_seed_gives_the_same_weights_and_another_seed_others(
-    run_here: Run, overrides: list[str], finished: Path, tmp_path: Path
+    run_here: Run,
+    overrides: list[str],
+    finished: Path,
+    tmp_path: Path,
+    assert_same_weights: Callable[..., None],
 ) -> None:
     run_here("train", *overrides, f"output_dir={tmp_path / 'same'}")
     assert_same_weights(tmp_path / "same", finished)
@@ -347,7 +350,12 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(
     ],
 )
 def test_how_images_are_read_changes_no_weight(
-    run_command: Run, longer: list[str], uninterrupted: Path, tmp_path: Path, change: str
+    run_command: Run,
+    longer: list[str],
+    uninterrupted: Path,
+    tmp_path: Path,
+    change: str,
+    assert_same_weights: Callable[..., None],
 ) -> None:
     command = [*longer, f"output_dir={tmp_path / 'run'}", change]
     if change == "cache=disk":
