@@ -217,9 +217,8 @@ def what_sets_apart(sweep: Path, place: str) -> list[str]:
         jobs = json.loads(plan.read_text(encoding="utf-8")).get("jobs", {})
         own, others = jobs.get(place, []), list(jobs.values())
         return [o for o in own if any(o not in other for other in others)]
-    typed = yaml.safe_load(multirun.read_text(encoding="utf-8")) or {}  # seed=0,1 where it varies
-    shared = typed.get("hydra", {}).get("overrides", {}).get("task", [])
-    return [override for override in overrides_of_job() if override not in shared]
+    written = yaml.safe_load(multirun.read_text(encoding="utf-8")) or {}
+    return overrides_of_job(written.get("hydra", {}).get("overrides", {}).get("task", []))
 
 
 def kept_id(directory: Path, service: str) -> str:

@@ -132,6 +132,8 @@ class ResumeCheckpoint(Checkpoint):
         self.asked = received
         self.due = due or self.asked != 0
         if self.due and not _validation_follows(trainer):
+            if self.asked:
+                _log_step(trainer)
             self._write(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -145,6 +147,12 @@ class ResumeCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.path)
         if self.asked:
             raise Stopped(f"stopped by {signal_name(self.asked)} at step {self.step}, and saved")
+
+
+def _log_step(trainer: pl.Trainer) -> None:
+    """Log the losses of a run's last step now: Lightning does so after this hook, which ends it."""
+    trainer._logger_connector.on_batch_end()
+    trainer._logger_connector.update_train_step_metrics()
 
 
 def _validation_follows(trainer: pl.Trainer) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import InstantiationException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -112,9 +113,18 @@ def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def overrides_of_job() -> list[str]:
-    """Return what this job of a multirun was told, the same for all jobs included."""
-    return list(HydraConfig.get().overrides.task) if in_sweep() else []
+def overrides_of_job(typed: list[str]) -> list[str]:
+    """Return what this job of a multirun was told and its others were not.
+
+    Args:
+        typed: The command's overrides, in which what varies has several values.
+    """
+    if not in_sweep():
+        return []
+    parsed = OverridesParser.create().parse_overrides(typed)
+    shared = {one.get_key_element() for one in parsed if not one.is_sweep_override()}
+    told = HydraConfig.get().overrides.task
+    return [override for override in told if override.partition("=")[0] not in shared]
 
 
 def output_folder() -> Path:
