@@ -7,6 +7,7 @@ folder, and have this package in the environment of their Ray.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -20,19 +21,18 @@ from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
 from anomaly_lit.files import lock, without_secrets
+from anomaly_lit.runs.claim import holder
 from anomaly_lit.types import UserError
+from hydra_plugins.anomaly_lit_launcher.base import CommandLauncher
 from hydra_plugins.anomaly_lit_launcher.jobs import (
     GRACE,
     PAUSE,
     Job,
-    check_folders,
     last_words,
-    name_by_difference,
     note,
     tell,
     write_plan,
 )
-from hydra_plugins.anomaly_lit_launcher.processes import ProcessLauncher
 from hydra_plugins.anomaly_lit_launcher.surroundings import (
     check_alone,
     die_with_parent,
@@ -40,7 +40,7 @@ from hydra_plugins.anomaly_lit_launcher.surroundings import (
 )
 
 
-class RayLauncher(ProcessLauncher):
+class RayLauncher(CommandLauncher):
     """Send the jobs of a sweep to Ray.
 
     Args:
@@ -57,8 +57,10 @@ class RayLauncher(ProcessLauncher):
         num_gpus: float = 0,
         retries: int = 0,
     ) -> None:
-        super().__init__(retries=retries)
-        self.address = address
+        super().__init__()
+        if retries < 0:
+            raise UserError(f"hydra.launcher.retries={retries} must be at least 0")
+        self.address, self.retries = address, retries
         self.each = {"num_cpus": num_cpus, "num_gpus": num_gpus}
 
     def launch(
@@ -77,19 +79,18 @@ class RayLauncher(ProcessLauncher):
                 f"hydra/launcher=ray needs a package that is not installed ({error}): "
                 'pip install "anomaly-lit[ray]", or take hydra/launcher=process'
             ) from error
-        numbered = enumerate(job_overrides, start=initial_job_idx)
-        jobs = [self.prepare(number, list(overrides)) for number, overrides in numbered]
-        check_folders(jobs)
+        jobs = self.plan(job_overrides, initial_job_idx)
         check_nodes(jobs)
-        name_by_difference(jobs)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         ray.init(self.address, include_dashboard=None if self.address else False,
                  log_to_driver=False, logging_level="warning")  # fmt: skip
         try:
             places = places_in(ray.cluster_resources(), self.each)
-            write_plan(Path(self.config.hydra.sweep.dir), jobs, places)
+            write_plan(self.sweep, jobs, places)
             print(f"{len(jobs)} jobs, {places} at a time", flush=True)
             self.send(ray, jobs)
         finally:
+            signal.signal(signal.SIGTERM, before)
             ray.shutdown()
         return self.results(jobs)
 
@@ -130,7 +131,7 @@ def run_job(command: list[str], folder: str) -> tuple[int, float]:
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     with (Path(folder) / "job.log").open("ab") as log:
-        while not lock(log):  # a process from before still writes into the folder
+        while not lock(log) or holder(Path(folder)):  # an older run still trains in the folder
             time.sleep(1.0)
         started, line = time.time(), without_secrets(" ".join(command))
         log.write(f"--- {datetime.now().isoformat(' ', 'seconds')}: {line}\n".encode())
@@ -178,7 +179,7 @@ def check_nodes(jobs: Sequence[Job]) -> None:
         if nodes > 1:
             raise UserError(
                 f"trainer.num_nodes={nodes} with hydra/launcher=ray: a job has one machine; take "
-                "hydra/launcher=submitit_slurm, or trainer.num_nodes=1"
+                "hydra/launcher=slurm, or trainer.num_nodes=1"
             )
 
 
