@@ -8,7 +8,7 @@ BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 DEFAULT := -m "not slow and not gpu and not real_data"
 
-.PHONY: setup demo test test-more test-slurm coverage lint clean
+.PHONY: setup demo test test-more test-slurm test-slurm-core coverage lint clean
 
 setup: .venv/installed
 
@@ -29,9 +29,12 @@ test: setup
 test-more: setup
 	$(PYTEST) -m "(slow or real_data) and not gpu and not slurm"
 
-# Jobs of the SLURM that scripts/slurm-here has started.
+# Jobs of the SLURM that scripts/slurm-here has started; the core of these tests takes some minutes.
 test-slurm: setup
 	$(BIN)/python -m pytest -m slurm tests/cluster
+
+test-slurm-core: setup
+	$(BIN)/python -m pytest -m slurm_core tests/cluster
 
 # The tests of `make test`, with a table of the lines and branches that none of them runs.
 coverage: setup

@@ -108,29 +108,8 @@ def metrics_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metrics.json").read_text())
 
 
-def tested(folder: Path) -> dict[str, float]:
+def results_of(folder: Path) -> dict[str, float]:
     return {key: v for key, v in metrics_of(folder).items() if key.startswith("test/")}
-
-
-def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Names of what differs between two state dicts; a part's extra state is plain data."""
-    assert first.keys() == second.keys()
-    return [
-        name
-        for name, value in first.items()
-        if not (
-            torch.equal(value, second[name])
-            if isinstance(value, torch.Tensor)
-            else value == second[name]
-        )
-    ]
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    first, second = weights_of(one), weights_of(other)
-    assert first["global_step"] == second["global_step"]
-    assert differing(first["state_dict"], second["state_dict"]) == []
-    assert tested(one) == tested(other)
 
 
 # -------------------------------------------------------------------------------- fixtures
@@ -250,6 +229,7 @@ def batch(call: Call, tmp_path: Path) -> Callable[..., str]:
 # ------------------------------------------------------------------------ tasks and nodes
 
 
+@pytest.mark.slurm_core
 def test_two_tasks_score_as_one_process_does(
     call: Call, two_tasks: Path, faint_folder: Path, tmp_path: Path
 ) -> None:
@@ -261,7 +241,7 @@ def test_two_tasks_score_as_one_process_does(
         )
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    of_two, of_one = tested(two_tasks), tested(tmp_path)
+    of_two, of_one = results_of(two_tasks), results_of(tmp_path)
     assert 0 < of_one["test/image_auroc_low"] < of_one["test/image_auroc_high"]
     # maps of another batch size differ in the last bits of float32, and pixel metrics with them
     assert of_two == pytest.approx(of_one, abs=1e-6)
@@ -273,6 +253,7 @@ def test_two_tasks_score_as_one_process_does(
     assert len(rows[0]) == 17
 
 
+@pytest.mark.slurm_core
 def test_two_nodes_train_the_same_model_as_two_tasks(
     call: Call, ddp: list[str], two_tasks: Path, tmp_path: Path
 ) -> None:
@@ -285,7 +266,7 @@ def test_two_nodes_train_the_same_model_as_two_tasks(
     assert "MEMBER: 2/2" in done.stdout + done.stderr
     name = "predictions.csv"
     assert (tmp_path / name).read_bytes() == (two_tasks / name).read_bytes()
-    assert tested(tmp_path) == tested(two_tasks)
+    assert results_of(tmp_path) == results_of(two_tasks)
 
 
 @pytest.mark.parametrize(
@@ -352,9 +333,14 @@ def test_fewer_held_out_images_than_ranks_are_told_in_words(
 # ------------------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("sent", ["USR1", "TERM"])
+@pytest.mark.parametrize("sent", [pytest.param("USR1", marks=pytest.mark.slurm_core), "TERM"])
 def test_a_stopped_job_with_workers_is_queued_again_and_ends_with_the_same_weights(
-    batch: Callable[..., str], tiny: list[str], whole: Path, tmp_path: Path, sent: str
+    batch: Callable[..., str],
+    tiny: list[str],
+    whole: Path,
+    tmp_path: Path,
+    sent: str,
+    assert_same_end: Callable[..., None],
 ) -> None:
     folder = tmp_path / "run"
     job = batch(*line("train", *tiny, *LONG, "dataset.num_workers=2", f"output_dir={folder}"))
@@ -414,6 +400,7 @@ def processes_with(mark: bytes, of_python: bool = False) -> list[int]:
 # -------------------------------------------------------------------------------- sweeps
 
 
+@pytest.mark.slurm_core
 def test_a_sweep_with_a_job_that_fails_tells_of_it_and_finishes_the_others(
     call: Call, tiny: list[str], tmp_path: Path
 ) -> None:
@@ -458,6 +445,7 @@ def test_a_sweep_can_be_watched_while_it_runs(
     assert status.returncode == 0
 
 
+@pytest.mark.slurm_core
 def test_a_cancelled_job_is_told_in_a_line_and_hides_no_other(
     call: Call, start: Callable[..., Any], tiny: list[str], tmp_path: Path
 ) -> None:
@@ -479,6 +467,7 @@ def test_a_cancelled_job_is_told_in_a_line_and_hides_no_other(
     assert "4 jobs: 1 done, 3 failed" in status.stdout, status.stdout
 
 
+@pytest.mark.slurm_core
 def test_the_same_command_waits_for_jobs_of_a_parent_that_was_killed(
     start: Callable[..., Any], tiny: list[str], tmp_path: Path
 ) -> None:
@@ -521,7 +510,12 @@ def test_ctrl_c_cancels_the_jobs_and_those_that_run_save_their_step(
 
 @pytest.mark.parametrize("sent", ["USR1", "USR2"])
 def test_a_job_of_a_sweep_that_is_warned_saves_and_goes_on(
-    start: Callable[..., Any], tiny: list[str], whole: Path, tmp_path: Path, sent: str
+    start: Callable[..., Any],
+    tiny: list[str],
+    whole: Path,
+    tmp_path: Path,
+    sent: str,
+    assert_same_end: Callable[..., None],
 ) -> None:
     """As a scheduler does ahead of the end of the time."""
     sweep = tmp_path / "sweep"
@@ -541,6 +535,7 @@ def test_a_job_of_a_sweep_that_is_warned_saves_and_goes_on(
     assert_same_end(folder, whole)
 
 
+@pytest.mark.slurm_core
 def test_settings_that_slurm_refuses_are_told_in_words(
     call: Call, tiny: list[str], tmp_path: Path
 ) -> None:

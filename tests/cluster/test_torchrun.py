@@ -105,7 +105,7 @@ def test_two_nodes_of_torchrun(
     for rank, (node, address) in enumerate(nodes.items()):
         command = torchrun(
             tmp_path / "run", line, "--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}",
-            "--rdzv-backend=c10d", f"--rdzv-endpoint={first}:29511", f"--local-addr={address}",
+            f"--master-addr={first}", "--master-port=29511", f"--local-addr={address}",
         )  # fmt: skip
         running.append(
             subprocess.Popen(
