@@ -81,17 +81,18 @@ class RayLauncher(CommandLauncher):
             ) from error
         jobs = self.plan(job_overrides, initial_job_idx)
         check_nodes(jobs)
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        before = signal.getsignal(signal.SIGTERM)
         ray.init(self.address, include_dashboard=None if self.address else False,
                  log_to_driver=False, logging_level="warning")  # fmt: skip
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own kills the jobs
         try:
             places = places_in(ray.cluster_resources(), self.each)
             write_plan(self.sweep, jobs, places)
             print(f"{len(jobs)} jobs, {places} at a time", flush=True)
             self.send(ray, jobs)
         finally:
-            signal.signal(signal.SIGTERM, before)
             ray.shutdown()
+            signal.signal(signal.SIGTERM, before)
         return self.results(jobs)
 
     def send(self, ray: Any, jobs: list[Job]) -> None:
