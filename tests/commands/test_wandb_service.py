@@ -23,6 +23,7 @@ import pytest
 from anomaly_lit.loggers import read_ids
 
 Run = Callable[..., Any]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 class Service(ThreadingHTTPServer):
