@@ -262,7 +262,7 @@ def _name(hint: Any) -> str:
         limits = f"from {least} to {greatest[0]}" if within else f"of at least {least}"
         return f"{_name(kind)} {limits}"
     options = typing.get_args(hint)
-    if any(typing.get_origin(option) is Annotated for option in options):
+    if any(typing.get_origin(option) is Annotated or option is bool for option in options):
         return " or ".join(_name(option) for option in options)
     if hint is type(None):
         return "null"

@@ -46,6 +46,7 @@ def build(config: dict[str, Any]) -> tuple[AnomalyDataModule, Method]:
     check_synthesis(datamodule, method)
     check_companions(datamodule, method)
     check_size(datamodule, method)
+    check_crop(datamodule, config)
     if is_first_process():
         datamodule.prepare_data()
     datamodule.setup("fit")
@@ -85,6 +86,20 @@ def check_size(datamodule: AnomalyDataModule, method: Method) -> None:
             f"image_size={size}: {type(method).__name__} needs a multiple of {multiple} in height "
             f"and width, such as image_size=[{near[0]},{near[1]}]"
         )
+
+
+def check_crop(datamodule: AnomalyDataModule, config: dict[str, Any]) -> None:
+    """Refuse a crop for pixel metrics that is larger than the images, before anything is trained.
+
+    Raises:
+        UserError: It is.
+    """
+    import torch
+
+    from anomaly_lit.callbacks.records import crop_of, middle
+
+    crop = config["callbacks"].get("evaluation", {}).get("pixel_crop")
+    middle(torch.empty(1, 1, *datamodule.resize.size), crop_of(crop))
 
 
 def check_trainer(settings: dict[str, Any]) -> None:
