@@ -25,11 +25,13 @@ from anomaly_lit.config.hydra import config_dir, plain
 from anomaly_lit.data import DiskCache, HostCache, MVTecAD
 from anomaly_lit.losses import total
 from anomaly_lit.methods.base import Method
+from anomaly_lit.nn.bank import Bank, Reservoir, coreset
 from anomaly_lit.types import Batch, Prediction
 
 Quantities = dict[str, float]  # "name, unit" to a number
 PEAK = "peak memory, MiB"
 SIDE, BATCH, DRAWN = 64, 8, 16
+LENGTH, MOST = 128, 50_000  # of vectors, and drawn from them
 
 
 def apart(work: Callable[[], Quantities], threads: int) -> Quantities | str:
@@ -263,3 +265,40 @@ def repeated(name: str, work: Callable[[], None], peak: Peak, least: float = 0.5
             spent += seconds(work)
             count += 1
     return {f"{name}, s": spent / count, f"{name}, {PEAK}": peak.mib}
+
+
+# ------------------------------------------------------------------ a bank
+
+
+def vectors(count: int) -> Quantities:
+    """Build and search a bank of random vectors, in CPU time, which other programs change less.
+
+    The vectors exist before, so that the memory is what the work takes beside them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    items = torch.randn(count, LENGTH, generator=generator)
+    reservoir, found = Reservoir(MOST, generator), {}
+    with Peak() as peak:
+        found[f"drawing at most {MOST:,}, CPU s"] = cpu_seconds(
+            lambda: [reservoir.add(part) for part in items.split(BATCH * SIDE)]
+        )
+        drawn = reservoir.drawn()
+    found[f"drawing, {PEAK}"] = peak.mib
+    found["coreset of 1 % of the drawn, CPU s"] = cpu_seconds(
+        lambda: coreset(drawn, len(drawn) // 100)
+    )
+    with Peak() as peak:
+        found["coreset of 100, CPU s"] = cpu_seconds(lambda: coreset(items, 100))
+    found[f"coreset of 100, {PEAK}"] = peak.mib
+    bank, queries = Bank(LENGTH), torch.randn(1000, LENGTH, generator=generator)
+    bank.items = items
+    with Peak() as peak:
+        found["search of 1,000 queries, CPU s"] = cpu_seconds(lambda: bank.nearest(queries))
+    found[f"search of 1,000 queries, {PEAK}"] = peak.mib
+    return found
+
+
+def cpu_seconds(work: Callable[[], Any]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start

@@ -11,6 +11,8 @@
 - tokens: the training step without the backbone, on 14 x 14 to 64 x 64 tokens. The exponent is that
   of the number of tokens; attention alone would have 2.
 - categories: 1,200 files in 1 to 30 categories that one model learns.
+- vectors: a bank of 10,000 to 1,000,000 vectors of length 128: drawing from a stream, a coreset of
+  100 rows, one of 1 % of what was drawn, the nearest items of 1,000 queries; in CPU time.
 
 Every figure is taken in a process of its own, so that no memory was used before; a round measures
 all of them in turns. The exponent is the slope of a least-squares line through the logarithms of
@@ -44,13 +46,16 @@ from metrics import memory
 
 from anomaly_lit.files import environment
 
-PARTS = ("images", "resolution", "tokens", "categories")
+PARTS = ("images", "resolution", "tokens", "categories", "vectors")
 AXES = {"images": "images", "resolution": "side of the image, pixels",
-        "tokens": "tokens", "categories": "categories of 1,200 images"}  # fmt: skip
+        "tokens": "tokens", "categories": "categories of 1,200 images",
+        "vectors": "vectors of length 128"}  # fmt: skip
 SIZES = {"images": [100, 300, 1000, 3000, 10_000], "resolution": [224, 320, 448, 640, 1024],
-         "tokens": [14, 20, 28, 40, 64], "categories": [1, 5, 15, 30]}  # fmt: skip
+         "tokens": [14, 20, 28, 40, 64], "categories": [1, 5, 15, 30],
+         "vectors": [10_000, 30_000, 100_000, 300_000, 1_000_000]}  # fmt: skip
 QUICK = {"images": [50, 100, 200], "resolution": [128, 192, 256],
-         "tokens": [8, 14, 20], "categories": [1, 3, 5]}  # fmt: skip
+         "tokens": [8, 14, 20], "categories": [1, 3, 5],
+         "vectors": [3000, 10_000, 30_000]}  # fmt: skip
 METHODS = {"resolution": ["fastflow_small", "uniad_small", "ami_net_small"],
            "tokens": ["uniad_small", "ami_net_small"]}  # fmt: skip
 SHARE = 0.6  # of the free memory that may be used
@@ -67,6 +72,8 @@ def cases_of(
     if part == "categories":
         folders = {size: cases.write_set(root, size, ALL) for size in sizes}
         return {"": lambda size: cases.categories(folders[size])}
+    if part == "vectors":
+        return {"": cases.vectors}
     measure = cases.resolution if part == "resolution" else cases.tokens
     return {name: partial(measure, name, batch) for name in METHODS[part]}
 
