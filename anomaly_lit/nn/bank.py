@@ -201,7 +201,7 @@ def coreset(items: Tensor, count: int, first: int = 0, title: str = "") -> Tenso
         title = f"{title}: {count:,} of {len(items):,} vectors, {mebibytes:,.0f} MiB"
     items = items.float()
     items = items - items.mean(dim=0)  # subtracting large numbers would lose digits
-    squares = items.square().sum(dim=1)
+    squares = torch.linalg.vector_norm(items, dim=1).square()  # without another copy
     gaps = torch.full_like(squares, torch.inf)
     chosen = torch.full((count,), first, dtype=torch.long, device=items.device)
     for number in _shown(range(1, count), title):
