@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anomaly_lit.losses import total
-from anomaly_lit.methods import adversarial_distorter as module
+from anomaly_lit.methods.adversarial_distorter import network as module
 from anomaly_lit.types import UserError
 
 Build = Callable[..., Any]
