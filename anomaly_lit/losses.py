@@ -60,6 +60,28 @@ class CosineLoss(nn.Module):
         return (1 - F.cosine_similarity(prediction, target, dim=1)).mean()
 
 
+class FlatCosineLoss(nn.Module):
+    """Mean over images of one minus the cosine between whole maps, as one vector each (RD4AD).
+
+    Unlike in `CosineLoss`, positions count by the norm of their vectors.
+    """
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return a scalar in [0, 2] from two (B, C, H, W) maps."""
+        return (1 - F.cosine_similarity(prediction.flatten(1), target.flatten(1), dim=1)).mean()
+
+
+def scale_gradient(values: Tensor, factor: Tensor | float) -> Tensor:
+    """Return the values as they are, with gradients multiplied by a factor.
+
+    Args:
+        values: Any shape.
+        factor: Of a shape that expands to that of the values; takes no gradient.
+    """
+    kept = values.detach()
+    return kept + factor * (values - kept)
+
+
 class MSECosineLoss(SumOfTerms):
     """Distance and direction: mean squared error plus a weighted cosine term (AMI-Net).
 

@@ -1,7 +1,7 @@
-"""Learning rate schedules, as functions of the share of training that is done.
+"""Schedules: functions of the share of training that is done.
 
-A schedule maps a fraction in [0, 1] to a factor of the optimiser's learning rate, so that a short
-run has the same shape as a long one.
+A schedule maps a fraction in [0, 1] to a factor of the optimiser's learning rate, or to a weight of
+a loss, so that a short run has the same shape as a long one.
 """
 
 from __future__ import annotations
@@ -87,3 +87,28 @@ class Decay:
     def __call__(self, done: float) -> float:
         """Return the factor when a share `done` of training is over."""
         return self.factor ** min(int(done * self.times), self.times - 1)
+
+
+class Ramp:
+    """Goes linearly from `first` to `last`, then stays: for the weight of a loss.
+
+    Args:
+        over: Share of training until `last` is reached, in [0, 1]; 0 starts there.
+        first: Value at the start.
+        last: Value from `over` on.
+
+    Raises:
+        UserError: `over` is out of range.
+    """
+
+    def __init__(self, over: float = 0.1, first: float = 0.0, last: float = 1.0) -> None:
+        check_range("schedule", "[0, 1]", over=over)
+        self.over = over
+        self.first = first
+        self.last = last
+
+    def __call__(self, done: float) -> float:
+        """Return the value when a share `done` of training is over."""
+        if done >= self.over:
+            return self.last
+        return self.first + (self.last - self.first) * done / self.over

@@ -19,7 +19,7 @@ PLUGINS = Path(hydra_plugins.anomaly_lit_launcher.__file__).parents[1]
 LAYERS = [  # the house from the ground up; a part imports from those below it
     {"types", "files"},
     {"config", "calibration", "folders"},
-    {"nn", "losses", "masks", "schedules", "synthesis"},
+    {"nn", "losses", "masks", "optim", "schedules", "synthesis"},
     {"data", "metrics", "methods", "drawing"},
     {"inference", "reporting"},
     {"callbacks", "loggers"},

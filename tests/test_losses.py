@@ -16,6 +16,7 @@ from anomaly_lit.config.build import instantiate
 from anomaly_lit.config.hydra import config_dir, plain
 from anomaly_lit.losses import (
     CosineLoss,
+    FlatCosineLoss,
     HybridLoss,
     MSECosineLoss,
     MSGMSLoss,
@@ -24,6 +25,7 @@ from anomaly_lit.losses import (
     dice_loss,
     focal_loss,
     loss_terms,
+    scale_gradient,
     ssim_map,
 )
 from anomaly_lit.types import UserError
@@ -47,6 +49,25 @@ def test_cosine_loss_is_the_mean_over_positions() -> None:
                 p, t = prediction[b, :, i, j].double(), target[b, :, i, j].double()
                 values.append(1 - float(p @ t) / math.sqrt(float(p @ p) * float(t @ t)))
     assert CosineLoss()(prediction, target).item() == pytest.approx(sum(values) / len(values))
+
+
+def test_flat_cosine_loss_compares_whole_maps() -> None:
+    prediction, target = maps()
+    expected = 0.0
+    for p, t in zip(prediction.flatten(1).double(), target.flatten(1).double(), strict=True):
+        expected += (1 - float(p @ t) / math.sqrt(float(p @ p) * float(t @ t))) / 2
+    assert FlatCosineLoss()(prediction, target).item() == pytest.approx(expected)
+
+
+def test_scaling_a_gradient_keeps_the_values() -> None:
+    values = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    factor = torch.tensor([0.0, 0.1, 2.0])[:, None]
+    scaled = scale_gradient(values, factor)
+    assert torch.equal(scaled, values)
+    scaled.square().sum().backward()
+    assert torch.allclose(values.grad, 2 * values.detach() * factor)
+    with torch.no_grad():
+        assert torch.equal(scale_gradient(values, factor), values)
 
 
 def test_direction_is_weighted_five_times_and_terms_sum_to_the_loss() -> None:

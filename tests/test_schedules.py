@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from anomaly_lit.methods.base import Method
-from anomaly_lit.schedules import Cosine, Decay, Step
+from anomaly_lit.schedules import Cosine, Decay, Ramp, Step
 from anomaly_lit.types import UserError
 
 
@@ -61,3 +61,11 @@ def test_decay_falls_at_even_distances():
     )
     with pytest.raises(UserError, match="times=0"):
         Decay(times=0)
+
+
+def test_ramp_goes_to_its_last_value_and_stays():
+    ramp = Ramp(over=0.1, first=0.2, last=1.0)
+    assert [ramp(done) for done in (0, 0.05, 0.1, 1)] == pytest.approx([0.2, 0.6, 1.0, 1.0])
+    assert Ramp(over=0.0)(0.0) == 1.0
+    with pytest.raises(UserError, match=r"over=1\.5"):
+        Ramp(over=1.5)

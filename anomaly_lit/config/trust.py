@@ -96,6 +96,7 @@ KINDS_WITHIN: dict[Part, tuple[Kind, ...]] = {  # and what it may contain
         Kind("anomaly_lit.losses", "torch.nn.Module"),
         Kind("anomaly_lit.schedules", "builtins.object"),
         Kind("torch.nn", "torch.nn.Module", LOSSES),
+        Kind("anomaly_lit.optim", "torch.optim.Optimizer", waits=True),
         Kind("torch.optim", "torch.optim.Optimizer", OPTIMISERS, waits=True),
     ),
     "dataset": (

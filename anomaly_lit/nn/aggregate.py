@@ -56,15 +56,16 @@ def shrink(feature: Tensor, size: Sequence[int]) -> Tensor:
         return rows @ feature @ columns.T
 
 
-def smooth(anomaly_map: Tensor, sigma: float) -> Tensor:
-    """Apply the Gaussian filter of `scipy.ndimage.gaussian_filter` (cut at 4 sigma, reflected).
+def smooth(anomaly_map: Tensor, sigma: float, radius: int | None = None) -> Tensor:
+    """Apply the Gaussian filter of `scipy.ndimage.gaussian_filter` (reflected at the edges).
 
     Args:
         anomaly_map: (B, C, H, W) float.
         sigma: Standard deviation in pixels; 0 returns the map as it is.
+        radius: Pixels on each side after which the filter is cut; None: 4 sigma.
     """
-    radius = int(4 * sigma + 0.5)
-    if radius == 0:
+    radius = int(4 * sigma + 0.5) if radius is None else radius
+    if radius == 0 or sigma == 0:
         return anomaly_map
     offsets = torch.arange(-radius, radius + 1, device=anomaly_map.device, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
@@ -105,6 +106,38 @@ def grid_of(image_size: int | Sequence[int], stride: int) -> tuple[int, int]:
             "feature map: change either"
         )
     return height // stride, width // stride
+
+
+def check_multiple(size: Sequence[int], stride: int, what: str) -> None:
+    """Check that both sides of an image are multiples of a stride.
+
+    Args:
+        size: Height and width.
+        stride: Pixels.
+        what: What has this stride, for the message.
+
+    Raises:
+        UserError: A side is no multiple; the message gives the two nearest that are.
+    """
+    for side in size:
+        if side % stride:
+            below, above = side // stride * stride, (side // stride + 1) * stride
+            near = f"{below} or {above}" if below else str(above)
+            raise UserError(
+                f"images of {size[0]} x {size[1]}: {side} is no multiple of {stride}, {what}; "
+                f"set image_size to {near}"
+            )
+
+
+def top_mean(anomaly_map: Tensor, share: float = 0.01) -> Tensor:
+    """Return the mean of the largest values of each (B, 1, H, W) map, as (B,).
+
+    Args:
+        anomaly_map: Maps of any values.
+        share: Share of the pixels that counts, in (0, 1], rounded down; at least one pixel does.
+    """
+    flat = anomaly_map.flatten(1)
+    return flat.topk(max(1, int(share * flat.shape[1])), dim=1).values.mean(dim=1)
 
 
 def pooled_maximum(anomaly_map: Tensor, window: int) -> Tensor:

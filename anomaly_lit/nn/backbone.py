@@ -13,6 +13,7 @@ import torch
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from anomaly_lit.nn.aggregate import check_multiple
 from anomaly_lit.nn.weights import find_weights
 from anomaly_lit.types import UserError, check_range
 
@@ -36,13 +37,18 @@ class Backbone(nn.Module):
         std: Standard deviation of each channel, likewise.
         options: More arguments for `timm.create_model`.
         final_norm: Whether a transformer's maps pass through its last layer normalisation.
+        groups: Return the means of so many groups of consecutive stages, of equal size, in place of
+            the stages; None returns each stage.
+        prefix: Also return a transformer's prefix tokens (class token, then registers).
 
     Attributes:
         channels: Channels of each returned map.
         strides: Pixels of the image per position of each returned map.
+        prefix_tokens: Number of prefix tokens that are returned with each map.
 
     Raises:
-        UserError: timm does not know the name, or the network has no such stage.
+        UserError: timm does not know the name, the network has no such stage or no prefix tokens,
+            or the stages cannot be grouped.
     """
 
     mean: Tensor
@@ -58,6 +64,8 @@ class Backbone(nn.Module):
         std: Sequence[float] | None = None,
         options: Mapping[str, Any] | None = None,
         final_norm: bool = False,
+        groups: int | None = None,
+        prefix: bool = False,
     ) -> None:
         super().__init__()
         if not out_indices or list(out_indices) != sorted(set(out_indices)):
@@ -71,9 +79,15 @@ class Backbone(nn.Module):
         self.out_indices = tuple(out_indices)
         self.options = dict(options or {})
         self.final_norm = final_norm
+        self.groups = groups
+        self.prefix = prefix
         self.network = self._build()
-        self.channels: list[int] = self.network.feature_info.channels()
-        self.strides: list[int] = self.network.feature_info.reduction()
+        channels: list[int] = self.network.feature_info.channels()
+        strides: list[int] = self.network.feature_info.reduction()
+        self._check_groups(channels, strides)
+        self.channels = channels if groups is None else channels[:groups]
+        self.strides = strides if groups is None else strides[:groups]
+        self.prefix_tokens = self._count_prefix_tokens() if prefix else 0
         if (mean is None) != (std is None):
             raise UserError(f"method.backbone.mean={mean}, std={std}: give both, or neither")
         if mean is None or std is None:
@@ -119,6 +133,28 @@ class Backbone(nn.Module):
                 "method.backbone.final_norm=false"
             )
         return FeatureGetterNet(network, out_indices=self.out_indices, norm=True)
+
+    def _check_groups(self, channels: Sequence[int], strides: Sequence[int]) -> None:
+        if self.groups is None:
+            return
+        if self.groups < 1 or len(channels) % self.groups:
+            raise UserError(
+                f"method.backbone.groups={self.groups} must divide the {len(channels)} stages of "
+                f"out_indices={list(self.out_indices)}"
+            )
+        if len(set(channels)) > 1 or len(set(strides)) > 1:
+            raise UserError(
+                f"method.backbone.groups={self.groups} averages stages, and those of {self.name} "
+                f"differ in size (strides {strides}, channels {channels}): set it to null"
+            )
+
+    def _count_prefix_tokens(self) -> int:
+        count = getattr(getattr(self.network, "model", None), "num_prefix_tokens", 0)
+        if not count:
+            raise UserError(
+                f"the backbone {self.name} has no prefix tokens: set method.backbone.prefix=false"
+            )
+        return count
 
     def load_weights(self) -> None:
         """Read the weights; a second call, or one after a state dict was loaded, does nothing.
@@ -184,6 +220,8 @@ class Backbone(nn.Module):
             "out_indices": list(self.out_indices),
             "options": self.options,
             "final_norm": self.final_norm,
+            "groups": self.groups,
+            "prefix": self.prefix,
             "weights": digest.hexdigest(),
         }
 
@@ -192,15 +230,57 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Return the maps of the requested stages, finest first.
+        """Return the maps of the requested stages, finest first, or the means of their groups.
 
         Args:
             image: (B, 3, H, W) float in [0, 1].
 
         Returns:
-            One (B, channels[i], H / strides[i], W / strides[i]) map per stage.
+            One (B, channels[i], H / strides[i], W / strides[i]) map per stage or group; with
+            `prefix`, then one (B, channels[i], 1, prefix_tokens) map for each of them.
+
+        Raises:
+            UserError: The network does not take images of this size.
         """
-        return list(self.network((image - self.mean) / self.std))
+        self._check_size(image.shape[-2], image.shape[-1])
+        normalised = (image - self.mean) / self.std
+        if not self.prefix:
+            return self._grouped(self.network(normalised))
+        pairs = self.network.model.forward_intermediates(
+            normalised,
+            indices=self.network.out_indices,
+            norm=self.network.norm,
+            return_prefix_tokens=True,
+            intermediates_only=True,
+        )
+        prefixes = [tokens.transpose(1, 2).unsqueeze(2) for _, tokens in pairs]
+        return self._grouped([maps for maps, _ in pairs]) + self._grouped(prefixes)
+
+    def _grouped(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return the mean of each group of maps, or the maps if there are no groups."""
+        if self.groups is None:
+            return list(maps)
+        size = len(maps) // self.groups
+        starts = range(0, len(maps), size)
+        return [torch.stack(list(maps[i : i + size])).mean(dim=0) for i in starts]
+
+    def _check_size(self, height: int, width: int) -> None:
+        """Refuse images that a transformer cannot cut into patches."""
+        model = getattr(self.network, "model", None)
+        embed = getattr(model, "patch_embed", None)
+        if embed is None or len(set(self.strides)) > 1 or self.options.get("dynamic_img_pad"):
+            return
+        fixed = getattr(embed, "img_size", None)
+        if fixed is not None and getattr(embed, "strict_img_size", False):
+            if tuple(fixed) != (height, width):
+                raise UserError(
+                    f"{self.name} takes images of {fixed[0]} x {fixed[1]} only, not {height} x "
+                    f"{width}: set image_size={fixed[0]}, or "
+                    "method.backbone.options.dynamic_img_size=true if it can resize its position "
+                    "code"
+                )
+            return
+        check_multiple((height, width), self.strides[0], f"the patch of {self.name}")
 
 
 def _statistics(name: str) -> tuple[Sequence[float], Sequence[float]]:

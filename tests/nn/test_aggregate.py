@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from anomaly_lit.nn.aggregate import aggregate, resize, shrink, smooth
+from anomaly_lit.nn.aggregate import aggregate, check_multiple, resize, shrink, smooth, top_mean
+from anomaly_lit.types import UserError
 
 
 def resized_by_hand(map_: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -83,3 +84,25 @@ def test_smoothing_equals_scipy_s(sigma: float, size: tuple[int, int]) -> None:
 def test_no_smoothing_leaves_the_map_alone() -> None:
     map_ = torch.rand(1, 1, 4, 4)
     assert smooth(map_, 0.0) is map_
+
+
+def test_a_gaussian_may_be_cut_elsewhere() -> None:
+    """Against scipy, whose cut is given in deviations."""
+    map_ = torch.rand(1, 1, 12, 9, generator=torch.Generator().manual_seed(3))
+    expected = ndimage.gaussian_filter(map_[0, 0].numpy(), sigma=4, radius=2)
+    np.testing.assert_allclose(smooth(map_, 4.0, 2)[0, 0].numpy(), expected, rtol=1e-5)
+    assert torch.equal(smooth(map_, 0.0, 2), map_)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.01, 1), (0.1, 9), (1.0, 96), (0.001, 1)])
+def test_the_mean_of_the_top_share_equals_a_sort(share: float, count: int) -> None:
+    maps = torch.randn(3, 1, 12, 8, generator=torch.Generator().manual_seed(2))
+    expected = [sorted(one.flatten().tolist(), reverse=True)[:count] for one in maps]
+    wanted = torch.tensor([sum(values) / count for values in expected])
+    assert torch.allclose(top_mean(maps, share), wanted, atol=1e-6)
+
+
+def test_sides_that_are_no_multiple_get_the_nearest() -> None:
+    check_multiple((28, 42), 14, "the patch")
+    with pytest.raises(UserError, match=r"28 x 40: 40 .*14, the patch; set .* to 28 or 42"):
+        check_multiple((28, 40), 14, "the patch")

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from anomaly_lit.config.hydra import config_dir
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.types import UserError
 
@@ -248,3 +250,99 @@ def test_file_of_a_transformer_is_read(tmp_path: Path) -> None:
     assert torch.equal(
         backbone.network.model.patch_embed.proj.weight, state["patch_embed.proj.weight"]
     )
+
+
+# --------------------------------------------------------------------------- transformers
+
+
+VIT = {"name": "test_vit.r160_in1k", "out_indices": [1, 2, 3, 4]}  # 6 blocks, patches of 16
+
+
+def tokens_of_blocks(backbone: Backbone, image: Tensor, wanted: list[int]) -> list[Tensor]:
+    """What blocks of the transformer give, (B, 1 + N, C), seen from outside."""
+    seen: dict[int, Tensor] = {}
+    hooks = [
+        block.register_forward_hook(lambda *call, i=i: seen.update({i: call[2]}))
+        for i, block in enumerate(backbone.network.model.blocks)
+    ]
+    backbone(image)
+    for hook in hooks:
+        hook.remove()
+    return [seen[i] for i in wanted]
+
+
+def test_prefix_tokens_follow_the_maps(image: Tensor) -> None:
+    backbone = build(**VIT, prefix=True)
+    blocks = tokens_of_blocks(backbone, image, [1, 2, 3, 4])
+    found = backbone(image)
+    assert (len(found), backbone.prefix_tokens) == (8, 1)
+    for tokens, map_, prefix in zip(blocks, found[:4], found[4:], strict=True):
+        assert torch.equal(map_, tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 4)))
+        assert torch.equal(prefix, tokens[:, :1].transpose(1, 2)[:, :, None])
+
+
+def test_groups_are_means_of_their_stages(image: Tensor) -> None:
+    single, grouped = build(**VIT, prefix=True), build(**VIT, prefix=True, groups=2)
+    maps, found = single(image), grouped(image)
+    assert (grouped.channels, grouped.strides) == ([64, 64], [16, 16])
+    assert len(found) == 4
+    for i in range(4):
+        assert torch.allclose(found[i], (maps[2 * i] + maps[2 * i + 1]) / 2, atol=1e-6)
+
+
+def test_groups_and_prefix_tokens_belong_to_the_identity_of_a_cache() -> None:
+    kinds = [build(**VIT), build(**VIT, groups=2), build(**VIT, prefix=True)]
+    assert len({str(backbone.identity()) for backbone in kinds}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({**VIT, "groups": 3}, r"groups=3 must divide the 4 stages of out_indices=\[1, 2, 3, 4\]"),
+        ({**VIT, "groups": 0}, "groups=0 must divide"),
+        ({"groups": 1}, r"groups=1 averages stages.*differ in size"),
+        ({"prefix": True}, "has no prefix tokens: set method.backbone.prefix=false"),
+    ],
+)
+def test_groups_and_prefix_tokens_that_cannot_be_are_refused(
+    changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        build(**changes)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((64, 70), r"64 x 70: 70 is no multiple of 16.*image_size to 64 or 80"),
+        ((8, 64), r"8 is no multiple of 16.*image_size to 16$"),
+    ],
+)
+def test_a_size_that_no_patch_divides_names_the_nearest(
+    size: tuple[int, int], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        build(**VIT)(torch.rand(1, 3, *size))
+
+
+def test_a_transformer_of_one_size_says_which() -> None:
+    backbone = build(**VIT, options={"dynamic_img_size": False})
+    with pytest.raises(UserError, match=r"takes images of 160 x 160 only.*image_size=160"):
+        backbone(torch.rand(1, 3, 64, 64))
+
+
+def test_a_transformer_may_pad_instead() -> None:
+    backbone = build(**VIT, options={"dynamic_img_pad": True})
+    assert backbone(torch.rand(1, 3, 70, 64))[0].shape == (1, 64, 5, 4)
+
+
+OPTIONS = sorted(path.stem for path in Path(config_dir(), "backbone").glob("vit_*.yaml"))
+
+
+@pytest.mark.parametrize("option", [name for name in OPTIONS if "_small_" in name])
+def test_options_take_any_multiple_of_their_patch(option: str) -> None:
+    text = yaml.safe_load(Path(config_dir(), "backbone", f"{option}.yaml").read_text())
+    backbone = Backbone(**{k: v for k, v in text.items() if k[0] != "_"} | {"weights": "random"})
+    patch = backbone.strides[0]
+    maps = backbone(torch.rand(1, 3, 2 * patch, 3 * patch))
+    assert [map_.shape for map_ in maps] == [(1, 384, 2, 3)] * 3
