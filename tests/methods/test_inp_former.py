@@ -1,0 +1,210 @@
+"""INP-Former against its formulas, and the numbers that its description states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anomaly_lit.losses import scale_gradient, total
+from anomaly_lit.methods.inp_former import (
+    DecoderBlock,
+    Extractor,
+    INPFormer,
+    hard_coherence,
+    soft_coherence,
+)
+from anomaly_lit.nn.backbone import Backbone
+from anomaly_lit.nn.rebuilding import scored, to_map, to_tokens
+from anomaly_lit.optim import StableAdamW
+from anomaly_lit.types import UserError
+
+Build = Callable[..., Any]
+
+
+@pytest.fixture
+def method(small_method: Build) -> Any:
+    return small_method("inp_former")
+
+
+class Teacher(nn.Module):
+    """As wide as a transformer, and nothing else."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.channels, self.prefix_tokens = [dim, dim], 0
+
+
+def wave(step: float, of: Callable[[Tensor], Tensor], *shape: int) -> Tensor:
+    """Values of(step * 1), of(step * 2), ... in this shape."""
+    number = int(torch.tensor(shape).prod())
+    return of(step * torch.arange(1, number + 1, dtype=torch.float64)).reshape(shape)
+
+
+def count(*parts: nn.Module) -> int:
+    return sum(p.numel() for part in parts for p in part.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dim", "bottleneck", "extractor", "block", "expected"),
+    [
+        (384, 1_181_568, 1_776_768, 1_774_470, 17_154_096),
+        (768, 4_722_432, 7_092_480, 7_087_884, 68_517_984),
+        (1024, 8_393_728, 12_602_368, 12_596_240, 121_766_016),
+    ],
+)
+def test_parameters_are_those_of_the_authors_networks(
+    dim: int, bottleneck: int, extractor: int, block: int, expected: int
+) -> None:
+    with torch.device("meta"):
+        method = INPFormer(Teacher(dim), StableAdamW)  # type: ignore[arg-type]
+    assert count(method.bottleneck) == bottleneck
+    assert count(method.extractor) == extractor
+    assert count(method.decoder[0]) == block
+    assert count(method) == expected
+
+
+def test_the_published_method_trains_68_5_million_parameters(published_method: Build) -> None:
+    with torch.device("meta"):
+        method = published_method("inp_former", 392)
+    assert sum(p.numel() for p in method.parameters() if p.requires_grad) == 68_517_984
+
+
+def test_a_decoder_block_equals_loops_over_heads_and_prototypes() -> None:
+    torch.manual_seed(0)
+    block, tokens, prototypes = DecoderBlock(8, 2), torch.randn(1, 5, 8), torch.randn(1, 3, 8)
+    nn.init.uniform_(block.scale, 0.5, 2)
+    normed = block.norm1(prototypes)[0]
+    q, k, v = block.query(block.norm1(tokens))[0], block.key(normed), block.value(normed)
+    mixed = torch.zeros(5, 8)
+    for head, own in enumerate((slice(0, 4), slice(4, 8))):
+        for n in range(5):
+            for m in range(3):
+                cosine = F.cosine_similarity(q[n, own], k[m, own], dim=0)
+                mixed[n, own] += (block.scale[head] * cosine).clamp(min=0) * v[m, own]
+    z = block.output(mixed)  # nothing of the token is added
+    torch.testing.assert_close(block(tokens, prototypes)[0], z + block.mlp(block.norm2(z)))
+
+
+def test_nothing_passes_by_the_prototypes() -> None:
+    block = DecoderBlock(8, 2)
+    for layer in (block.output, block.mlp[-1]):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    assert not block(torch.randn(2, 5, 8), torch.randn(2, 3, 8)).any()
+
+
+def test_prototypes_are_of_one_image_and_know_no_positions() -> None:
+    torch.manual_seed(0)
+    extractor, tokens = Extractor(8, 2, 6), torch.randn(3, 7, 8)
+    found = extractor(tokens)
+    assert found.shape == (3, 6, 8)
+    assert not torch.allclose(found[0], found[1])
+    torch.testing.assert_close(extractor(tokens[1:2])[0], found[1])
+    torch.testing.assert_close(extractor(tokens[:, torch.randperm(7)]), found)
+
+
+def test_moved_patches_move_the_map(method: Any, make_batch: Build) -> None:
+    features = method.eval().backbone(make_batch()["image"])
+    order = torch.randperm(16)
+    moved = [to_map(to_tokens(each)[:, order], (4, 4)) for each in features]
+    before, after = method.compare(features), method.compare(moved)
+    torch.testing.assert_close(before.prototypes, after.prototypes)
+    for one, other in zip(before.rebuilt, after.rebuilt, strict=True):
+        torch.testing.assert_close(to_tokens(one)[:, order], to_tokens(other))
+
+
+def test_coherence_has_the_values_of_a_calculation_by_hand() -> None:
+    tokens, prototypes = wave(0.1, torch.sin, 2, 16, 8), wave(0.37, torch.sin, 2, 3, 8)
+    assert float(hard_coherence(tokens, prototypes)) == pytest.approx(0.192711, abs=1e-6)
+    assert float(soft_coherence(tokens, prototypes)) == pytest.approx(0.245250, abs=1e-6)
+
+
+def golden() -> list[tuple[Tensor, Tensor]]:
+    shape = (2, 8, 4, 4)
+    given = [wave(0.1, torch.sin, *shape), wave(0.1, torch.cos, *shape)]
+    rebuilt = [wave(0.13, torch.sin, *shape), wave(0.07, torch.cos, *shape)]
+    return [(e, d.requires_grad_()) for e, d in zip(given, rebuilt, strict=True)]
+
+
+def test_soft_mining_has_the_values_of_a_calculation_by_hand(method: Any) -> None:
+    pairs = golden()
+    mined = [(e, scale_gradient(d, method.factor(e, d))) for e, d in pairs]
+    loss = torch.stack([method.distance(d, e) for e, d in mined]).mean()
+    assert float(loss) == pytest.approx(0.886004, abs=1e-6)
+    loss.backward()
+    found = [float(d.grad.abs().sum()) for _, d in pairs]
+    assert found == pytest.approx([0.780199, 0.871863], abs=1e-6)
+
+
+def test_factors_follow_the_error_of_a_position(method: Any, small_method: Build) -> None:
+    given, rebuilt = golden()[0]
+    factor = method.factor(given, rebuilt)
+    errors = 1 - F.cosine_similarity(given, rebuilt)
+    assert float(factor[1, 0, 2, 3]) == pytest.approx(float(errors[1, 2, 3] / errors.mean()) ** 3)
+    assert float(factor.mean()) >= 1
+    plain = small_method("inp_former", gamma=0.0)
+    assert torch.equal(plain.factor(given, rebuilt), torch.ones(2, 1, 4, 4, dtype=torch.float64))
+
+
+def test_the_backbone_and_its_tokens_take_no_gradient(method: Any, make_batch: Build) -> None:
+    total(method.losses(make_batch())).backward()
+    assert all(p.grad is None for p in method.backbone.parameters())
+    assert method.extractor.query.grad.abs().sum() > 0
+
+
+def test_a_new_data_set_may_be_scored_by_the_nearest_prototype(
+    small_method: Build, make_batch: Build
+) -> None:
+    method, image = small_method("inp_former", score="inp_distance").eval(), make_batch()["image"]
+    tokens, prototypes, given, _ = method.compare(method.backbone(image))
+    nearest = torch.ones(2, 16, 1)
+    for b in range(2):
+        for n in range(16):
+            cosine = F.cosine_similarity(tokens[b, n], prototypes[b], dim=1)
+            nearest[b, n, 0] = 1 - cosine.max()
+    expected = scored([to_map(nearest, given[0].shape[-2:])], (64, 64))
+    torch.testing.assert_close(method(image).anomaly_map, expected.anomaly_map)
+
+
+@pytest.mark.parametrize("mse", ["mean", "sum"])
+def test_the_parts_of_the_second_version_train(
+    small_method: Build, fit: Build, make_batch: Build, mse: str
+) -> None:
+    method, batch = small_method("inp_former", mse=mse, coherence="soft"), make_batch()
+    fit(method, batch, 2)
+    terms = method.losses(batch)
+    assert set(terms) == {"distance", "mse", "coherence"}
+    assert total(terms).isfinite()
+    _, _, given, rebuilt = method.eval().compare(method.backbone(batch["image"]))
+    halves = [
+        (1 - F.cosine_similarity(one, other) + (one - other).norm(dim=1))[:, None] / 2
+        for one, other in zip(given, rebuilt, strict=True)
+    ]
+    torch.testing.assert_close(method(batch["image"]).score, scored(halves, (64, 64)).score)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prototypes": 0}, "prototypes=0"),
+        ({"dropout": 1.0}, r"dropout=1\.0"),
+        ({"gamma": -1.0}, "gamma=-1"),
+        ({"depth": 3}, "depth=3 must be a multiple of the 2 maps"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(
+    small_method: Build, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        small_method("inp_former", **changes)
+
+
+def test_prefix_tokens_are_refused(small_method: Build) -> None:
+    backbone = Backbone("test_vit.r160_in1k", [2, 3, 4, 5], weights="random", groups=2, prefix=True)
+    with pytest.raises(UserError, match=r"set method\.backbone\.prefix=false"):
+        small_method("inp_former", backbone=backbone)
