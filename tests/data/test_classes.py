@@ -373,7 +373,7 @@ def test_train_test_and_predict_without_masks(
     settings: tuple[str, ...],
     run_here: Callable[..., Any],
 ) -> None:
-    """With a method that localises; tests/methods/test_nln.py has one that does not."""
+    """With a method that localises; tests/methods/test_sap2.py has one that does not."""
     from PIL import Image
 
     run = tmp_path / "run"
