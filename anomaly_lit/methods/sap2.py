@@ -21,7 +21,8 @@ Follows the paper's code. Differs from it:
 
 Paper: Gui et al.: Constrained Adaptive Projection with Pretrained Features for Anomaly Detection.
 IJCAI 2022, arXiv:2112.02597.
-Status: works; not measured yet.
+Status: works; `sap2_small` on a toothbrush and solar cells: image AUROC 90.6 and 67.9, without the
+head 91.7 and 66.0; not yet with the paper's backbone.
 Note: scores whole images; the authors' code has no licence: written from its description.
 """
 
