@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from anomaly_lit.losses import loss_terms
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import aggregate, grid_of, pooled_maximum, resize
-from anomaly_lit.nn.attention import Attention
+from anomaly_lit.nn.attention import Attention, init_as_one, start_equal
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.neighbours import (
     LearnedPositions,
@@ -122,7 +122,9 @@ class UniAD(Method):
         )
         self.head = nn.Linear(dim, channels)
         for part in (self.embed, self.encoder, self.decoder, self.head):
-            part.apply(init_linear)
+            part.apply(init_linear).apply(init_as_one)
+        for stack in (self.encoder, self.decoder):
+            start_equal(stack.layers)
         self.head_start = head
         if head == "mean":
             silence(self.head)

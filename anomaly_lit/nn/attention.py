@@ -50,3 +50,17 @@ def init_as_one(module: nn.Module) -> None:
     if isinstance(module, Attention):
         for part in (module.query, module.key, module.value):
             part.weight.mul_(math.sqrt(0.5))
+
+
+@torch.no_grad()
+def start_equal(layers: nn.ModuleList) -> None:
+    """Give all layers the first one's projections to queries, keys and values, and its own query.
+
+    UniAD and OneNIP build one layer, copy it, and then draw the weights of linear layers anew. The
+    joint projection of their attention is no linear layer, so it starts equal in all layers.
+    """
+    first = dict(layers[0].named_parameters())
+    for layer in layers[1:]:
+        for name, value in layer.named_parameters():
+            if {"query", "key", "value"} & set(name.split(".")):
+                value.copy_(first[name])

@@ -40,6 +40,8 @@ class Backbone(nn.Module):
         groups: Return the means of so many groups of consecutive stages, of equal size, in place of
             the stages; None returns each stage.
         prefix: Also return a transformer's prefix tokens (class token, then registers).
+        padding: Pixels of zeros on every side of a convolution's input, by the convolution's name
+            in the network, such as `blocks.2.0.conv_dw`; it replaces the padding that timm chose.
 
     Attributes:
         channels: Channels of each returned map.
@@ -47,8 +49,8 @@ class Backbone(nn.Module):
         prefix_tokens: Number of prefix tokens that are returned with each map.
 
     Raises:
-        UserError: timm does not know the name, the network has no such stage or no prefix tokens,
-            or the stages cannot be grouped.
+        UserError: timm does not know the name, the network has no such stage, no such convolution
+            or no prefix tokens, or the stages cannot be grouped.
     """
 
     mean: Tensor
@@ -66,6 +68,7 @@ class Backbone(nn.Module):
         final_norm: bool = False,
         groups: int | None = None,
         prefix: bool = False,
+        padding: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         if not out_indices or list(out_indices) != sorted(set(out_indices)):
@@ -81,7 +84,10 @@ class Backbone(nn.Module):
         self.final_norm = final_norm
         self.groups = groups
         self.prefix = prefix
+        self.padding = dict(padding or {})
         self.network = self._build()
+        for convolution, pixels in self.padding.items():
+            self._pad(convolution, pixels)
         channels: list[int] = self.network.feature_info.channels()
         strides: list[int] = self.network.feature_info.reduction()
         self._check_groups(channels, strides)
@@ -156,6 +162,27 @@ class Backbone(nn.Module):
             )
         return count
 
+    def _pad(self, name: str, pixels: int) -> None:
+        """Replace a convolution by the same one with this padding."""
+        old = dict(self.network.named_modules()).get(name)
+        if not isinstance(old, nn.Conv2d) or not 0 <= pixels <= max(old.kernel_size):
+            raise UserError(
+                f"method.backbone.padding: {name}={pixels} must name a convolution of "
+                f"{self.name}, and from 0 pixels to the side of its kernel"
+            )
+        new = nn.Conv2d(
+            old.in_channels,
+            old.out_channels,
+            _pair(old.kernel_size),
+            _pair(old.stride),
+            (pixels, pixels),
+            _pair(old.dilation),
+            old.groups,
+            old.bias is not None,
+        )
+        new.load_state_dict(old.state_dict())
+        self.network.set_submodule(name, new)
+
     def load_weights(self) -> None:
         """Read the weights; a second call, or one after a state dict was loaded, does nothing.
 
@@ -223,7 +250,7 @@ class Backbone(nn.Module):
             "groups": self.groups,
             "prefix": self.prefix,
             "weights": digest.hexdigest(),
-        }
+        } | ({"padding": self.padding} if self.padding else {})
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode, so that no buffer changes."""
@@ -281,6 +308,10 @@ class Backbone(nn.Module):
                 )
             return
         check_multiple((height, width), self.strides[0], f"the patch of {self.name}")
+
+
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    return values[0], values[1]
 
 
 def _statistics(name: str) -> tuple[Sequence[float], Sequence[float]]:

@@ -16,15 +16,23 @@ from anomaly_lit.synthesis.base import uniform
 __all__ = ["augment", "colour_jitter", "rotate"]
 
 
-def augment(image: Tensor, number: int, generator: torch.Generator) -> Tensor:
+def augment(
+    image: Tensor,
+    number: int,
+    generator: torch.Generator,
+    shuffle: bool = False,
+    mirror: bool = False,
+) -> Tensor:
     """Apply some of ten augmentations to each image, drawn without replacement.
-
-    The order of the augmentations is the same for all images.
 
     Args:
         image: (B, 3, H, W) float32 in [0, 1].
         number: Number of augmentations per image, 0 to 10.
         generator: Draws the augmentations and their strengths.
+        shuffle: Apply an image's augmentations in a random order; otherwise the order is the same
+            for all images, which is faster.
+        mirror: Let the last of the ten mirror an image with a chance of one half, instead of
+            turning it by up to 45 degrees.
     """
     if number == 0:
         return image
@@ -38,12 +46,14 @@ def augment(image: Tensor, number: int, generator: torch.Generator) -> Tensor:
         _invert,
         _autocontrast,
         _equalize,
-        _turn,
+        _mirror if mirror else _turn,
     )
     noise = torch.rand(len(changes), len(image), generator=generator, device=image.device)
-    chosen = noise.argsort(dim=0).argsort(dim=0) < number  # (10, B)
-    for change, mine in zip(changes, chosen, strict=True):
-        image = apply_where(mine, image, lambda part: change(part, generator).clamp(0, 1))  # noqa: B023
+    rank = noise.argsort(dim=0).argsort(dim=0)  # (10, B), an image's place for each change
+    rounds = [rank == place for place in range(number)] if shuffle else [rank < number]
+    for chosen in rounds:
+        for change, mine in zip(changes, chosen, strict=True):
+            image = apply_where(mine, image, lambda part: change(part, generator).clamp(0, 1))  # noqa: B023
     return image
 
 
@@ -132,6 +142,10 @@ def _equalize(image: Tensor, generator: torch.Generator) -> Tensor:
 def _turn(image: Tensor, generator: torch.Generator) -> Tensor:
     angle = _per_image(uniform(image, generator, -45, 45))
     return rotate(image, angle, padding_mode="reflection")
+
+
+def _mirror(image: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.where(uniform(image, generator) < 0.5, image.flip(-1), image)
 
 
 def _per_image(values: Tensor) -> Tensor:

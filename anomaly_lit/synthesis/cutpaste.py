@@ -17,8 +17,7 @@ from anomaly_lit.types import UserError, check_range
 class CutPaste(Synthesis):
     """Cut a rectangle, change its colours, and paste it elsewhere in the same image.
 
-    A patch is upright; a scar is thin and rotated. Lengths of scars are in pixels of an image whose
-    shorter side is 256, and scale with the image.
+    A patch is upright; a scar is thin and rotated.
 
     Args:
         kind: `patch`, `scar`, or `both` (either with a chance of one half).
@@ -28,6 +27,8 @@ class CutPaste(Synthesis):
             ratio uniformly below 1 or above 1, either with a chance of one half (OneNIP).
         scar_width: Smallest and largest width of a scar, in pixels.
         scar_length: Smallest and largest length of a scar, in pixels.
+        scale_scars: Whether lengths of scars are in pixels of an image whose shorter side is 256,
+            and scale with the image; otherwise they are in the image's own pixels (OneNIP).
         scar_angle: Largest rotation of a scar, in degrees.
         jitter: Largest relative change of brightness, contrast and saturation.
         hue: Largest change of hue, as a share of the colour circle.
@@ -53,6 +54,7 @@ class CutPaste(Synthesis):
         probability: float = 1.0,
         foreground: bool = False,
         allow_empty: bool = False,
+        scale_scars: bool = True,
     ) -> None:
         super().__init__(probability, foreground, allow_empty)
         check_pairs("(0, 1)", area=area)
@@ -67,6 +69,7 @@ class CutPaste(Synthesis):
         self.aspect_scale = aspect_scale
         self.scar_width = scar_width
         self.scar_length = scar_length
+        self.scale_scars = scale_scars
         self.scar_angle = scar_angle
         self.jitter = jitter
         self.hue = hue
@@ -101,7 +104,7 @@ class CutPaste(Synthesis):
         area = uniform(image, generator, *self.area) * sides[0] * sides[1]
         aspect = self._aspect(image, generator)
         patch = (area / aspect).sqrt(), (area * aspect).sqrt(), torch.zeros_like(area)
-        unit = min(sides) / 256
+        unit = min(sides) / 256 if self.scale_scars else 1.0
         scar = (
             uniform(image, generator, *self.scar_length) * unit,
             uniform(image, generator, *self.scar_width) * unit,

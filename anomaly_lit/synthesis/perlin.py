@@ -40,6 +40,7 @@ class PerlinMask:
         check_pairs("[0, 8]", exponents=exponents)
         check_pairs("(0, 1)", area=area)
         check_range("dataset.synthesis", "(-inf, inf)", rotation=rotation, threshold=threshold)
+        check_range("dataset.synthesis", "[1, inf)", attempts=attempts)
         self.exponents = exponents
         self.rotation = rotation
         self.area = area
@@ -87,16 +88,19 @@ class Perlin(Synthesis):
     Args:
         texture_dir: Folder of texture images, with its sub-folders; None draws textures from
             fractal noise, stripes, spots and colour ramps.
-        max_textures: Most images read from the folder; each takes 3 bytes per pixel.
+        max_textures: Most images read from the folder, None for all; each takes 3 bytes per pixel.
         beta: Smallest and largest share of the image that remains under the texture.
         augmentations: Number of augmentations of a texture, 0 to 10; DRAEM applies 3.
         exponents: See `PerlinMask`.
         rotation: See `PerlinMask`.
         area: See `PerlinMask`.
         threshold: See `PerlinMask`.
+        attempts: See `PerlinMask`.
         probability: See `Synthesis`; DRAEM uses 0.5.
         foreground: See `Synthesis`.
         allow_empty: See `Synthesis`.
+        shuffle: See `augment`; OneNIP shuffles.
+        mirror: See `augment`; OneNIP mirrors.
 
     Raises:
         UserError: A range does not rise or leaves its bounds, or the folder has no image.
@@ -105,7 +109,7 @@ class Perlin(Synthesis):
     def __init__(
         self,
         texture_dir: str | None = None,
-        max_textures: int = 500,
+        max_textures: int | None = 500,
         beta: Sequence[float] = (0.0, 0.8),
         augmentations: int = 3,
         exponents: Sequence[int] = (0, 5),
@@ -115,14 +119,19 @@ class Perlin(Synthesis):
         probability: float = 0.5,
         foreground: bool = False,
         allow_empty: bool = False,
+        attempts: int = 2,
+        shuffle: bool = False,
+        mirror: bool = False,
     ) -> None:
         super().__init__(probability, foreground, allow_empty)
         check_pairs("[0, 1)", beta=beta)
         check_range("dataset.synthesis", "[0, 10]", augmentations=augmentations)
-        self.mask = PerlinMask(exponents, rotation, area, threshold)
+        self.mask = PerlinMask(exponents, rotation, area, threshold, attempts)
         self.folder = None if texture_dir is None else TextureFolder(texture_dir, max_textures)
         self.beta = beta
         self.augmentations = augmentations
+        self.shuffle = shuffle
+        self.mirror = mirror
 
     def propose(
         self, image: Tensor, generator: torch.Generator, category: Sequence[str] | None
@@ -131,7 +140,7 @@ class Perlin(Synthesis):
         batch, _, height, width = image.shape
         draw = procedural_textures if self.folder is None else self.folder
         texture = draw(batch, height, width, generator)
-        texture = augment(texture, self.augmentations, generator)
+        texture = augment(texture, self.augmentations, generator, self.shuffle, self.mirror)
         beta = uniform(image, generator, *self.beta)
         return beta * image + (1 - beta) * texture, self.mask(image, generator)
 
@@ -145,6 +154,7 @@ class Smudge(Synthesis):
         rotation: See `PerlinMask`.
         area: See `PerlinMask`.
         threshold: See `PerlinMask`.
+        attempts: See `PerlinMask`.
         probability: See `Synthesis`.
         foreground: See `Synthesis`.
         allow_empty: See `Synthesis`.
@@ -163,10 +173,11 @@ class Smudge(Synthesis):
         probability: float = 0.5,
         foreground: bool = False,
         allow_empty: bool = False,
+        attempts: int = 2,
     ) -> None:
         super().__init__(probability, foreground, allow_empty)
         check_pairs("[0, 1)", beta=beta)
-        self.mask = PerlinMask(exponents, rotation, area, threshold)
+        self.mask = PerlinMask(exponents, rotation, area, threshold, attempts)
         self.beta = beta
 
     def propose(

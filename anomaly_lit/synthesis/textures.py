@@ -21,23 +21,23 @@ class TextureFolder:
 
     Args:
         folder: Folder to search, with all its sub-folders.
-        most: Most images to keep, spread evenly over the folder. Each takes 3 bytes per pixel, so
-            500 images of 256 x 256 take 98 MB.
+        most: Most images to keep, spread evenly over the folder; None keeps all. Each takes 3 bytes
+            per pixel, so 500 images of 256 x 256 take 98 MB.
 
     Raises:
         UserError: The folder does not exist or has no image.
     """
 
-    def __init__(self, folder: str, most: int = 500) -> None:
+    def __init__(self, folder: str, most: int | None = 500) -> None:
         path = Path(folder).expanduser()
         files = walk_images(path)
-        if not files or most < 1:
+        if not files or (most is not None and most < 1):
             found = "no image" if path.is_dir() else "no folder"
             raise UserError(
                 f"dataset.synthesis.texture_dir={folder}: {found} there (of which "
                 f"max_textures={most} are taken); null draws textures instead"
             )
-        self.files = files[:: -(-len(files) // most)]
+        self.files = files if most is None else files[:: -(-len(files) // most)]
         self.bank: dict[tuple[int, int, str], Tensor] = {}  # by height, width and device
 
     def __call__(self, batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:

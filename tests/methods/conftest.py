@@ -49,7 +49,7 @@ def shrink_backbone(node: Any) -> None:
     """Random weights, and ResNet-18 where it has the requested stages."""
     node["weights"] = "random"
     if max(node["out_indices"]) <= 4:
-        for key in ("options", "mean", "std", "file_stem"):
+        for key in ("options", "mean", "std", "file_stem", "padding"):
             node.pop(key, None)
         node["name"] = "resnet18.tv_in1k"
 

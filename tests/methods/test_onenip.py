@@ -252,3 +252,32 @@ def test_a_constant_from_the_test_set_is_said_in_the_table(
 ) -> None:
     assert small_method("onenip").oracle == ""
     assert "test" in small_method("onenip", fusion="test").oracle
+
+
+def test_one_constant_from_the_test_set_for_validation_checkpoint_test_and_prediction(
+    small_method: Callable[..., Any], fit: Callable[..., None], make_batch: MakeBatch
+) -> None:
+    method = small_method("onenip", fusion="test")
+    asked = []
+
+    def test_batches() -> list[Any]:
+        asked.append(1)
+        return [make_batch(2)]
+
+    original = type(method).calibrate
+
+    def calibrate(self: Any) -> None:
+        self.trainer.datamodule.test_dataloader = test_batches
+        original(self)
+
+    method.calibrate = calibrate.__get__(method)
+    fit(method, make_batch(3), 1)
+    assert asked
+    kept = method.fusion_constant.clone()
+    assert kept != 1
+    batch = make_batch(2)
+    first = method.eval().predict_batch(batch).anomaly_map
+    other = small_method("onenip", fusion="test")
+    other.load_state_dict(method.state_dict())
+    assert torch.equal(other.fusion_constant, kept)
+    assert torch.equal(other.eval().predict_batch(batch).anomaly_map, first)

@@ -346,3 +346,21 @@ def test_options_take_any_multiple_of_their_patch(option: str) -> None:
     patch = backbone.strides[0]
     maps = backbone(torch.rand(1, 3, 2 * patch, 3 * patch))
     assert [map_.shape for map_ in maps] == [(1, 384, 2, 3)] * 3
+
+
+def test_padding_replaces_that_of_one_convolution_and_keeps_its_weights(image: Tensor) -> None:
+    arguments = {"name": "tf_efficientnet_b4.aa_in1k", "out_indices": [1, 2]}
+    plain, padded = build(**arguments), build(**arguments, padding={"blocks.2.0.conv_dw": 2})
+    padded.load_state_dict(plain.state_dict())
+    first, second = plain(image), padded(image)
+    assert torch.equal(first[0], second[0])  # the stage before it
+    assert first[1].shape == second[1].shape
+    assert not torch.allclose(first[1], second[1])
+    assert "padding" not in plain.identity()
+    assert padded.identity()["padding"] == {"blocks.2.0.conv_dw": 2}
+
+
+@pytest.mark.parametrize("padding", [{"conv9": 1}, {"bn1": 1}, {"conv1": -1}, {"conv1": 10**9}])
+def test_padding_of_what_is_no_convolution_is_named(padding: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=r"method\.backbone\.padding: \w+="):
+        build(name="resnet18.tv_in1k", padding=padding)

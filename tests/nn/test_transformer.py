@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anomaly_lit.nn.attention import Attention, init_as_one
+from anomaly_lit.nn.attention import Attention, init_as_one, start_equal
 from anomaly_lit.nn.transformer import TransformerBlock, init_linear, sincos_positions
 
 
@@ -85,3 +85,14 @@ def test_positions_are_sines_and_cosines_of_column_and_row(height: int, width: i
 
 def test_every_position_has_a_code_of_its_own() -> None:
     assert len(sincos_positions(32, 16, 16).unique(dim=0)) == 256
+
+
+def test_layers_start_with_equal_attention_and_own_mlps() -> None:
+    layers = nn.ModuleList(TransformerBlock(8, 2) for _ in range(3)).apply(init_linear)
+    start_equal(layers)
+    for layer in layers[1:]:
+        for part in ("query", "key", "value"):
+            own, first = (getattr(block.attention, part) for block in (layer, layers[0]))
+            assert torch.equal(own.weight, first.weight)
+        assert not torch.equal(layer.attention.output.weight, layers[0].attention.output.weight)
+        assert not torch.equal(layer.mlp[0].weight, layers[0].mlp[0].weight)

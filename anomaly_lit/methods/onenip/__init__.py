@@ -12,7 +12,11 @@ the prompt). Differs from it:
 - The prompt of a test image is the first of `prompts` training images of its category, whose frozen
   features are kept in the checkpoint; the code draws a random training image.
 - The constant that brings the refiner's map to the scale of the error map comes from training
-  images, clean and corrupted, not from the test set (`fusion="test"`, the paper's protocol).
+  images, clean and corrupted. `fusion="test"` takes it from the test set, in each validation, as
+  the paper does. Either way it is one number for thresholds, checkpoint, test and prediction.
+- Corrupted images are made as published if `synthesis=onenip` has a folder of textures
+  (`dataset.synthesis.recipes.perlin.texture_dir`, the paper's is DTD), up to details of the
+  augmentations; without one, textures are drawn by a program.
 - AUROC is never mirrored when it falls below one half.
 - Features of clean images and prompts come from the cache if there is one, so that in a step only
   the corrupted images pass through the backbone.
@@ -39,6 +43,7 @@ from anomaly_lit.losses import dice_loss, loss_terms
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.methods.onenip.network import BidirectionalDecoder, Refiner, StoredPrompts
 from anomaly_lit.nn.aggregate import aggregate, grid_of, pooled_maximum, resize
+from anomaly_lit.nn.attention import init_as_one, start_equal
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.bank import Bank
 from anomaly_lit.nn.neighbours import (
@@ -90,7 +95,7 @@ class OneNIP(Method):
             category gets the nearest.
         prompt_index: From 0 to `prompts` - 1.
         fusion: Where the constant that scales the refiner's map comes from: `train` images, or the
-            `test` set as in the paper.
+            `test` set as in the paper, anew in each validation.
         pool: Side of the window whose largest mean is the score, in pixels.
 
     Raises:
@@ -169,7 +174,9 @@ class OneNIP(Method):
         self.head = nn.Linear(dim, channels)
         self.refiner = Refiner(channels, refiner_dim)
         for part in (self.embed, self.encoder, self.decoder, self.head, self.refiner):
-            part.apply(init_linear)
+            part.apply(init_linear).apply(init_as_one)
+        for stack in (self.encoder, self.decoder):
+            start_equal(stack.layers)
         self.head_start = head
         if head == "mean":
             silence(self.head)
@@ -271,24 +278,22 @@ class OneNIP(Method):
         self.stored.keep(torch.cat(maps), names, self.prompt_count)
 
     def calibrate(self) -> None:
-        """Encode the prompts, and compute the fusion constant from training images."""
+        """Encode the prompts, and compute the fusion constant.
+
+        It is kept with the weights: a validation, its thresholds, the checkpoint, the test and
+        every prediction use the same one.
+        """
         self.prompt_tokens.fill(self.encode(self.stored.items))
         if self.fusion == "train":
-            self.fusion_constant.copy_(
-                self._middle(self.normal_batches("train", FUSION_IMAGES), corrupted=True)
-            )
-
-    def on_test_start(self) -> None:
-        """Compute the fusion constant from the test set if the paper's protocol is configured."""
-        super().on_test_start()
-        if self.fusion == "test":
+            batches = self.normal_batches("train", FUSION_IMAGES)
+        else:
             loader = self.trainer.datamodule.test_dataloader()  # type: ignore[attr-defined]
-            moved = (self.transfer_batch_to_device(batch, self.device, 0) for batch in loader)
-            self.fusion_constant.copy_(self._middle(moved, corrupted=False))
+            batches = (self.transfer_batch_to_device(batch, self.device, 0) for batch in loader)
+        self.fusion_constant.copy_(self._middle(batches, corrupted=self.fusion == "train"))
 
     def _middle(self, batches: Iterable[Batch], corrupted: bool) -> Tensor:
         """Return the midpoint between the smallest and the largest distance in all maps."""
-        extremes: list[Tensor] = []
+        extremes = [self.fusion_constant.new_full((2,), -math.inf)]  # a rank may have no image
         for batch in batches:
             prompts = self.prompt_tokens.items[
                 self.stored.rows(batch["category"], self.prompt_index)

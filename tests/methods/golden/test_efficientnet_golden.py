@@ -66,12 +66,6 @@ def test_first_two_stages_are_the_authors(size: int, golden: Any, maps: Any) -> 
     golden.check(f"backbone {size}", stage0=stages[0], stage1=stages[1])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the authors pad the 5 x 5 convolution with stride 2 of blocks.2.0 by (2, 2), for "
-    "images of 380 pixels; timm pads by (1, 2) at these sizes",
-)
 @pytest.mark.parametrize("size", [224, 256, 320])
 def test_last_two_stages_are_the_authors(size: int, golden: Any, maps: Any) -> None:
     stages = maps(size)

@@ -172,12 +172,6 @@ def test_layers_start_as_the_authors(golden: Any, new_method: Any) -> None:
         assert weight.std().item() == pytest.approx(golden.number("start", f"std {name}"), rel=0.03)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the authors' query, key and value projections are one (3 D, D) matrix, which Xavier "
-    "starts with a smaller deviation (0.0442) than three of (D, D) (0.0625)",
-)
 def test_attention_starts_as_the_authors(golden: Any, new_method: Any) -> None:
     std = new_method.decoder.layers[0].to_image.query.weight.std().item()
     assert std == pytest.approx(golden.number("start", "std attention query"), rel=0.03)

@@ -126,22 +126,11 @@ def test_linear_layers_start_as_the_authors(golden: Any, new_method: Any) -> Non
         assert weight.std().item() == pytest.approx(golden.number("start", f"std {name}"), rel=0.03)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the authors' query, key and value projections are one (3 D, D) matrix, which Xavier "
-    "starts with a smaller deviation (0.0442) than three of (D, D) (0.0625)",
-)
 def test_attention_starts_as_the_authors(golden: Any, new_method: Any) -> None:
     std = new_method.encoder.layers[0].attention.query.weight.std().item()
     assert std == pytest.approx(golden.number("start", "std attention query"), rel=0.03)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the authors copy one layer, so that all layers start with equal learned queries",
-)
 def test_layers_start_equal_as_the_authors(golden: Any, new_method: Any) -> None:
     assert golden.number("start", "layers start equal") == 1
     layers = new_method.decoder.layers
