@@ -54,6 +54,7 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         resize: `stretch` or `pad`, see `Resize`.
         interpolation: `bilinear`, `bicubic` or `lanczos`.
         center_crop: Height and width cut from the middle after resizing.
+        mask_resize: Which pixels of a resized truth mask are true, see `Resize`.
         batch_size: Images per training step.
         eval_batch_size: Images per step of validation and test.
         num_workers: Processes that read images; 0 is fastest with a cache.
@@ -61,6 +62,8 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
             trained on; at least one image where there are two.
         shots: Train on this many images of each category only, drawn from what is not held out.
         balanced: Draw every category equally often, however many images it has.
+        drop_last: Whether training images that do not fill a batch wait for the next epoch;
+            otherwise the last batch of an epoch is smaller.
         seed: Chooses the held-out images and the shots, and shuffles.
         masks: `required` (an anomalous image without a mask is an error), `optional` (all or
             none of them have one) or `none` (masks are not read; no pixel metrics).
@@ -95,12 +98,14 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         resize: Literal["stretch", "pad"] = "stretch",
         interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear",
         center_crop: int | list[int] | None = None,
+        mask_resize: Literal["keep", "nearest", "area", "any"] = "keep",
         batch_size: int = 8,
         eval_batch_size: int = 16,
         num_workers: int = 0,
         holdout: float = 0.1,
         shots: int | None = None,
         balanced: bool = False,
+        drop_last: bool = True,
         seed: int = 0,
         masks: Literal["required", "optional", "none"] = "required",
         outlier_dir: str | None = None,
@@ -116,30 +121,20 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         layout: Layout | None = None,
     ) -> None:
         pl.LightningDataModule.__init__(self)
-        geometry = Resize(image_size, resize, center_crop, interpolation)
+        geometry = Resize(image_size, resize, center_crop, interpolation, mask_resize)
         if layout is None:
             if self.layout_class is None:
                 raise UserError(
                     "dataset.layout is not set; name a class like anomaly_lit.data.Layout"
                 )
             layout = self.layout_class()
-        Catalogue.__init__(
-            self,
-            layout,
-            root,
-            categories,
-            holdout,
-            shots,
-            seed,
-            masks,
-            outlier_dir,
-            geometry,
-            max_pixels,
-        )
+        chosen = (categories, holdout, shots, seed, masks, outlier_dir)
+        Catalogue.__init__(self, layout, root, *chosen, geometry, max_pixels)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.balanced = balanced
+        self.drop_last = drop_last
         self.cache = cache
         self.feature_cache = feature_cache
         self.synthesis = synthesis
@@ -178,7 +173,7 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         return [make() for name, make in streams.items() if name in self.needs]
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return shuffled batches of one size; what does not fill one waits for the next epoch.
+        """Return shuffled batches; see `drop_last` for what does not fill one.
 
         If the split is smaller than a batch, the batch shrinks to its size.
         """
@@ -192,7 +187,7 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
             )
         weights = equal_weights(self.train_samples) if self.balanced else None
         batches = TrainBatches(
-            count, batch_size, self.seed, self._position, weights, rank, world_size
+            count, batch_size, self.seed, self._position, weights, rank, world_size, self.drop_last
         )
         companions = self.companions()
         indices = WithSteps(batches) if companions else batches

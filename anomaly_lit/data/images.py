@@ -22,6 +22,8 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
+MASK_RULES = ("keep", "nearest", "area", "any")
+
 READING = 2  # raise it when reading or resizing gives other pixels: caches are then rebuilt
 
 T = TypeVar("T", bound=np.generic)
@@ -120,6 +122,9 @@ class Resize:
         center_crop: Height and width to cut from the middle afterwards, which loses defects near
             the border; None keeps everything.
         interpolation: `bilinear`, `bicubic` or `lanczos`, all with antialiasing.
+        mask_resize: Which pixels of a resized truth mask are true: `keep` (half of the pixel's area
+            is, and no region vanishes), `nearest` (the nearest pixel is), `area` (half of its area
+            is) or `any` (any part of it is).
 
     Raises:
         UserError: A size is not positive, the crop exceeds the image, or a name is unknown.
@@ -131,11 +136,14 @@ class Resize:
         policy: str = "stretch",
         center_crop: int | Sequence[int] | None = None,
         interpolation: str = "bilinear",
+        mask_resize: str = "keep",
     ) -> None:
         if policy not in ("stretch", "pad"):
             raise UserError(f"dataset.resize={policy}: choose stretch or pad")
         if interpolation not in FILTERS:
             raise UserError(f"dataset.interpolation={interpolation}: choose {', '.join(FILTERS)}")
+        if mask_resize not in MASK_RULES:
+            raise UserError(f"dataset.mask_resize={mask_resize}: choose {', '.join(MASK_RULES)}")
         self.full = _pair(image_size, "image_size")
         self.size = self.full if center_crop is None else _pair(center_crop, "dataset.center_crop")
         if self.size[0] > self.full[0] or self.size[1] > self.full[1]:
@@ -144,10 +152,12 @@ class Resize:
             )
         self.policy = policy
         self.interpolation = interpolation
+        self.mask_resize = mask_resize
 
     def __repr__(self) -> str:
         crop = "" if self.size == self.full else f", center_crop={list(self.size)}"
-        return f"Resize({list(self.full)}, {self.policy}{crop}, {self.interpolation})"
+        masks = "" if self.mask_resize == "keep" else f", mask_resize={self.mask_resize}"
+        return f"Resize({list(self.full)}, {self.policy}{crop}, {self.interpolation}{masks})"
 
     def image(self, image: Pixels) -> Pixels:
         """Resize an 8-bit image (H, W, 3) to (h, w, 3)."""
@@ -158,14 +168,16 @@ class Resize:
         return self._cut(self._frame(image, np.uint8(0)))
 
     def mask(self, mask: Region) -> Region:
-        """Resize a truth mask (H, W) to (h, w) without losing a small defect.
+        """Resize a truth mask (H, W) to (h, w), by default without losing a small defect.
 
-        A pixel is true where at least half of the area it covers is true. A region is a set of
-        pixels that touch by side or corner at the original size. If none of its pixels would
+        With `keep` a pixel is true where at least half of the area it covers is true. A region is a
+        set of pixels that touch by side or corner at the original size. If none of its pixels would
         remain, it keeps the pixel it covers best and all that it covers at least half as well.
         Only a centre crop can remove a region.
         """
-        return self._cut(self._frame(_shrink_mask(mask, self._inner(mask.shape)), np.False_))
+        return self._cut(
+            self._frame(_resize_mask(mask, self._inner(mask.shape), self.mask_resize), np.False_)
+        )
 
     def restore(self, anomaly_map: npt.NDArray[np.floating], size: Sequence[int]) -> Map:
         """Resize a map (h, w) bilinearly to the original picture of `size` (H, W).
@@ -250,10 +262,16 @@ def _margins(outer: Sequence[int], inner: Sequence[int]) -> tuple[int, int]:
     return (outer[0] - inner[0]) // 2, (outer[1] - inner[1]) // 2
 
 
-def _shrink_mask(mask: Region, size: tuple[int, int]) -> Region:
+def _resize_mask(mask: Region, size: tuple[int, int], rule: str) -> Region:
     if mask.shape == size or not mask.any():
         return mask if mask.shape == size else np.zeros(size, dtype=bool)
-    kept = _coverage(mask, _edges(mask.shape[0], size[0]), _edges(mask.shape[1], size[1])) >= 0.5
+    if rule == "nearest":
+        picture = Image.fromarray(mask.astype(np.uint8))
+        return np.array(picture.resize((size[1], size[0]), Image.Resampling.NEAREST)) > 0
+    share = _coverage(mask, _edges(mask.shape[0], size[0]), _edges(mask.shape[1], size[1]))
+    kept = share > 1e-9 if rule == "any" else share >= 0.5
+    if rule != "keep":
+        return kept
     regions, _ = ndimage.label(mask, structure=np.ones((3, 3)))
     for number, box in enumerate(ndimage.find_objects(regions), start=1):
         _keep_region(kept, regions[box] == number, box, mask.shape)

@@ -16,9 +16,8 @@ from anomaly_lit.types import Sample
 class TrainBatches(Sampler[list[int]]):
     """Batches of shuffled indices, which a resumed run continues where it stopped.
 
-    Training reads one endless sequence of batches. Each pass over the images has its own order;
-    images that do not fill a batch wait for another pass. An iteration begins at `position()`, the
-    number of batches that training has consumed.
+    Training reads one endless sequence of batches. Each pass over the images has its own order. An
+    iteration begins at `position()`, the number of batches that training has consumed.
 
     Args:
         count: Images to draw from.
@@ -29,6 +28,8 @@ class TrainBatches(Sampler[list[int]]):
             proportion to them; without, it draws every image once.
         rank: The share of each batch to draw.
         world_size: Number of shares.
+        drop_last: Whether the images that do not fill a batch wait for another pass; otherwise
+            they are a smaller batch (if every rank gets one).
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class TrainBatches(Sampler[list[int]]):
         weights: Tensor | None = None,
         rank: int = 0,
         world_size: int = 1,
+        drop_last: bool = True,
     ) -> None:
         self.count = count
         self.batch_size = batch_size
@@ -48,10 +50,12 @@ class TrainBatches(Sampler[list[int]]):
         self.weights = weights
         self.rank = rank
         self.world_size = world_size
+        size = batch_size * world_size
+        self.used = count - count % (size if drop_last else world_size)  # images of a pass
 
     def __len__(self) -> int:
         """Return the number of batches in one pass over the images."""
-        return self.count // (self.batch_size * self.world_size)
+        return -(-self.used // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield as many batches as a pass has, starting at the present position."""
@@ -62,7 +66,8 @@ class TrainBatches(Sampler[list[int]]):
                 order, drawn = self._order(step // len(self)), step // len(self)
             size = self.batch_size * self.world_size
             first = step % len(self) * size
-            yield order[first + self.rank : first + size : self.world_size].tolist()
+            last = min(first + size, self.used)
+            yield order[first + self.rank : last : self.world_size].tolist()
 
     def _order(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))

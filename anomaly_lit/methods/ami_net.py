@@ -135,9 +135,9 @@ class AMINet(Method):
 
     def tokens(self, features: Sequence[Tensor]) -> Tensor:
         """Aggregate the stages and cut the map into patches: (B, N, C * patch^2)."""
-        if self.normalise:
-            features = [F.normalize(feature, dim=1) for feature in features]
         aggregated = aggregate(features, self.grid, self.average)
+        if self.normalise:
+            aggregated = F.normalize(aggregated, dim=1)
         return F.pixel_unshuffle(aggregated, self.patch).flatten(2).transpose(1, 2)
 
     def map_of(self, tokens: Tensor) -> Tensor:
@@ -197,7 +197,9 @@ class InpaintingNetwork(nn.Module):
         self.blocks = nn.Sequential(*[TransformerBlock(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, token_dim)
+        bias = self.embed.bias.detach().clone()  # keeps torch's initialisation, as in the code
         self.apply(init_linear).apply(init_as_one)
+        self.embed.bias.data.copy_(bias)
 
     def forward(self, tokens: Tensor, hidden: Tensor, jitter: float = 0.0) -> Tensor:
         """Map (B, N, token_dim) and (B, N) bool to (B, N, token_dim)."""

@@ -245,3 +245,26 @@ def test_reading_needs_no_open_file_afterwards(tmp_path: Path) -> None:
     read_image(path), read_mask(path), read_header(path)
     path.unlink()  # fails on Windows where a file is still open
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("keep", [[1, 0], [0, 1]]),  # the small region keeps its pixel
+        ("area", [[1, 0], [0, 0]]),
+        ("any", [[1, 1], [0, 1]]),
+        ("nearest", [[1, 0], [0, 0]]),
+    ],
+)
+def test_rules_for_resized_masks(rule: str, expected: list[list[int]]) -> None:
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[:4, :5] = True
+    mask[7, 7] = True
+    resize = Resize(2, mask_resize=rule)
+    assert resize.mask(mask).tolist() == [[bool(v) for v in row] for row in expected]
+    assert ("mask_resize" in repr(resize)) == (rule != "keep")
+
+
+def test_an_unknown_rule_for_masks_is_named() -> None:
+    with pytest.raises(UserError, match=r"dataset\.mask_resize=half: choose keep, nearest"):
+        Resize(2, mask_resize="half")

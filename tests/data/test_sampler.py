@@ -33,6 +33,20 @@ def test_ranks_share_the_batch_of_one_process():
     ]
 
 
+def test_the_rest_of_a_pass_is_a_smaller_batch_if_asked():
+    found = batches(drop_last=False)
+    assert [len(batch) for batch in found] == [2] * 5 + [1]
+    assert sorted(index for batch in found for index in batch) == list(range(11))
+    whole = found + batches(6, drop_last=False)
+    for start in range(6):
+        assert batches(start, drop_last=False) == whole[start : start + 6]
+
+
+def test_every_rank_gets_as_many_of_the_rest():
+    ranks = [batches(rank=rank, world_size=2, batch_size=3, drop_last=False) for rank in range(2)]
+    assert [[len(batch) for batch in own] for own in ranks] == [[3, 2], [3, 2]]
+
+
 def test_weights_decide_how_often_an_image_is_drawn():
     weights = torch.tensor([1.0] * 10 + [0.0])
     drawn = [

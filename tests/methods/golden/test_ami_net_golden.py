@@ -102,12 +102,6 @@ def test_mask_inpainting_map_and_score_are_the_authors(
     )
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the authors' ResNet-101 gives vectors of unit length over all stages together, "
-    "normalise=True each stage before it is resized",
-)
 @torch.no_grad()
 def test_features_of_unit_length_are_the_authors(
     golden: Any, given_maps: Callable[..., Any]
@@ -181,11 +175,6 @@ def test_weights_start_as_the_authors(golden: Any, new_method: AMINet) -> None:
         assert weight.std().item() == pytest.approx(golden.number("start", f"std {name}"), rel=0.05)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the bias of the authors' patch embedding keeps PyTorch's start, ours is 0",
-)
 def test_bias_of_the_embedding_starts_as_the_authors(golden: Any, new_method: AMINet) -> None:
     std = new_method.inpainting.embed.bias.std().item()
     assert std == pytest.approx(golden.number("start", "std embed bias"), rel=0.05)
