@@ -15,9 +15,16 @@ Differences:
 - The second student's learning rate rises over the first hundredth of training, and its gradient is
   clipped: with its transposed convolutions a rate of 0.4 is fragile.
 - `width` makes the second student narrower, with a 1 x 1 convolution to the teacher's channels.
+- The scale of the loss belongs to the learning rate of 0.4. STPM's official code takes the squared
+  distance of unit vectors, 2 (1 - cosine), and averages over the batch: `loss_scale=2`.
+  Re-implementations take half of it and sum over the batch (`loss_scale=32` at their batch of 32).
+- The first student starts as torchvision's networks do, with all weights of its batch
+  normalisations at 1; timm's would start the last ones of each block at 0.
 - The discriminative network of the follow-up paper (arXiv:2210.07548) is not part of it.
 
-With ResNet-18 and ResNet-50 the students have 2.8 and 101 million parameters.
+Without a second teacher (`second_teacher=null`) this is STPM: the first pair alone.
+
+With ResNet-18 and ResNet-50 the students have 2.8 and 102 million parameters.
 
 Paper: Yamada, Hotta: Reconstruction Student with Attention for Student-Teacher Pyramid Matching.
 arXiv:2111.15376.
@@ -50,10 +57,11 @@ class RSTPM(Method):
     Args:
         teacher: Frozen; its last stage feeds the second student, the others are matched.
         second_teacher: Frozen; every stage is matched. Its strides are those of the first teacher's
-            matched stages.
+            matched stages. None leaves the second pair out (STPM).
         optimizer: Builds the optimiser of both students.
         schedule: Factor of the learning rate over training.
         gradient_clip: Largest norm of all gradients together.
+        loss_scale: Factor of the loss, the mean over images and positions of 1 - cosine.
         attention: `residual`: (1 + a) x; `mul`: a x; `none`.
         width: Channels inside the second student, divided by those of the second teacher.
         second_warmup: Share of training over which the second student's rate rises to its full
@@ -68,10 +76,11 @@ class RSTPM(Method):
     def __init__(
         self,
         teacher: Backbone,
-        second_teacher: Backbone,
+        second_teacher: Backbone | None,
         optimizer: OptimizerFn,
         schedule: ScheduleFn | None = None,
         gradient_clip: float | None = None,
+        loss_scale: float = 2.0,
         attention: Literal["residual", "mul", "none"] = "residual",
         width: float = 1.0,
         second_warmup: float = 0.01,
@@ -79,38 +88,46 @@ class RSTPM(Method):
         smoothing: float = 0.0,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
-        check_range("method", "(0, inf)", width=width, second_clip=second_clip)
+        check_range(
+            "method", "(0, inf)", width=width, loss_scale=loss_scale, second_clip=second_clip
+        )
         check_range("method", "[0, 1]", second_warmup=second_warmup)
         check_range("method", "[0, inf)", smoothing=smoothing)
-        check_strides(teacher, second_teacher)
+        if second_teacher is not None:
+            check_strides(teacher, second_teacher)
         self.teacher = teacher
         self.second_teacher = second_teacher
+        self.loss_scale = loss_scale
         self.second_warmup = second_warmup
         self.second_clip = second_clip
         self.smoothing = smoothing
         self.student = Student(teacher)
-        self.second_student = ReconstructionStudent(
-            teacher.channels[-1], second_teacher.channels, width, attention
-        )
+        self.second_student: ReconstructionStudent | None = None
+        if second_teacher is not None:
+            self.second_student = ReconstructionStudent(
+                teacher.channels[-1], second_teacher.channels, width, attention
+            )
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the mean of 1 - cosine of each pair, `first` and `second`, summed over stages."""
+        """Return the scaled mean of 1 - cosine of each pair, `first` and `second`, over stages."""
         first = self.features(self.teacher, batch, "teacher")
-        second = self.features(self.second_teacher, batch, "second_teacher")
-        students = self.student(batch["image"]), self.second_student(first[-1], second)
-        pairs = {"first": (first[:-1], students[0]), "second": (second, students[1])}
+        pairs = {"first": (first[:-1], self.student(batch["image"]))}
+        if self.second_teacher is not None and self.second_student is not None:
+            second = self.features(self.second_teacher, batch, "second_teacher")
+            pairs["second"] = (second, self.second_student(first[-1], second))
         return {
-            name: torch.stack([distance(t, s).mean() for t, s in zip(*pair, strict=True)]).sum()
+            name: self.loss_scale
+            * torch.stack([distance(t, s).mean() for t, s in zip(*pair, strict=True)]).sum()
             for name, pair in pairs.items()
         }
 
     def forward(self, image: Tensor) -> Prediction:
         """Score images; see the base class."""
-        first, second = self.teacher(image), self.second_teacher(image)
-        pairs = [
-            zip(first[:-1], self.student(image), strict=True),
-            zip(second, self.second_student(first[-1], second), strict=True),
-        ]
+        first = self.teacher(image)
+        pairs = [zip(first[:-1], self.student(image), strict=True)]
+        if self.second_teacher is not None and self.second_student is not None:
+            second = self.second_teacher(image)
+            pairs.append(zip(second, self.second_student(first[-1], second), strict=True))
         maps = [[at_size(distance(t, s), image.shape[-2:]) for t, s in pair] for pair in pairs]
         by_scale = [torch.stack(level).sum(dim=0) for level in zip(*maps, strict=True)]
         anomaly_map = smooth(torch.stack(by_scale).prod(dim=0), self.smoothing)  # (B, 1, H, W)
@@ -119,12 +136,12 @@ class RSTPM(Method):
     def configure_optimizers(self) -> Any:
         """Return one optimiser; the second student's rate rises first."""
         students: list[Any] = [self.student, self.second_student]
-        optimizer = self.optimizer([{"params": list(s.parameters())} for s in students])
+        optimizer = self.optimizer([{"params": list(s.parameters())} for s in students if s])
         step = 1 / self.trainer.estimated_stepping_batches
         schedule = self.schedule or (lambda done: 1.0)
         warmup = max(self.second_warmup, step)
         rising = lambda done: schedule(done) * min((done + step) / warmup, 1.0)  # noqa: E731
-        return self.scheduled(optimizer, [schedule, rising])
+        return self.scheduled(optimizer, [schedule, rising][: len(optimizer.param_groups)])
 
     def configure_gradient_clipping(
         self,
@@ -133,7 +150,7 @@ class RSTPM(Method):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the second student's gradients, then all as the base class does."""
-        if self.second_clip is not None:
+        if self.second_clip is not None and self.second_student is not None:
             nn.utils.clip_grad_norm_(self.second_student.parameters(), self.second_clip)
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -156,6 +173,9 @@ class Student(nn.Module):
             out_indices=teacher.out_indices[:-1],
             **teacher.options,
         )
+        for module in self.network.modules():  # timm starts some of them at 0, torchvision none
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.ones_(module.weight)
         self.register_buffer("mean", teacher.mean.clone(), persistent=False)
         self.register_buffer("std", teacher.std.clone(), persistent=False)
 
@@ -197,7 +217,8 @@ class ReconstructionStudent(nn.Module):
             for number, (given, made) in enumerate(zip(before, inner, strict=True))
         )
         self.layers = nn.ModuleList(
-            nn.Sequential(BasicBlock(count), BasicBlock(count)) for count in inner
+            nn.Sequential(BasicBlock(count, project=number > 0), BasicBlock(count))
+            for number, count in enumerate(inner)
         )
         self.adapters = nn.ModuleList(
             nn.Identity() if own == wanted else nn.Conv2d(own, wanted, 1)
@@ -257,10 +278,16 @@ class BasicBlock(nn.Module):
 
     Args:
         channels: Channels in and out.
+        project: Whether the shortcut is a 1 x 1 convolution with batch normalisation.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, project: bool = False) -> None:
         super().__init__()
+        self.shortcut: nn.Module = nn.Identity()
+        if project:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels)
+            )
         self.body = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
             nn.BatchNorm2d(channels),
@@ -271,7 +298,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, h, w) to the same."""
-        return F.relu(x + self.body(x))
+        return F.relu(self.shortcut(x) + self.body(x))
 
 
 def distance(teacher: Tensor, student: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from anomaly_lit.losses import total
@@ -38,7 +39,7 @@ def test_loss_sums_the_mean_distance_of_six_stages(small_method: Build, make_bat
         expected += distance(teacher, student).mean()
     for teacher, student in zip(second, method.second_student(first[3], second), strict=True):
         expected += distance(teacher, student).mean()
-    torch.testing.assert_close(total(method.losses(batch)), expected)
+    torch.testing.assert_close(total(method.losses(batch)), 2 * expected)  # STPM's official scale
 
 
 def test_maps_are_added_by_scale_and_multiplied_over_scales(
@@ -152,3 +153,32 @@ def test_teachers_whose_strides_differ_are_named(small_method: Build) -> None:
 def test_an_image_size_that_does_not_halve_is_named(small_method: Build) -> None:
     with pytest.raises(UserError, match="multiple of 32"):
         small_method("rstpm").eval()(torch.rand(1, 3, 80, 80))
+
+
+def test_without_a_second_teacher_it_is_stpm(small_method: Build, make_batch: Build) -> None:
+    method, batch = small_method("rstpm", second_teacher=None, smoothing=0.0).eval(), make_batch()
+    with torch.no_grad():
+        teacher, student = method.teacher(batch["image"])[:3], method.student(batch["image"])
+        gaps = [distance(t, s) for t, s in zip(teacher, student, strict=True)]
+        found = method(batch["image"])
+        terms = method.losses(batch)
+    assert list(terms) == ["first"]
+    torch.testing.assert_close(terms["first"], 2 * torch.stack([g.mean() for g in gaps]).sum())
+    sizes = [F.interpolate(gap, (64, 64), mode="bilinear") for gap in gaps]
+    torch.testing.assert_close(found.anomaly_map, sizes[0] * sizes[1] * sizes[2])
+
+
+def test_stpm_trains(small_method: Build, fit: Build, make_batch: Build) -> None:
+    method = small_method("rstpm", second_teacher=None)
+    before = [value.clone() for value in method.student.parameters()]
+    fit(method, make_batch(), 2)
+    moved = [
+        not torch.equal(a, b) for a, b in zip(before, method.student.parameters(), strict=True)
+    ]
+    assert any(moved)
+
+
+def test_first_student_starts_with_batch_norms_at_one(small_method: Build) -> None:
+    norms = [m for m in small_method("rstpm").student.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert all((norm.weight == 1).all() for norm in norms)
