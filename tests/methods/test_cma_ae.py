@@ -190,3 +190,22 @@ def test_segmentation_is_opened_and_loses_small_regions(small_method: Build) -> 
 def test_numbers_out_of_range_are_named(small_method: Build) -> None:
     with pytest.raises(UserError, match=r"method\.memories=9 must lie in 1 to 3"):
         small_method("cma_ae", memories=9)
+
+
+def test_items_start_from_encodings_and_carry_signal() -> None:
+    part, z = memory("lstm", items=20), 3 * torch.randn(4, 5, 6, 6)
+    before = part(z).share()
+    part.start(z, torch.Generator().manual_seed(0))
+    rows = z.permute(0, 2, 3, 1).flatten(0, 2)
+    assert all((rows == item).all(dim=1).any() for item in part.items)
+    after = part(z).share()
+    assert 0 < before < after < 1
+    assert memory("none")(z).share() == 0
+
+
+def test_learning_starts_every_memory(small_method: Build, fit: Build, make_batch: Build) -> None:
+    method = small_method("cma_ae")
+    before = [part.items.clone() for part in method.memories]
+    fit(method, make_batch(), 1)
+    for part, old in zip(method.memories, before, strict=True):
+        assert (part.items - old).abs().mean() > 0.05  # far more than a step changes

@@ -22,7 +22,7 @@ ours, and said in the docstring.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from scipy import ndimage
@@ -39,6 +39,7 @@ from anomaly_lit.nn.autoencoder import Decoder, Encoder
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
+START_IMAGES = 16  # whose encodings the memories start from
 THRESHOLD_IMAGES = 256  # held-out images from which the threshold is taken
 
 
@@ -136,7 +137,8 @@ class CMAAE(Method):
         """Return the losses of repair, of sparse reading and, if it has a weight, of the gate.
 
         This also logs the mean forget gate inside and outside the corruption, `gate_inside` and
-        `gate_outside`: the paper claims that the first falls and the second stays high.
+        `gate_outside` (the paper claims that the first falls and the second stays high), and
+        `memory_share`, the memory's part of what the decoder gets.
         """
         repaired, recalls = self.repair(batch["corrupted"])
         terms = loss_terms(self.loss, repaired.float(), batch["image"])
@@ -150,6 +152,7 @@ class CMAAE(Method):
                 wrong = [F.binary_cross_entropy(gate, 1 - area) for gate, area in pairs]
             terms["gate"] = self.gate_weight * torch.stack(wrong).mean()
         gate, inside = kept[0], corrupted[0]
+        self.report({"memory_share": recalls[0].share()})
         areas = {"gate_inside": inside, "gate_outside": 1 - inside}
         self.report({k: (gate * area).sum() / area.sum().clamp(min=1) for k, area in areas.items()})
         return terms
@@ -168,6 +171,17 @@ class CMAAE(Method):
             anomaly_map = anomaly_map + self.pixel_weight * difference
         anomaly_map = smooth(anomaly_map, self.smoothing)
         return Prediction(anomaly_map, anomaly_map.amax(dim=(1, 2, 3)))
+
+    def learn(self) -> None:
+        """Start the memories' items from encodings of normal images."""
+        generator = self.generator()
+        memories: list[Any] = list(self.memories)
+        self.encoder.train()  # its running statistics say nothing yet
+        for batch in self.normal_batches("train", START_IMAGES):
+            stages = self.encoder(batch["image"])
+            for memory, z in zip(memories, reversed(stages), strict=False):
+                memory.start(z, generator)
+            break
 
     # ------------------------------------------------------------------------- segmentation
 

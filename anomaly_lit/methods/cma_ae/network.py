@@ -16,6 +16,7 @@ class Recall(NamedTuple):
     out: Tensor  # (B, C, h, w)
     forget: Tensor  # (B, C, h, w) in [0, 1], the share of the encoding that is kept
     attention: Tensor | None  # (B, h * w, items), rows sum to 1
+    written: Tensor | None  # (B, C, h, w), the memory's part of `out`
 
     def entropy(self) -> Tensor:
         """Return the mean entropy of reading, in nats; 0 if there is no memory."""
@@ -23,6 +24,13 @@ class Recall(NamedTuple):
             return self.out.new_zeros(())
         weight = self.attention.float()
         return -(weight * (weight + 1e-12).log()).sum(dim=-1).mean()
+
+    def share(self) -> Tensor:
+        """Return the memory's part of the signal, in [0, 1]: of the sum of both parts' norms."""
+        if self.written is None:
+            return self.out.new_zeros(())
+        written = self.written.float().norm()
+        return written / (written + (self.out - self.written).float().norm()).clamp(min=1e-12)
 
 
 class ClearMemory(nn.Module):
@@ -47,6 +55,20 @@ class ClearMemory(nn.Module):
             nn.init.zeros_(self.gate.bias)  # type: ignore[arg-type]
             nn.init.ones_(self.gate.bias[:channels])  # type: ignore[index]  # near a plain auto-encoder
 
+    @torch.no_grad()
+    def start(self, z: Tensor, generator: torch.Generator) -> None:
+        """Take the items from encodings (B, C, h, w), so that both have one scale.
+
+        With items of another scale the memory would carry next to no signal, whatever the gates do.
+        """
+        if self.gates == "none":
+            return
+        tokens = z.float().transpose(0, 1).flatten(1).T  # (B * h * w, C)
+        place = torch.randint(
+            len(tokens), (len(self.items),), generator=generator, device=tokens.device
+        )
+        self.items.copy_(tokens[place])
+
     def read(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, C, h, w) to the memory's version of it and the (B, h * w, items) attention.
 
@@ -64,14 +86,15 @@ class ClearMemory(nn.Module):
     def forward(self, z: Tensor) -> Recall:
         """Map (B, C, h, w) to the cleared encoding and how it came about."""
         if self.gates == "none":
-            return Recall(z, torch.ones_like(z), None)
+            return Recall(z, torch.ones_like(z), None, None)
         remembered, attention = self.read(z)
         if self.gates == "memory":
-            return Recall(remembered, torch.zeros_like(z), attention)
+            return Recall(remembered, torch.zeros_like(z), attention, remembered)
         gates = self.gate(torch.cat([z, remembered], dim=1)).sigmoid()
         forget = gates[:, : z.shape[1]]
         write = gates[:, z.shape[1] :] if self.gates == "lstm" else 1 - forget
-        return Recall(forget * z + write * remembered, forget, attention)
+        written = write * remembered
+        return Recall(forget * z + written, forget, attention, written)
 
 
 def cover(corruption: Tensor, size: Sequence[int]) -> Tensor:
