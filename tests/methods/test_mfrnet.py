@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from anomaly_lit.masks import CrossedMasks, NoMask
+from anomaly_lit.methods.mfrnet import score_of
 from anomaly_lit.methods.mfrnet.network import (
     HybridBlock,
     MultiPoolingAttention,
     RestorationNetwork,
+    init_fan_out,
 )
 from anomaly_lit.types import UserError
 
@@ -214,3 +216,29 @@ def test_numbers_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=text):
         small_method("mfrnet", **changes)
+
+
+def test_rules_for_the_score() -> None:
+    anomaly_map = torch.rand(2, 1, 20, 30)
+    flat = anomaly_map.flatten(1)
+    torch.testing.assert_close(score_of(anomaly_map, "max"), flat.max(dim=1).values)
+    torch.testing.assert_close(score_of(anomaly_map, "std"), flat.std(dim=1, correction=0))
+    top = flat.sort(dim=1).values[:, -6:].mean(dim=1)  # a hundredth of 600 pixels
+    torch.testing.assert_close(score_of(anomaly_map, "top"), top)
+
+
+@torch.no_grad()
+def test_a_wild_channel_does_not_decide_the_pixel_map(method: Any, make_batch: MakeBatch) -> None:
+    method.high.copy_(method.low + 1e-3)  # features far beyond 1
+    pixel = method.differences(make_batch()["image"])[:, 0]
+    assert pixel.min() >= 0
+    assert pixel.max() <= 1
+
+
+def test_start_follows_the_fan_out() -> None:
+    torch.manual_seed(0)
+    wide, deep = nn.Conv2d(8, 64, 3), nn.Conv2d(64, 64, 3, groups=64)
+    for layer, fan_out in ((wide, 64 * 9), (deep, 9)):
+        init_fan_out(layer)
+        assert layer.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
+        assert not layer.bias.any()

@@ -17,7 +17,11 @@ are our own choice, and so are the answers to open questions; these are options:
 - `mask.sets` 3, or 2 for strict complements; `mask.sizes` 2, 4 and 8, all used in scoring;
 - pixel and structural maps are added, each divided by its spread on held-out images
   (`combine="sum"`), or multiplied (`"product"`);
-- values are clipped to [0, 1] for the structural map of the score;
+- values are clipped to [0, 1] for both maps of the score, without which the unbounded squared error
+  of a few channels decides;
+- the structural loss weighs a tenth (`loss=hybrid`), so that the gradients of both terms have about
+  the same norm; `train/gradient_pixel` and `train/gradient_structure` log them;
+- convolutions start with the variance 2 / fan-out, as in networks of this family;
 - hidden positions are filled with a learned vector, features are scaled to [0, 1] channel by
   channel between percentiles of the training images, and SSIM is taken channel by channel.
 
@@ -43,7 +47,7 @@ from torch import Tensor, nn
 from anomaly_lit.losses import loss_terms, ssim_map
 from anomaly_lit.masks import Mask
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
-from anomaly_lit.methods.mfrnet.network import RestorationNetwork, init_truncated
+from anomaly_lit.methods.mfrnet.network import RestorationNetwork, init_fan_out
 from anomaly_lit.nn.aggregate import grid_pair, resize, shrink, smooth
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.types import Batch, Prediction, UserError, check_range
@@ -74,6 +78,8 @@ class MFRNet(Method):
         structure_weight: Weight of the structural map in the score.
         combine: `sum` or `product` of the two maps.
         smoothing: Standard deviation of the Gaussian filter on the map, in pixels.
+        score: What of the map is the image's score: `max`, `top` (mean of the highest hundredth) or
+            `std` (its standard deviation).
         mask_seed: Seed of the masks in scoring.
 
     Raises:
@@ -102,6 +108,7 @@ class MFRNet(Method):
         structure_weight: float = 1.0,
         combine: Literal["sum", "product"] = "sum",
         smoothing: float = 4.0,
+        score: Literal["max", "top", "std"] = "max",
         mask_seed: int = 0,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
@@ -116,6 +123,8 @@ class MFRNet(Method):
                 f"method.dims={list(dims)} and method.depths={list(depths)} need one entry for "
                 f"each level, and method.grid={list(self.grid)} must be a multiple of {shrink}"
             )
+        if score not in ("max", "top", "std"):
+            raise UserError(f"method.score={score!r} is neither 'max', 'top' nor 'std'")
         if any(dim % head_dim for dim in dims):
             raise UserError(f"method.head_dim={head_dim} must divide method.dims={list(dims)}")
         self.backbone = backbone
@@ -124,6 +133,7 @@ class MFRNet(Method):
         self.structure_weight = structure_weight
         self.combine = combine
         self.smoothing = smoothing
+        self.score = score
         masks = mask.for_scoring(*self.grid, torch.Generator().manual_seed(mask_seed))
         self.register_buffer("hidden", torch.stack(masks), persistent=False)
         channels = sum(backbone.channels)
@@ -136,7 +146,7 @@ class MFRNet(Method):
             RestorationNetwork(group, dims, depths, head_dim, pools, self.grid)
             for group in self.groups
         )
-        self.restoration.apply(init_truncated)
+        self.restoration.apply(init_fan_out)
 
     def scaled(self, features: Sequence[Tensor]) -> Tensor:
         """Join the resized stages to one map, (B, C, *grid), about [0, 1] in every channel."""
@@ -167,16 +177,36 @@ class MFRNet(Method):
         """Return the distance of the restored map to the features."""
         target = self.scaled(self.features(self.backbone, batch))
         hidden = self.mask(len(target), *self.grid, self.generator())
-        return loss_terms(self.loss, self.restore(target, hidden), target)
+        restored = self.restore(target, hidden)
+        terms = loss_terms(self.loss, restored, target)
+        if self._logs_now():
+            self.report(
+                {
+                    f"gradient_{name}": torch.autograd.grad(term, restored, retain_graph=True)[
+                        0
+                    ].norm()
+                    for name, term in terms.items()
+                }
+            )
+        return terms
+
+    def _logs_now(self) -> bool:
+        """Return whether this is a training step that is logged."""
+        trainer = self._trainer
+        if trainer is None or not (trainer.training and self.training):
+            return False
+        every = getattr(trainer, "log_every_n_steps", 0)
+        return every > 0 and (trainer.global_step + 1) % every == 0
 
     def differences(self, image: Tensor) -> Tensor:
         """Return pixel and structural maps, (passes, 2, B, h, w), one pass for each cell size."""
         features = self.scaled(self.backbone(image))
+        shown = features.clamp(0, 1)
         passes = []
         for hidden in self.hidden:  # (n, 1, h, w), the same on every device
-            restored = self.restore(features, hidden)
-            pixel = (restored - features).square().mean(dim=1)
-            similarity = ssim_map(restored.clamp(0, 1), features.clamp(0, 1))
+            restored = self.restore(features, hidden).clamp(0, 1)
+            pixel = (restored - shown).square().mean(dim=1)
+            similarity = ssim_map(restored, shown)
             passes.append(torch.stack([pixel, 1 - similarity.mean(dim=1)]))
         return torch.stack(passes)
 
@@ -188,7 +218,7 @@ class MFRNet(Method):
         else:
             combined = (pixel * structure).mean(dim=0)
         anomaly_map = smooth(resize(combined.unsqueeze(1), image.shape[-2:]), self.smoothing)
-        return Prediction(anomaly_map, anomaly_map.amax(dim=(1, 2, 3)))
+        return Prediction(anomaly_map, score_of(anomaly_map, self.score))
 
     # ------------------------------------------------------------- what is taken of the data
 
@@ -217,3 +247,12 @@ class MFRNet(Method):
         ]
         if maps:  # without held-out images neither map is scaled
             self.spread.copy_(torch.cat(maps, dim=1).std(dim=1).clamp(min=1e-12))
+
+
+def score_of(anomaly_map: Tensor, rule: str) -> Tensor:
+    """Map (B, 1, H, W) to scores (B,); see `score` of `MFRNet`."""
+    values = anomaly_map.flatten(1)
+    if rule == "std":
+        return values.std(dim=1, unbiased=False)
+    count = max(values.shape[1] // 100, 1) if rule == "top" else 1
+    return values.topk(count, dim=1).values.mean(dim=1)

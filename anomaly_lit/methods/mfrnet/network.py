@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -143,9 +144,16 @@ def _conv(inputs: int, outputs: int) -> nn.Sequential:
     )
 
 
-def init_truncated(module: nn.Module) -> None:
-    """Draw weights from N(0, 0.02^2), cut at two deviations, and set biases to zero."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
+def init_fan_out(module: nn.Module) -> None:
+    """Draw weights as networks of this family do, and set biases to zero.
+
+    Those of convolutions from a normal distribution with the variance 2 / fan-out, where the
+    fan-out is that of a group; those of linear layers from N(0, 0.02^2), cut at two deviations.
+    """
+    if isinstance(module, nn.Conv2d):
+        fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
+        nn.init.normal_(module.weight, 0.0, math.sqrt(2 / fan_out))
+    elif isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)
