@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,12 +14,12 @@ from anomaly_lit.config.trust import admit, check_size
 from anomaly_lit.config.validate import validate
 from anomaly_lit.data.images import Resize
 from anomaly_lit.methods.base import Method
+from anomaly_lit.nn.weights import check_archive
 from anomaly_lit.types import UserError
 
 FORMAT_VERSION = 2  # of the checkpoints that this version writes
 OLDEST_READABLE = 2
 WRITERS = {1: "0.1"}  # the version of anomaly_lit that wrote each old format
-RECORD = b"PK\x03\x04"  # the first bytes of a zip archive, and so of every checkpoint
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -53,44 +51,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"the checkpoint {path} cannot be read: {reason}") from error
     _check_content(checkpoint, path)
     return checkpoint
-
-
-def check_archive(file: BinaryIO, path: Path) -> None:
-    """Compare every record of a zip archive with its checksum, chunk by chunk.
-
-    Raises:
-        UserError: The file is empty, truncated, changed, or not an archive as torch writes it.
-    """
-    size = os.fstat(file.fileno()).st_size
-    if not size:
-        raise UserError(f"the checkpoint {path} is empty: use another one")
-    if file.read(len(RECORD)) != RECORD:
-        raise UserError(
-            f"{path} is not a checkpoint, or its first bytes are damaged: give one that "
-            "anomaly-train wrote"
-        )
-    try:
-        with zipfile.ZipFile(file) as archive:
-            records = archive.infolist()
-            odd = any(  # torch would read uninitialised memory for a record marked as a folder
-                record.compress_type != zipfile.ZIP_STORED or record.external_attr
-                for record in records
-            )
-            if odd or sum(record.file_size for record in records) > size:
-                raise zipfile.BadZipFile("its records are not as torch writes them")
-            damaged = archive.testzip()
-    except OSError:
-        raise
-    except Exception as error:  # zipfile raises many kinds
-        raise UserError(
-            f"the checkpoint {path} is damaged or truncated ({error}): copy it again or use "
-            "another one"
-        ) from error
-    if damaged is not None:
-        raise UserError(
-            f"the checkpoint {path} is damaged: the checksum of its record {damaged} is wrong; "
-            "copy it again or use another one"
-        )
 
 
 def build_method(config: Mapping[str, Any], trust: bool = False) -> Method:

@@ -1,4 +1,4 @@
-"""Find a backbone's weights; imports nothing slow, so that a command fails early."""
+"""Find a backbone's weights, and check archives of weights; imports nothing slow."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import os
 import re
 import socket
 import threading
+import zipfile
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import urlparse
 
 from anomaly_lit.types import UserError
 
 WEIGHTS_FOLDER = "ANOMALY_LIT_WEIGHTS"
+RECORD = b"PK\x03\x04"  # the first bytes of a zip archive, and so of every checkpoint
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
@@ -49,6 +52,44 @@ def find_weights(
             f".safetensors, or {key}=random to train on random features"
         )
     return found
+
+
+def check_archive(file: BinaryIO, path: Path) -> None:
+    """Compare every record of a zip archive with its checksum, chunk by chunk.
+
+    Raises:
+        UserError: The file is empty, truncated, changed, or not an archive as torch writes it.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if not size:
+        raise UserError(f"the checkpoint {path} is empty: use another one")
+    if file.read(len(RECORD)) != RECORD:
+        raise UserError(
+            f"{path} is not a checkpoint, or its first bytes are damaged: give one that "
+            "anomaly-train wrote"
+        )
+    try:
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            odd = any(  # torch would read uninitialised memory for a record marked as a folder
+                record.compress_type != zipfile.ZIP_STORED or record.external_attr
+                for record in records
+            )
+            if odd or sum(record.file_size for record in records) > size:
+                raise zipfile.BadZipFile("its records are not as torch writes them")
+            damaged = archive.testzip()
+    except OSError:
+        raise
+    except Exception as error:  # zipfile raises many kinds
+        raise UserError(
+            f"the checkpoint {path} is damaged or truncated ({error}): copy it again or use "
+            "another one"
+        ) from error
+    if damaged is not None:
+        raise UserError(
+            f"the checkpoint {path} is damaged: the checksum of its record {damaged} is wrong; "
+            "copy it again or use another one"
+        )
 
 
 def _existing(path: Path, name: str, key: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anomaly_lit.losses import total
@@ -20,6 +20,7 @@ from anomaly_lit.methods.dsr.network import (
     Restriction,
     corrupt_codes,
 )
+from anomaly_lit.methods.dsr.pretrained import load_latent
 from anomaly_lit.nn.unet import UNet
 from anomaly_lit.types import UserError
 
@@ -250,8 +251,79 @@ def test_weights_that_are_not_there_are_named(
     with pytest.raises(UserError, match=r"latent_weights=.*none\.ckpt: no such file"):
         fit(small_method("dsr", latent_weights=str(tmp_path / "none.ckpt")), make_batch(), 1)
     torch.save({"state_dict": {"backbone.weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
-    with pytest.raises(UserError, match="not a checkpoint of DSR"):
+    with pytest.raises(UserError, match="neither a checkpoint of DSR"):
         fit(small_method("dsr", latent_weights=str(tmp_path / "other.ckpt")), make_batch(), 1)
+
+
+def released_state(latent: LatentModel) -> dict[str, Tensor]:
+    """The authors' names and order of colours for the weights of a latent model."""
+    stacks = {
+        "encode_high.5": "_encoder_b",
+        "encode_low.4": "_encoder_t",
+        "decoder.1": "_decoder_b",
+    }
+    names = {
+        "encode_high.0": "_encoder_b._conv_1",
+        "encode_high.2": "_encoder_b._conv_2",
+        "encode_high.4": "_encoder_b._conv_3",
+        "encode_low.0": "_encoder_t._conv_1",
+        "encode_low.2": "_encoder_t._conv_2",
+        "encode_low.5": "_pre_vq_conv_top",
+        "up": "upsample_t",
+        "join": "_pre_vq_conv_bot",
+        "decoder.0": "_decoder_b._conv_1",
+        "decoder.2": "_decoder_b._conv_trans_1",
+        "decoder.4": "_decoder_b._conv_trans_2",
+        **{
+            f"{own}.blocks.{n}.{k}": f"{theirs}._residual_stack._layers.{n}._block.{k}"
+            for own, theirs in stacks.items()
+            for n in (0, 1)
+            for k in (1, 3)
+        },
+    }
+    state = {
+        f"{names[module]}.{kind}": value.clone()
+        for module, _, kind in (name.rpartition(".") for name in dict(latent.named_parameters()))
+        for value in [latent.state_dict()[f"{module}.{kind}"]]
+    }
+    state["_encoder_b._conv_1.weight"] = state["_encoder_b._conv_1.weight"][:, [2, 1, 0]]
+    state["_decoder_b._conv_trans_2.weight"] = state["_decoder_b._conv_trans_2.weight"][
+        :, [2, 1, 0]
+    ]
+    state["_decoder_b._conv_trans_2.bias"] = state["_decoder_b._conv_trans_2.bias"][[2, 1, 0]]
+    for book, theirs in ((latent.low, "_vq_vae_top"), (latent.high, "_vq_vae_bot")):
+        state[f"{theirs}._embedding.weight"] = book.vectors.clone()
+        state[f"{theirs}._ema_w"] = torch.zeros_like(book.vectors)
+        state[f"{theirs}._ema_cluster_size"] = torch.zeros_like(book.uses)
+    return state
+
+
+def test_the_authors_first_stage_is_loaded_for_rgb(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    released, ours = LatentModel(8, 4, 32, 1000), LatentModel(8, 4, 32, 1000)
+    torch.save(released_state(released), tmp_path / "released.pckl")
+    load_latent(ours, str(tmp_path / "released.pckl"))
+    image = torch.rand(2, 3, 32, 32)
+    for model in (released, ours):  # the same weights, so the same answer to the same image
+        codes, _, _ = model.codes(image)
+        rebuilt = model.decoder(model.joined(codes))
+        if model is released:
+            expected = rebuilt
+    torch.testing.assert_close(rebuilt, expected)
+
+
+def test_a_latent_model_of_another_size_is_named(tmp_path: Path) -> None:
+    torch.save(released_state(LatentModel(8, 4, 32, 1000)), tmp_path / "released.pckl")
+    with pytest.raises(UserError, match=r"latent_weights=.*another latent model.*size mismatch"):
+        load_latent(LatentModel(16, 4, 32, 1000), str(tmp_path / "released.pckl"))
+
+
+def test_a_run_may_train_the_latent_model_alone(
+    small_method: Build, fit: Build, make_batch: Build
+) -> None:
+    method = small_method("dsr", shares=[1.0, 0.0, 0.0])
+    fit(method, make_batch(), 3)
+    assert method.stages.at(0.99)[0] == "latent"
 
 
 # --------------------------------------------------------------------------------- scoring
@@ -275,7 +347,7 @@ def test_an_image_size_that_does_not_halve_is_named(small_method: Build) -> None
         small_method("dsr").eval()(torch.rand(1, 3, 72, 64))
 
 
-@pytest.mark.parametrize("wrong", [{"shares": [1.0, 0.0, 0.0]}, {"window": 20}, {"codes": 5}])
+@pytest.mark.parametrize("wrong", [{"shares": [0.0, 0.0, 0.0]}, {"window": 20}, {"codes": 5}])
 def test_numbers_out_of_range_are_named(small_method: Build, wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"method\."):
         small_method("dsr", **wrong)

@@ -10,9 +10,11 @@ to sharpen the detector's output, on normal images with smudges.
 Follows the authors' published code. Differs from it:
 
 - The first stage is part of the run and uses the available normal images and textures, mirrored at
-  random but not cropped; the authors trained it on ImageNet, and their weights are not used. Expect
-  less from such a local codebook. It can serve other categories too: `latent_weights` takes it from
-  a checkpoint and skips the stage. Unused codes are replaced.
+  random but not cropped; the authors trained it on ImageNet. Expect less from such a local
+  codebook, and nothing from one that is trained too shortly: its decoder then hides the very
+  defects that the detector should see. It can serve other categories too: `latent_weights` takes it
+  from a checkpoint, or takes the authors' file, and skips the stage. Unused codes are replaced.
+- A smudge of the third stage turns with its image; in the code it is laid on the turned image.
 - Batches come from the data module; in the code an epoch is 8000 draws with replacement.
 - Pixel metrics cover the whole image, not its central 224 x 224.
 
@@ -45,8 +47,8 @@ from anomaly_lit.methods.dsr.network import (
     Restriction,
     corrupt_codes,
     init_gaussian,
-    read_latent,
 )
+from anomaly_lit.methods.dsr.pretrained import load_latent
 from anomaly_lit.nn.stages import Stages
 from anomaly_lit.nn.unet import UNet
 from anomaly_lit.synthesis.augment import rotate
@@ -54,6 +56,7 @@ from anomaly_lit.synthesis.perlin import PerlinMask
 from anomaly_lit.synthesis.textures import TextureFolder, procedural_textures
 from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
+SMOOTH = 1e-5  # keeps the focal loss of confident answers bounded
 STAGES = ("latent", "detection", "upsampling")
 
 
@@ -73,9 +76,10 @@ class DSR(Method):
         restriction: Channels of the restriction networks' first stage.
         object_width: Channels of the object decoder's first stage, a multiple of 4.
         detector: Channels of the stages of the detector and the upsampling network.
-        shares: Shares of training of the three stages.
-        latent_weights: Checkpoint of another run of DSR with the same latent model; the first stage
-            is skipped, and its share goes to the others.
+        shares: Shares of training of the three stages. With [1, 0, 0] a run trains the latent model
+            only, for others to take.
+        latent_weights: Checkpoint of another run of DSR with the same latent model, or the authors'
+            file; the first stage is skipped, and its share goes to the others.
         window: Side of the window whose largest mean is the score, in pixels, odd.
 
     Raises:
@@ -113,8 +117,12 @@ class DSR(Method):
                 f"method.codes={codes} must be at least 20, hidden={hidden} even, object_width="
                 f"{object_width} a multiple of 4 and window={window} odd"
             )
-        if len(shares) != 3 or shares[1] <= 0 or shares[2] <= 0:
-            raise UserError(f"method.shares={list(shares)}: give three, the last two above 0")
+        needed = sum(shares[1:]) if latent_weights else sum(shares)
+        if len(shares) != 3 or needed <= 0:
+            raise UserError(
+                f"method.shares={list(shares)}: give three shares, of which one is above 0 "
+                "(with method.latent_weights one of the last two)"
+            )
         self.textures = textures
         self.texture_folder = None if texture_dir is None else TextureFolder(texture_dir)
         self.latent_weights = latent_weights
@@ -127,7 +135,7 @@ class DSR(Method):
         self.object_decoder = ObjectDecoder(hidden, residual, object_width)
         self.detector = UNet(6, detector)
         self.upsampler = UNet(8, detector)
-        for part in (self.object_decoder, self.detector, self.upsampler):
+        for part in (self.object_decoder, self.detector):  # the upsampler keeps torch's start
             part.apply(init_gaussian)
         self.perlin = PerlinMask(attempts=1)
         self.encodings: tuple[Tensor, Tensor] | None = None
@@ -177,7 +185,7 @@ class DSR(Method):
         return {
             "codes": F.mse_loss(low, clean.low) + F.mse_loss(high, clean.high),
             "image": 10 * F.mse_loss(specific, image),
-            "detection": focal_loss(odds(logits), truth),
+            "detection": focal_loss(odds(logits), truth, smooth=SMOOTH),
         }
 
     def upsampling_losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -188,7 +196,7 @@ class DSR(Method):
         with torch.no_grad():
             seen = self.detect(whole[:, :3])
         logits = self.upsampler(torch.cat(seen, dim=1))
-        return {"upsampling": focal_loss(odds(logits), (whole[:, 3:] > 0.5).float())}
+        return {"upsampling": focal_loss(odds(logits), (whole[:, 3:] > 0.5).float(), smooth=SMOOTH)}
 
     # -------------------------------------------------------------------------------- parts
 
@@ -274,7 +282,7 @@ class DSR(Method):
     def learn(self) -> None:
         """Load the latent model from a checkpoint, or take its first codes from normal images."""
         if self.latent_weights:
-            self.latent.load_state_dict(read_latent(self.latent_weights))
+            load_latent(self.latent, self.latent_weights)
             return
         for batch in self.normal_batches("train", 16):
             features, z_low = self.latent.encode(batch["image"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,6 @@ from torch.nn import functional as F
 
 from anomaly_lit.nn.bank import nearest_rows, partial_distances
 from anomaly_lit.nn.unet import conv3, doubled
-from anomaly_lit.types import UserError
 
 ROWS = 4096  # vectors whose distances to all codes are sorted at once
 
@@ -92,6 +90,7 @@ class Codebook(nn.Module):
         self.uses.lerp_(assigned[:, -1], 1 - self.decay)
         total = self.uses.sum()
         smoothed = (self.uses + 1e-5) / (total + 1e-5 * len(self.uses)) * total
+        self.uses.copy_(smoothed)  # kept, as in the code
         self.vectors.copy_(self.sums / smoothed[:, None])
         self.idle.add_(1).masked_fill_(assigned[:, -1] > 0, 0)
         self._replace(self.idle > self.reseed, tokens(z))
@@ -125,6 +124,7 @@ class ResidualStack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, h, w) to the same."""
         for block in self.blocks:
+            x = F.relu(x)  # the authors' first ReLU acts in place, and so on the shortcut too
             x = x + block(x)
         return F.relu(x)
 
@@ -288,24 +288,3 @@ def init_gaussian(module: nn.Module) -> None:
     """Draw weights of convolutions from N(0, 0.02^2)."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
-
-
-def read_latent(path: str) -> dict[str, Tensor]:
-    """Return the latent model's weights from a checkpoint.
-
-    Raises:
-        UserError: The file cannot be read, or holds no latent model.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"method.latent_weights={path}: no such file")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception:  # of many kinds
-        state = {}
-    latent = {k.removeprefix("latent."): v for k, v in state.items() if k.startswith("latent.")}
-    if not latent:
-        raise UserError(
-            f"method.latent_weights={path} is not a checkpoint of DSR: it has no latent model"
-        )
-    return latent
