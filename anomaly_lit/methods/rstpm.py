@@ -24,7 +24,7 @@ Differences:
 
 Without a second teacher (`second_teacher=null`) this is STPM: the first pair alone.
 
-With ResNet-18 and ResNet-50 the students have 2.8 and 102 million parameters.
+With ResNet-18 and ResNet-50 the students have 2.8 and 101 million parameters.
 
 Paper: Yamada, Hotta: Reconstruction Student with Attention for Student-Teacher Pyramid Matching.
 arXiv:2111.15376.
