@@ -23,7 +23,9 @@ positions belong to places, so a checkpoint is tied to its image size.
 
 Paper: You et al.: ADTR: Anomaly Detection Transformer with Feature Reconstruction. ICONIP 2022,
 arXiv:2209.01816.
-Status: works; not measured yet.
+Status: works; measured once, 400 steps of the small preset on toothbrush at 256 x 256, in four
+resumed parts: image AUROC 94.4, pixel AUROC 98.8, pixel AP 54.3; not yet at the paper's size, and
+ADTR+ not at all.
 Note: no code was published; `method.anomalies` makes it ADTR+.
 """
 
