@@ -10,6 +10,7 @@ picture that cannot be read: whoever reads it says so, and nothing is lost in si
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Collection, Iterable
 from functools import cache
@@ -80,6 +81,16 @@ def list_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(Path(entry.path) for entry in _entries(folder) if _kind(entry) == "folder")
+
+
+def in_time(paths: Iterable[Path]) -> list[Path]:
+    """Return frames by the numbers in their names, so that `10.png` comes after `9.png`."""
+
+    def key(path: Path) -> list[tuple[bool, int, str]]:
+        parts = re.split(r"([0-9]+)", path.stem)
+        return [(n % 2 == 1, int(p) if n % 2 else 0, p) for n, p in enumerate(parts)]
+
+    return sorted(paths, key=key)
 
 
 def walk_images(folder: Path) -> list[Path]:

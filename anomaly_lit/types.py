@@ -89,6 +89,8 @@ class Batch(TypedDict):
     prompt_path: NotRequired[list[str]]
     outlier: NotRequired[Tensor]  # (B, 3, H, W), an image of something else
     outlier_path: NotRequired[list[str]]
+    frames: NotRequired[Tensor]  # (B, T, 3, H, W), those before the image, in order of time
+    frames_path: NotRequired[list[str]]  # (B * T)
     features: NotRequired[dict[str, list[Tensor]]]  # cached clean features, by backbone
     prompt_features: NotRequired[dict[str, list[Tensor]]]  # those of the prompts
     outlier_features: NotRequired[dict[str, list[Tensor]]]  # those of the outliers
@@ -99,3 +101,15 @@ class Prediction(NamedTuple):
 
     anomaly_map: Tensor | None  # (B, 1, H, W) float; None from a method that scores images only
     score: Tensor  # (B,) float
+
+
+class FramePrediction(NamedTuple):
+    """What `test_step` returns for frames of clips, if their score is a sum of several parts.
+
+    In a test of clips each part is brought to [0, 1] within each clip, before they are added with
+    the weights in the method's `part_weights`.
+    """
+
+    anomaly_map: Tensor | None  # as in `Prediction`
+    score: Tensor  # (B,) float
+    parts: Tensor  # (B, number of parts) float, larger is more anomalous

@@ -67,8 +67,8 @@ class Records:
         scores = torch.cat(self.score).tolist() if self.score else []
         parts = gathered((scores, self.samples))
         return (
-            torch.tensor(_interleaved([part[0] for part in parts]), dtype=torch.float32),
-            _interleaved([part[1] for part in parts]),
+            torch.tensor(in_order([part[0] for part in parts]), dtype=torch.float32),
+            in_order([part[1] for part in parts]),
         )
 
     def by_category(self) -> dict[str, OfCategory]:
@@ -275,7 +275,7 @@ def crop_of(size: int | Sequence[int] | None) -> tuple[int, int] | None:
     return sides[0], sides[1]
 
 
-def _interleaved(parts: Sequence[Sequence[Any]]) -> list[Any]:
+def in_order(parts: Sequence[Sequence[Any]]) -> list[Any]:
     """Undo the sharding of `ShardSampler`: the first of each rank, then the second, ..."""
     missing = object()
     rows = zip_longest(*parts, fillvalue=missing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -43,6 +44,7 @@ def predict(cfg: DictConfig) -> int:
     from rich.progress import track
 
     from anomaly_lit.data.opening import checked_pixels
+    from anomaly_lit.inference.clips import frames_before, save_scores
     from anomaly_lit.inference.detector import load
     from anomaly_lit.inference.folder import Judge, batches_of, find_pictures
 
@@ -61,11 +63,25 @@ def predict(cfg: DictConfig) -> int:
         )
     if config["engine"] == "openvino":
         print("Compiling for OpenVINO and comparing with torch, 5 to 10 s ...", flush=True)
-    batches = list(batches_of(found.paths, config["batch_size"]))
+    paths, before = found.paths, None
+    if detector.frames:
+        before = frames_before(found.paths, detector.frames)
+        paths = list(before)
+        print(
+            f"{len(found.paths) - len(paths)} frames are not judged: the first {detector.frames} "
+            "of each folder, which have too few before them"
+        )
+    batches = list(batches_of(paths, config["batch_size"]))
     quiet = len(batches) < 2 or not sys.stdout.isatty()
     start = told = time.perf_counter()
     judge = Judge(
-        detector, found.root, directory, config["category"], config["save_maps"], max_pixels
+        detector,
+        found.root,
+        directory,
+        config["category"],
+        config["save_maps"],
+        max_pixels,
+        before,
     )
     with judge:
         for batch in track(batches, "Judging", disable=quiet):
@@ -74,8 +90,12 @@ def predict(cfg: DictConfig) -> int:
                 told = time.perf_counter()
                 done = sum(judge.counts.values())
                 each = (told - start) / done
-                print(f"{done} of {len(found.paths)} judged, {each:.3g} s per image", flush=True)
-    show(judge, directory, (time.perf_counter() - start) / len(found.paths))
+                print(f"{done} of {len(paths)} judged, {each:.3g} s per image", flush=True)
+    if before:
+        threshold = judge.limits.get("threshold", math.nan)
+        save_scores(directory / "timeline.png", judge.scores, found.root, threshold)
+        print(f"Scores over time: {directory / 'timeline.png'}")
+    show(judge, directory, (time.perf_counter() - start) / len(paths))
     if not config["exit_code"]:
         return GOOD
     return NOT_JUDGED if not judge.all_judged else DEFECT if judge.counts.get("defect") else GOOD

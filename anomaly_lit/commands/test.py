@@ -36,6 +36,7 @@ def test(cfg: DictConfig) -> None:
 
     import pytorch_lightning as pl
 
+    from anomaly_lit.callbacks.clips import ClipScores
     from anomaly_lit.callbacks.evaluation import Evaluation
     from anomaly_lit.callbacks.outputs import Outputs
     from anomaly_lit.callbacks.progress import progress_bar
@@ -59,7 +60,8 @@ def test(cfg: DictConfig) -> None:
     scoring = admit(trained["callbacks"]["evaluation"], "evaluation", trust)
     method = build_method({**trained, "method": node}, trust)
     load_weights(method, checkpoint["state_dict"], config["method"])
-    datamodule = instantiate(dataset, "dataset")
+    needs = sorted(method.needs & {"frames"})  # of what a test reads
+    datamodule = instantiate({**dataset, "needs": needs}, "dataset")
     if trust or config["dataset"]["root"] is not None:  # it may write, so only if the user says so
         datamodule.prepare_data()
     datamodule.setup("test")
@@ -75,7 +77,13 @@ def test(cfg: DictConfig) -> None:
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=[evaluation, outputs, StepSeeds(trained["seed"]), progress_bar()],
+        callbacks=[
+            evaluation,
+            outputs,
+            ClipScores(str(directory)),
+            StepSeeds(trained["seed"]),
+            progress_bar(),
+        ],
     )
     trainer = made_by(make, {"accelerator": config["accelerator"]})
     if config["method"]:  # other scores need other thresholds

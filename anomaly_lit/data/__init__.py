@@ -15,22 +15,28 @@ if TYPE_CHECKING:
     from anomaly_lit.data.caches.memory import DeviceCache, HostCache
     from anomaly_lit.data.datamodule import AnomalyDataModule
     from anomaly_lit.data.demo.datamodule import Demo
+    from anomaly_lit.data.layouts.avenue import AvenueLayout
     from anomaly_lit.data.layouts.base import Layout, Listing
     from anomaly_lit.data.layouts.btad import BTAD
     from anomaly_lit.data.layouts.cifar import CIFAR10Layout, CIFAR100Layout
     from anomaly_lit.data.layouts.classes import ClassesLayout
+    from anomaly_lit.data.layouts.clips import ClipsLayout
     from anomaly_lit.data.layouts.folder import Folder
     from anomaly_lit.data.layouts.idx import MNISTLayout
     from anomaly_lit.data.layouts.ksdd2 import KolektorSDD2
     from anomaly_lit.data.layouts.mvtec_ad import MVTecAD
+    from anomaly_lit.data.layouts.ped2 import Ped2Layout
+    from anomaly_lit.data.layouts.shanghaitech import ShanghaiTechLayout
     from anomaly_lit.data.layouts.visa import VisA
 
 __all__ = [
     "BTAD",
     "AnomalyDataModule",
+    "AvenueLayout",
     "CIFAR10Layout",
     "CIFAR100Layout",
     "ClassesLayout",
+    "ClipsLayout",
     "Demo",
     "DeviceCache",
     "DiskCache",
@@ -43,6 +49,8 @@ __all__ = [
     "Listing",
     "MNISTLayout",
     "MVTecAD",
+    "Ped2Layout",
+    "ShanghaiTechLayout",
     "VisA",
 ]
 FILES = {
@@ -51,6 +59,10 @@ FILES = {
     "CIFAR10Layout": "layouts.cifar",
     "CIFAR100Layout": "layouts.cifar",
     "ClassesLayout": "layouts.classes",
+    "AvenueLayout": "layouts.avenue",
+    "ClipsLayout": "layouts.clips",
+    "Ped2Layout": "layouts.ped2",
+    "ShanghaiTechLayout": "layouts.shanghaitech",
     "Demo": "demo.datamodule",
     "DeviceCache": "caches.memory",
     "DiskCache": "caches.disk",

@@ -76,10 +76,11 @@ class Images(Dataset[Batch]):
             "defect_type": [sample.defect_type for sample in samples],
             "path": [sample.path for sample in samples],
         }
-        draws = [index for index in indices if isinstance(index, tuple)]
-        for companion, images in self.companions if draws else ():
-            drawn = torch.tensor([companion.draw(step, index) for index, step in draws])
-            batch |= images.beside(companion, drawn)
+        steps = [index[1] if isinstance(index, tuple) else None for index in indices]
+        for companion, images in self.companions:
+            if None not in steps or companion.steady:
+                drawn = [companion.draw(step or 0, r) for step, r in zip(steps, rows, strict=True)]
+                batch |= images.beside(companion, torch.tensor(drawn))
         return batch
 
     def beside(self, companion: Companion, drawn: Tensor) -> Batch:

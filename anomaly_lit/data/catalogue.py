@@ -16,7 +16,7 @@ from anomaly_lit.data.checks import (
     shared_masks,
     too_small,
 )
-from anomaly_lit.data.companions import list_pool
+from anomaly_lit.data.companions import list_pool, with_history
 from anomaly_lit.data.digest import digest
 from anomaly_lit.data.images import Resize
 from anomaly_lit.data.layouts.base import Layout
@@ -40,6 +40,7 @@ class Catalogue:
         test_samples: Normal and anomalous images.
         used: Paths of all images and masks that the layout lists, whatever is chosen of them.
         outlier_samples: The pictures of `outlier_dir`.
+        clip_samples: All frames of all clips, if a method reads frames beside an image.
         has_masks: Whether any test image has a mask; without, there is no truth for pixel metrics.
     """
 
@@ -71,6 +72,7 @@ class Catalogue:
         self.holdout_samples: list[Sample] = []
         self.test_samples: list[Sample] = []
         self.outlier_samples: list[Sample] = []
+        self.clip_samples: list[Sample] = []
         self.has_masks = False
         self.used: set[str] = set()
 
@@ -114,6 +116,15 @@ class Catalogue:
         if self.outlier_dir is not None:
             self.outlier_samples = list_pool("outlier", self.outlier_dir)
 
+    def use_clips(self, wanted: bool) -> None:
+        """If wanted, keep all frames for reading, and list only those with enough before them."""
+        if not wanted:
+            return
+        self.clip_samples, frames = self.samples(), self.layout.frames
+        self.train_samples = with_history(self.train_samples, frames)
+        self.holdout_samples = with_history(self.holdout_samples, frames)
+        self.test_samples = with_history(self.test_samples, frames)
+
     def list_and_check(self, stage: str | None) -> None:
         """List the images, refuse what would be wrong, and warn of what should be known.
 
@@ -127,7 +138,7 @@ class Catalogue:
         raise_all(self.find_gaps(stage))
         for note in self.notes():
             warn_once(note)
-        raise_all(check_headers([*self.samples(), *self.outlier_samples], self.max_pixels))
+        raise_all(check_headers(self.listed(), self.max_pixels))
         for note in mask_notes(self.test_samples):
             warn_once(note)
 
@@ -143,6 +154,11 @@ class Catalogue:
     def samples(self) -> list[Sample]:
         """Return all images of all splits."""
         return [*self.train_samples, *self.holdout_samples, *self.test_samples]
+
+    def listed(self) -> list[Sample]:
+        """Return all images that may be read, each once."""
+        every = [*self.samples(), *self.clip_samples, *self.outlier_samples]
+        return list({sample.path: sample for sample in every}.values())
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Count images per category: `train`, `holdout`, `test good`, `test <defect type>`."""
@@ -213,5 +229,6 @@ class Catalogue:
             "holdout": self.holdout_samples,
             "test": self.test_samples,
             "outlier": self.outlier_samples,
+            "clip": self.clip_samples,
         }
         return digest(splits, self.root)

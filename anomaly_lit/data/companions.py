@@ -37,6 +37,9 @@ class Companion(ABC):
         masks: Whether the batch holds their masks too, as `<name>_mask` (B, 1, H, W).
         features: Whether methods read backbone features of these images, so that the feature
             cache keeps them.
+
+    Attributes:
+        steady: Whether it stands beside every image, also in evaluations, the same each time.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class Companion(ABC):
         self.seed = seed
         self.masks = masks
         self.features = features
+
+    steady = False
 
     @abstractmethod
     def draw(self, step: int, index: int) -> int | tuple[int, ...]:
@@ -120,15 +125,53 @@ class Pool(Companion):
         return mixed_seed(self.seed, self.salt, step, index) % len(self.samples)
 
 
-def wrong_needs(needs: Collection[str], outlier_dir: str | None) -> list[str]:
+class Frames(Companion):
+    """The frames before an image within its clip, in order of time: (B, frames, 3, H, W).
+
+    Args:
+        every: All frames of all clips, in order of time.
+        samples: The images that have enough frames before them, see `with_history`.
+        frames: How many.
+    """
+
+    steady = True
+
+    def __init__(self, every: list[Sample], samples: Sequence[Sample], frames: int) -> None:
+        super().__init__("frames", every, seed=0, features=False)
+        places = {sample.path: place for place, sample in enumerate(every)}
+        self.places = [places[sample.path] for sample in samples]
+        self.frames = frames
+
+    def draw(self, step: int, index: int) -> tuple[int, ...]:
+        """Choose those right before the image."""
+        place = self.places[index]
+        return tuple(range(place - self.frames, place))
+
+
+def with_history(samples: Sequence[Sample], frames: int) -> list[Sample]:
+    """Return the images that have so many frames before them in their clip.
+
+    Args:
+        samples: Whole clips, in order of time.
+        frames: How many.
+    """
+    return [
+        sample
+        for sample, before in zip(samples[frames:], samples, strict=False)
+        if (sample.category, sample.group) == (before.category, before.group)
+    ]
+
+
+def wrong_needs(needs: Collection[str], outlier_dir: str | None, frames: int) -> list[str]:
     """Say what a method needs in a batch that the data module cannot give.
 
     Args:
         needs: Keys of the batch.
         outlier_dir: `dataset.outlier_dir`.
+        frames: Earlier frames that the layout gives.
     """
     wrong = []
-    known = ("corrupted", *NAMES)
+    known = ("corrupted", "frames", *NAMES)
     unknown = sorted(set(needs) - {*known})
     if unknown:
         wrong.append(
@@ -137,6 +180,11 @@ def wrong_needs(needs: Collection[str], outlier_dir: str | None) -> list[str]:
         )
     if "outlier" in needs and outlier_dir is None:
         wrong.append("the method learns from outliers: set dataset.outlier_dir to a folder of them")
+    if "frames" in needs and not frames:
+        wrong.append(
+            "the method reads the frames before an image: choose a data set of clips, such as "
+            "dataset=clips"
+        )
     return wrong
 
 

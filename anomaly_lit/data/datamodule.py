@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -11,13 +11,13 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from anomaly_lit.data.batches import Images
-from anomaly_lit.data.caches.features import FeatureCache
+from anomaly_lit.data.caches.features import FeatureCache, add_features
 from anomaly_lit.data.caches.memory import DeviceCache, ImageCache
 from anomaly_lit.data.catalogue import Catalogue
 from anomaly_lit.data.checks import raise_all, too_small
 from anomaly_lit.data.companions import (
-    FEATURES,
     Companion,
+    Frames,
     Partner,
     Pool,
     rows_by_category,
@@ -76,7 +76,8 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
             corruption)`, images with synthetic anomalies and their masks; None makes none.
         validate_on_synthesis: Also score held-out images after synthesis, as `val/synthetic_*`.
         needs: What the method reads in a training batch besides the image: `prompt` (another
-            training image of the category), `outlier` (a picture of `outlier_dir`), `corrupted`.
+            training image of the category), `outlier` (a picture of `outlier_dir`), `corrupted`,
+            `frames` (those before the image in its clip, in every batch).
         validate_on_test: Also score the test images in each validation, in its last loader; an
             oracle, for comparison only.
         pin_memory: Put batches in page-locked memory, which a GPU copies faster; None: if there is
@@ -124,9 +125,7 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         geometry = Resize(image_size, resize, center_crop, interpolation, mask_resize)
         if layout is None:
             if self.layout_class is None:
-                raise UserError(
-                    "dataset.layout is not set; name a class like anomaly_lit.data.Layout"
-                )
+                raise UserError("dataset.layout is not set: name a class such as ClipsLayout")
             layout = self.layout_class()
         chosen = (categories, holdout, shots, seed, masks, outlier_dir)
         Catalogue.__init__(self, layout, root, *chosen, geometry, max_pixels)
@@ -145,7 +144,8 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         self.persistent_workers = True if persistent_workers is None else persistent_workers
         counts = {"batch_size": (batch_size, 1), "eval_batch_size": (eval_batch_size, 1)}
         counts["num_workers"] = (num_workers, 0)
-        raise_all(self.wrong_settings() + too_small(counts) + wrong_needs(self.needs, outlier_dir))
+        wrong = wrong_needs(self.needs, outlier_dir, layout.frames)
+        raise_all(self.wrong_settings() + too_small(counts) + wrong)
         self.digest = ""
         self._shrunk = False
 
@@ -163,6 +163,11 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         if self.cache is not None:
             raise_all(self.cache.fill(self._samples_of(stage), self.resize))
 
+    def list_samples(self) -> None:
+        """Fill the lists; where the method needs `frames`, without the first of each clip."""
+        super().list_samples()
+        self.use_clips("frames" in self.needs)
+
     def companions(self) -> list[Companion]:
         """Return the streams of further images that the method needs in a training batch."""
         train, seed = self.train_samples, self.seed
@@ -170,7 +175,13 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
             "prompt": lambda: Partner("prompt", train, seed),
             "outlier": lambda: Pool("outlier", self.outlier_samples, seed),
         }
-        return [make() for name, make in streams.items() if name in self.needs]
+        made = [make() for name, make in streams.items() if name in self.needs]
+        return made + self.history_of(train)
+
+    def history_of(self, samples: Sequence[Sample]) -> list[Companion]:
+        """Return the companion of the frames before images, if the method needs it."""
+        clips, frames = self.clip_samples, self.layout.frames
+        return [Frames(clips, samples, frames)] if "frames" in self.needs else []
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return shuffled batches; see `drop_last` for what does not fill one.
@@ -265,12 +276,7 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         """Add what the cache holds of the features of a batch's images and of its companions."""
         if self.feature_cache is None:
             return batch
-        values: dict[str, Any] = {**batch}
-        for images, key in FEATURES.items():
-            paths = values.get("path" if images == "image" else f"{images}_path")
-            maps = paths and self.feature_cache.get(paths, batch["image"].device)
-            values |= {key: maps} if maps else {}
-        return cast(Batch, values)
+        return add_features(batch, self.feature_cache)
 
     def feature_samples(self) -> list[Sample]:
         """Return the images of which a method reads backbone features in training."""
@@ -293,11 +299,12 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
 
     def _samples_of(self, stage: str | None) -> list[Sample]:
         """All images to decode; for `fit` all splits: a broken test image is found at once."""
+        clips = self.clip_samples
         if stage == "test":
-            return self.test_samples
+            return [*self.test_samples, *clips]
         if stage == "validate" and not self.validate_on_test:
-            return self.holdout_samples
-        return [*self.samples(), *(self.outlier_samples if "outlier" in self.needs else ())]
+            return [*self.holdout_samples, *clips]
+        return [*self.samples(), *clips, *(self.outlier_samples if "outlier" in self.needs else ())]
 
     def _world(self) -> tuple[int, int]:
         """Rank and number of the processes that share the work."""
@@ -316,7 +323,7 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         return int(total.processed)  # type: ignore[attr-defined]
 
     def _in_batches(self, samples: list[Sample], rows: Sequence[int]) -> Iterator[Batch]:
-        images = Images(samples, self.resize, self.cache)
+        images = Images(samples, self.resize, self.cache, self.history_of(samples))
         for start in range(0, len(rows), self.eval_batch_size):
             yield images.batch(list(rows[start : start + self.eval_batch_size]))
 
@@ -325,7 +332,7 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         batches = BatchSampler(
             ShardSampler(len(samples), rank, world_size), self.eval_batch_size, drop_last=False
         )
-        return self._loader(samples, batches)
+        return self._loader(samples, batches, self.history_of(samples))
 
     def _loader(
         self,

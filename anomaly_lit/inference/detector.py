@@ -12,6 +12,7 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from anomaly_lit.calibration import limits_of, verdict
 from anomaly_lit.data.images import Resize, as_rgb, read_image
@@ -70,6 +71,11 @@ class Detector:
         """The categories that have a threshold of their own."""
         return list(self.calibration.get("categories", {}))
 
+    @property
+    def frames(self) -> int:
+        """How many frames before an image the method reads; 0: it judges images alone."""
+        return getattr(self.method, "frames", 0) if "frames" in self.method.needs else 0
+
     def to(self, device: str | torch.device) -> Detector:
         """Move the network.
 
@@ -99,6 +105,7 @@ class Detector:
         category: str | None = None,
         batch_size: int = 16,
         max_pixels: int | None = MAX_PIXELS,
+        frames: Sequence[Sequence[Picture]] | None = None,
     ) -> list[Finding]:
         """Score images of any size.
 
@@ -109,6 +116,8 @@ class Detector:
                 together.
             batch_size: Images scored at once.
             max_pixels: Pixels of the largest file that is read; None sets no limit.
+            frames: The frames before each image, in order of time, for a method that reads clips;
+                None: such a method sees each image as a clip that stands still.
 
         Raises:
             UserError: An image cannot be read, the category is unknown, or the engine lacks
@@ -127,15 +136,28 @@ class Detector:
             read = [
                 _pixels(picture, max_pixels) for picture in pictures[start : start + batch_size]
             ]
-            findings += self._predict_batch(read, category)
+            earlier = [
+                [_pixels(picture, max_pixels) for picture in clip]
+                for clip in (frames or [])[start : start + batch_size]
+            ]
+            findings += self._predict_batch(read, category, earlier)
         return findings
 
-    def _predict_batch(self, pictures: list[np.ndarray], category: str | None) -> list[Finding]:
+    def _tensor(self, pictures: list[np.ndarray]) -> Tensor:
+        """Resize pictures and bring them to the device, (B, 3, H, W) in [0, 1]."""
         pixels = np.stack([self.resize.image(picture) for picture in pictures])
         image = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.method.device)
-        count = len(pictures)
+        return image.float().div(255).contiguous()
+
+    def _predict_batch(
+        self,
+        pictures: list[np.ndarray],
+        category: str | None,
+        frames: list[list[np.ndarray]],
+    ) -> list[Finding]:
+        image, count = self._tensor(pictures), len(pictures)
         batch: Batch = {
-            "image": image.float().div(255).contiguous(),
+            "image": image,
             "index": torch.arange(count),
             "label": torch.zeros(count, dtype=torch.bool),
             "gt_mask": torch.zeros(count, 1, *image.shape[-2:], dtype=torch.bool),
@@ -143,6 +165,8 @@ class Detector:
             "defect_type": [""] * count,
             "path": [""] * count,
         }
+        if frames:
+            batch["frames"] = torch.stack([self._tensor(clip) for clip in frames])
         prediction = self._score(batch)
         threshold = limits_of(self.calibration, category).get("threshold", math.nan)
         given = prediction.anomaly_map

@@ -6,8 +6,9 @@ import csv
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -100,6 +101,10 @@ class Judge:
         category: Whose threshold to use; None takes the only one, else that of all together.
         save_maps: Also write the maps, (H, W) float16, as `maps/<name>.npy`.
         max_pixels: Pixels of the largest picture that is read; None sets no limit.
+        before: Earlier frames of the images, in order of time, for a method that reads clips.
+
+    Attributes:
+        scores: Of the images that were judged, in that order.
     """
 
     def __init__(
@@ -110,6 +115,7 @@ class Judge:
         category: str | None = None,
         save_maps: bool = False,
         max_pixels: int | None = MAX_PIXELS,
+        before: Mapping[Path, Sequence[Path]] | None = None,
     ) -> None:
         self.detector = detector
         self.root = root
@@ -118,7 +124,10 @@ class Judge:
         self.category = category or only
         self.limits = limits_of(detector.calibration, self.category)
         self.save_maps = save_maps
-        self.max_pixels = max_pixels
+        self.before = before
+        self.scores: dict[Path, float] = {}
+        longest = max(map(len, (before or {}).values()), default=0)
+        self._read = lru_cache(1 + longest)(lambda path: read_image(path, max_pixels))
         self.counts: dict[str, int] = {}
         self.errors: list[str] = []
 
@@ -140,14 +149,23 @@ class Judge:
     def judge(self, paths: list[Path]) -> None:
         """Judge a batch; an image that cannot be read is noted and does not stop the others."""
         read: dict[Path, Pixels] = {}
+        frames: list[list[Pixels]] = []
         errors: dict[Path, str] = {}
         for path in paths:
             try:
-                read[path] = read_image(path, self.max_pixels)
+                earlier = [self._read(p) for p in self.before[path]] if self.before else []
+                read[path] = self._read(path)
+                frames.append(earlier)
             except UserError as error:
                 errors[path] = printable(str(error))
-        findings = self.detector.predict([*read.values()], self.category, len(read) or 1)
+        findings = self.detector.predict(
+            [*read.values()],
+            self.category,
+            len(read) or 1,
+            frames=frames if self.before else None,
+        )
         found = dict(zip(read, findings, strict=True))
+        self.scores |= {path: finding.score for path, finding in found.items()}
         with ThreadPoolExecutor() as pool:  # images take longer to write than to judge
             list(pool.map(self._save, found, found.values()))
         for path in paths:

@@ -51,6 +51,11 @@ class OpenVINO:
                 f"engine=openvino needs a fixed computation, and {type(method).__name__} solves an "
                 "optimisation problem for each image: use engine=torch"
             )
+        if "frames" in method.needs:
+            raise UserError(
+                f"engine=openvino judges images alone, and {type(method).__name__} reads the "
+                "frames before an image: use engine=torch"
+            )
         scoring = Scoring(method, category)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "scoring.onnx"

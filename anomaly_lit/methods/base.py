@@ -30,7 +30,8 @@ class Method(Optimised):
     Attributes:
         needs: Keys of a training batch that the method reads besides the image: `corrupted` (with
             `corruption`), `prompt`, `outlier`. Where they depend on an argument, `__init__` sets
-            them.
+            them. With `frames`, every batch has the frames before the image in its clip, and the
+            attribute `frames` says how many.
         localises: Whether predictions have an anomaly map; false for methods that score whole
             images only.
         optimises: Whether scoring solves a problem anew for each image, which takes seconds and

@@ -183,6 +183,7 @@ def build_trainer(
     """Return the trainer with the callbacks of every run and those of the configuration."""
     from pytorch_lightning.callbacks import ModelCheckpoint
 
+    from anomaly_lit.callbacks.clips import ClipScores
     from anomaly_lit.callbacks.dashboard import Dashboard
     from anomaly_lit.callbacks.evaluation import Evaluation
     from anomaly_lit.callbacks.progress import progress_bar
@@ -215,6 +216,7 @@ def build_trainer(
         StopAtNaN(),
         WholeCheckpoint(without_secrets(config), data_digest),
         LossCurves(str(directory)),
+        ClipScores(str(directory)),
         progress_bar(),
     ]
     criterion = {"best": ("val/loss", "min"), "oracle": ("oracle/criterion", "max")}

@@ -145,6 +145,7 @@ def make_batch() -> Callable[..., Batch]:
             "corrupted": torch.where(corruption, 1 - image, image),
             "corruption": corruption,
             "prompt": image.roll(1, dims=0),
+            "frames": torch.stack([image.roll(-n, dims=3) for n in (4, 3, 2, 1)], dim=1),
             "index": torch.arange(count),
             "label": torch.zeros(count, dtype=torch.bool),
             "gt_mask": torch.zeros(count, 1, height, width, dtype=torch.bool),

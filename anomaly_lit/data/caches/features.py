@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from anomaly_lit.data.caches.memory import Place, checked_gb, gather
+from anomaly_lit.data.companions import FEATURES
 from anomaly_lit.data.images import Resize
 from anomaly_lit.data.progress import warn_once, watched
 from anomaly_lit.types import Batch, Sample, UserError
@@ -150,3 +151,13 @@ class FeatureCache:
         ]
         self._kept[name] = Kept([stage.dtype for stage in maps], blocks)
         return True
+
+
+def add_features(batch: Batch, cache: FeatureCache) -> Batch:
+    """Return a batch with what a cache holds of its images and of their companions."""
+    values: dict[str, Any] = {**batch}
+    for images, key in FEATURES.items():
+        paths = values.get("path" if images == "image" else f"{images}_path")
+        maps = paths and cache.get(paths, batch["image"].device)
+        values |= {key: maps} if maps else {}
+    return cast(Batch, values)

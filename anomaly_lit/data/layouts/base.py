@@ -28,6 +28,8 @@ class Layout:
         mask_hint: Where masks are expected, for messages; may contain `ROOT` and `<category>`.
         train_hint: Where normal training images are expected, relative to the root, for messages;
             may contain `<category>`.
+        frames: How many earlier frames of a clip stand beside each image; 0: there are no clips.
+            Where there are, the samples of a clip have its name as `group`, in order of time.
         test_share: Share of the listed training images to keep for testing, in [0, 1); for sets
             without normal test images.
         excludes_others: Whether what is normal in one category is anomalous in another, so that
@@ -37,6 +39,7 @@ class Layout:
     licence: str | None = None
     mask_hint = "ROOT/<category>/ground_truth/<type>/<stem>_mask.png"
     train_hint = "<category>/train/good"
+    frames = 0
     test_share = 0.0
     excludes_others = False
 
