@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -264,3 +266,12 @@ def test_images_that_cannot_be_halved_are_named(small_method: Build) -> None:
     method = small_method("adversarial_distorter")
     with pytest.raises(UserError, match=r"image_size=\[60, 64\] is no multiple of 8"):
         method(torch.rand(1, 3, 60, 64))
+
+
+def test_several_processes_need_a_strategy_that_allows_unused_parameters(
+    small_method: Build,
+) -> None:
+    method = small_method("adversarial_distorter")
+    method._trainer = SimpleNamespace(strategy=DDPStrategy())
+    with pytest.raises(UserError, match="ddp_find_unused_parameters_true"):
+        method.on_fit_start()

@@ -22,7 +22,9 @@ METHODS = sorted(set(files().values()))
 WHOLE = 14  # images of the batch that two processes share: twice a number that no tensor has
 LIKE = {torch.randn_like: torch.randn, torch.rand_like: torch.rand}
 FLOATS = ("image", "corrupted", "prompt", "outlier")
-LEAVES_UNUSED = ("dsr",)  # each stage the parts of the others; trained with ddp_find_unused_...
+# Trained with ddp_find_unused_...: each stage leaves the parts of the others, and of two networks
+# that step in turn each leaves the other.
+LEAVES_UNUSED = ("adversarial_distorter", "dsr")
 
 
 class OneDraw(TorchFunctionMode):

@@ -16,6 +16,8 @@ encoding, and the opposed aims. Everything else is ours:
   reversed on its way to the Distorter (`adversary=reversal`).
 - Where the decoder rebuilds perturbed encodings it sees the clean ones in the same batch, also in
   the Distorter's step, so that batch normalisation has one kind of statistics.
+- With several processes, networks that step in turn need
+  `trainer.strategy=ddp_find_unused_parameters_true`.
 - `mode=mask` passes gradients through its hard gate as if it were a sigmoid.
 
 There are 2.71 million parameters that score and 0.69 million of the Distorter at 256 x 256; 1.07
@@ -36,6 +38,7 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -134,6 +137,17 @@ class AdversarialDistorter(Method):
         self.averaged = MovingAverage(self.scoring_part(), average) if average else None
 
     # ----------------------------------------------------------------------------- training
+
+    def on_fit_start(self) -> None:
+        """Raise if the strategy does not allow unused parameters where networks step in turn."""
+        strategy: Any = self.trainer.strategy
+        allowed = getattr(strategy, "_ddp_kwargs", {}).get("find_unused_parameters")
+        if isinstance(strategy, DDPStrategy) and not allowed and self.adversary == "alternating":
+            raise UserError(
+                "each step of AdversarialDistorter leaves the other network unused: set "
+                "trainer.strategy=ddp_find_unused_parameters_true"
+            )
+        super().on_fit_start()
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the auto-encoder's errors, of the perturbed and of the clean encoding.
