@@ -171,7 +171,7 @@ def wrong_needs(needs: Collection[str], outlier_dir: str | None, frames: int) ->
         frames: Earlier frames that the layout gives.
     """
     wrong = []
-    known = ("corrupted", "frames", *NAMES)
+    known = ("corrupted", *NAMES, "frames")
     unknown = sorted(set(needs) - {*known})
     if unknown:
         wrong.append(

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from PIL import Image
 
+from anomaly_lit import methods
 from anomaly_lit.config.build import nodes
 from anomaly_lit.config.hydra import config_dir, plain
 from anomaly_lit.methods import files
@@ -27,6 +30,7 @@ TRANSFORMER = (
     "method.encoder_depth=1", "method.decoder_depth=1", "method.window=1",
 )  # fmt: skip
 METHODS = sorted(set(files().values()))
+CLASSES = {name: found for found, name in files().items()}
 TINY = Path(__file__).parents[1] / "methods" / "tiny"
 
 
@@ -52,20 +56,47 @@ def of_method(name: str) -> tuple[str, ...]:
     return preset, *frozen, *(f"{key}={value}" for key, value in numbers.items()), *COMMON
 
 
+CLIPS = {name for name in METHODS if "frames" in getattr(methods, CLASSES[name]).needs}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four normal clips and two tested ones of noise, for methods that read clips."""
+    root, generator = tmp_path_factory.mktemp("clips"), np.random.default_rng(0)
+    for folder, count in (("training", 4), ("testing", 2)):
+        for clip in range(count):
+            for frame in range(6):
+                file = root / folder / "frames" / f"{clip:02d}" / f"{frame}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(generator.integers(0, 256, (64, 64, 3), np.uint8)).save(file)
+    for clip in ("00", "01"):
+        labels = root / "testing" / "frame_labels" / f"{clip}.npy"
+        labels.parent.mkdir(exist_ok=True)
+        np.save(labels, np.array([0, 0, 0, 0, 0, 1]))
+    return root
+
+
+def data_of(name: str, root: str, clips: Path) -> tuple[str, ...]:
+    """A command line for data that a method can read."""
+    return ("dataset=clips", f"dataset.root={clips}") if name in CLIPS else (root,)
+
+
 def metrics_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metrics.json").read_text())
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_trains_tests_and_predicts(
-    name: str, root: str, run_here: Run, mvtec_folder: Path, tmp_path: Path
+    name: str, root: str, run_here: Run, mvtec_folder: Path, clips: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     steps = ("trainer.max_steps=3", "trainer.val_check_interval=3")
-    outcome = run_here("train", *of_method(name), root, *steps, f"output_dir={run}")
+    outcome = run_here(
+        "train", *of_method(name), *data_of(name, root, clips), *steps, f"output_dir={run}"
+    )
     assert outcome.code == 0, outcome.err
     metrics = metrics_of(run)
-    assert metrics["setting"] == "multi-class"
+    assert metrics["setting"] == ("one-class" if name in CLIPS else "multi-class")
     assert (run / "training.png").is_file()
     assert (run / "overview.png").is_file()
     checkpoint = f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}"
@@ -75,7 +106,8 @@ def test_trains_tests_and_predicts(
     assert {k: again[k] for k in again if k[:5] == "test/"} == {
         k: metrics[k] for k in metrics if k[:5] == "test/"
     }
-    images = f"input={mvtec_folder / 'bolt' / 'test' / 'scratch'}"
+    pictures = mvtec_folder / "bolt" / "test" / "scratch"
+    images = f"input={clips / 'testing' / 'frames' / '00' if name in CLIPS else pictures}"
     outcome = run_here("predict", checkpoint, images, f"output_dir={tmp_path / 'found'}")
     assert outcome.code == 0, outcome.err
     assert len((tmp_path / "found" / "predictions.csv").read_text().splitlines()) == 3
@@ -84,11 +116,11 @@ def test_trains_tests_and_predicts(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_killed_run_ends_with_the_same_weights(
-    name: str, root: str, run_command: Run, start_command: Run, tmp_path: Path
+    name: str, root: str, run_command: Run, start_command: Run, clips: Path, tmp_path: Path
 ) -> None:
     """Both in processes of their own; the kill comes after a checkpoint within an epoch."""
     steps = ("trainer.max_steps=12", "trainer.val_check_interval=12", "checkpoint.every_steps=4")
-    line = (*of_method(name), root, *steps)
+    line = (*of_method(name), *data_of(name, root, clips), *steps)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     started = start_command("train", *line, f"output_dir={killed}")
     last = killed / "checkpoints" / "last.ckpt"

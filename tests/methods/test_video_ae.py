@@ -104,7 +104,7 @@ def test_items_move_towards_the_queries_nearest_to_them() -> None:
 
 def test_patterns_that_differ_cost_nothing_and_equal_ones_all() -> None:
     def recall(query: Tensor, weights: Tensor) -> memory.Recall:
-        return memory.Recall(query, query, weights, query)
+        return memory.Recall(query, query, weights, query[None, :, :1])
 
     crisp = torch.eye(3)
     assert memory.dispersion(recall(torch.eye(3), crisp)) == 0

@@ -67,15 +67,19 @@ def separation(recall: Recall, items: Tensor, margin: float = 1.0) -> Tensor:
 
 
 def dispersion(recall: Recall) -> Tensor:
-    """Return how alike the patterns are that queries form around the items.
+    """Return how alike the patterns are that an image's queries form around the items, a mean.
 
-    A pattern is the mean query by the weights of an item, of unit length; this is the mean squared
-    positive cosine between two of them.
+    A pattern is the mean query by the weights of an item, of unit length; what is returned is the
+    squared positive cosine of two of them. Each image counts by itself, whatever its batch.
     """
-    patterns = F.normalize(recall.weights.T @ recall.query, dim=1)  # (M, C)
-    alike = (patterns @ patterns.T).relu().square()
-    count = len(patterns)
-    return (alike.sum() - alike.diagonal().sum()) / (count * (count - 1))
+    count = len(recall.distance)
+    weights = recall.weights.view(count, -1, recall.weights.shape[1])  # (B, h * w, M)
+    queries = recall.query.view(count, -1, recall.query.shape[1])
+    patterns = F.normalize(weights.mT @ queries, dim=2)  # (B, M, C)
+    alike = (patterns @ patterns.mT).relu().square()
+    own = alike.diagonal(dim1=1, dim2=2).sum()
+    items = patterns.shape[1]
+    return (alike.sum() - own) / (count * items * (items - 1))
 
 
 def entropy(recall: Recall) -> Tensor:

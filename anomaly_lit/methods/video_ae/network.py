@@ -46,7 +46,6 @@ class ClipNetwork(nn.Module):
             TemporalShift(count, frames, causal) if shift == "conv" else nn.Identity()
             for count in channels
         )
-        self.fuse = nn.ModuleList(nn.Conv2d(frames * count, count, 1) for count in channels)
         coarse_first = list(reversed(channels))
         counts = [memory, *skip_memory]
         self.memories = nn.ModuleList(
@@ -54,6 +53,10 @@ class ClipNetwork(nn.Module):
             for items, count in zip(counts, coarse_first, strict=True)
         )
         self.kept = [bool(items) for items in counts]
+        self.fuse = nn.ModuleList(
+            nn.Conv2d(frames * count, count, 1) if kept else nn.Identity()
+            for count, kept in zip(channels, reversed(self.kept), strict=True)
+        )
         self.first = block(2 * coarse_first[0], coarse_first[0])
         self.up = nn.ModuleList()
         self.join = nn.ModuleList()
