@@ -40,9 +40,13 @@ class Catalogue:
         test_samples: Normal and anomalous images.
         used: Paths of all images and masks that the layout lists, whatever is chosen of them.
         outlier_samples: The pictures of `outlier_dir`.
+        needs: What the method reads besides the image; with `frames`, the first frames of each clip
+            are in none of the lists.
         clip_samples: All frames of all clips, if a method reads frames beside an image.
         has_masks: Whether any test image has a mask; without, there is no truth for pixel metrics.
     """
+
+    needs: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -115,11 +119,11 @@ class Catalogue:
         self.has_masks = any(sample.mask_path is not None for sample in self.test_samples)
         if self.outlier_dir is not None:
             self.outlier_samples = list_pool("outlier", self.outlier_dir)
+        if "frames" in self.needs:
+            self.use_clips()
 
-    def use_clips(self, wanted: bool) -> None:
-        """If wanted, keep all frames for reading, and list only those with enough before them."""
-        if not wanted:
-            return
+    def use_clips(self) -> None:
+        """Keep all frames for reading, and list only those that have enough before them."""
         self.clip_samples, frames = self.samples(), self.layout.frames
         self.train_samples = with_history(self.train_samples, frames)
         self.holdout_samples = with_history(self.holdout_samples, frames)

@@ -163,11 +163,6 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         if self.cache is not None:
             raise_all(self.cache.fill(self._samples_of(stage), self.resize))
 
-    def list_samples(self) -> None:
-        """Fill the lists; where the method needs `frames`, without the first of each clip."""
-        super().list_samples()
-        self.use_clips("frames" in self.needs)
-
     def companions(self) -> list[Companion]:
         """Return the streams of further images that the method needs in a training batch."""
         train, seed = self.train_samples, self.seed
