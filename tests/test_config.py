@@ -156,11 +156,13 @@ def test_absent_target_and_missing_parameter_are_named() -> None:
 
 
 def test_a_partial_may_lack_what_the_caller_adds() -> None:
-    validate({"method": {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3}})
+    validate({"method": {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3}}, None)
 
 
 def test_node_where_a_number_is_expected_is_taken_for_built() -> None:
-    validate({"method": {"_target_": "torch.nn.L1Loss", "reduction": {"_target_": "builtins.str"}}})
+    validate(
+        {"method": {"_target_": "torch.nn.L1Loss", "reduction": {"_target_": "builtins.str"}}}, None
+    )
 
 
 @pytest.mark.parametrize(
@@ -275,7 +277,7 @@ def test_a_wrong_value_of_an_own_key_is_refused(
         ("predict", "batch_size=-1", "batch_size: expected int of at least 1, found -1"),
         ("test", "trust=off", "trust: expected bool (true or false), found 'off'"),
         ("test", "trust=None", "trust: expected bool (true or false), found 'None'"),
-        ("data", "columns=x", "columns: expected int of at least 1, found 'x'"),
+        ("data", "columns=x", "columns: expected int from 1 to 64, found 'x'"),
         ("data", "seed=-1", "seed: expected int from 0 to 4294967295, found -1"),
     ],
 )

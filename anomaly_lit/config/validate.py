@@ -255,7 +255,8 @@ def fits(value: Any, hint: Any) -> bool:
 
 def _name(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
-        return f"one of {', '.join(str(option) for option in typing.get_args(hint))}"
+        words = [str(option) for option in typing.get_args(hint)]
+        return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
     if typing.get_origin(hint) is Annotated:
         kind, least, *greatest = typing.get_args(hint)
         within = greatest and greatest[0] < math.inf

@@ -146,7 +146,8 @@ class ADTR(Method):
             DecoderLayer(dim, heads, feedforward, dropout) for _ in range(decoder_depth)
         )
         self.head = nn.Linear(dim, channels)
-        self.apply(init_linear)
+        for part in (self.embed, self.encoder, self.decoder, self.head):
+            part.apply(init_linear)
         self.head_start = head
         if head == "mean":
             silence(self.head)

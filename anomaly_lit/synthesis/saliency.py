@@ -16,6 +16,8 @@ from anomaly_lit.types import UserError, check_range
 
 SIDE = 64  # of the grey image in which the spectral residual looks for what is salient
 
+FLOOR = 1e-4  # of the largest amplitude; below it lies rounding, whose phase is random
+
 
 class SaliencyPerlin(Perlin):
     """Lay a texture over the image where Perlin noise, weighted by saliency, is high.
@@ -155,9 +157,12 @@ def spectral_residual(image: Tensor) -> Tensor:
         image.mean(dim=1, keepdim=True), (SIDE, SIDE), mode="bilinear", antialias=True
     )
     spectrum = torch.fft.fft2(grey)
-    strength = (spectrum.abs() + 1e-8).log()
+    amplitude = spectrum.abs()
+    floor = FLOOR * amplitude.amax(dim=(2, 3), keepdim=True)
+    strength = (amplitude + floor).log()
     around = F.avg_pool2d(F.pad(strength, (1, 1, 1, 1), mode="circular"), 3, stride=1)
-    residual = torch.fft.ifft2(torch.polar((strength - around).exp(), spectrum.angle()))
+    rare = (strength - around).exp() * amplitude / (amplitude + floor)
+    residual = torch.fft.ifft2(torch.polar(rare, spectrum.angle()))
     salient = gaussian_blur2d(residual.abs().square(), (19, 19), (3.0, 3.0))
     salient = F.interpolate(salient, image.shape[-2:], mode="bilinear")
     low = salient.amin(dim=(2, 3), keepdim=True)

@@ -165,7 +165,7 @@ def test_options_of_a_step_leave_no_trace_in_the_checkpoint(
             "Adamax has no fused form",
         ),
         (("step.pin_memory=true",), "training runs on cpu"),
-        (("step.compile=3",), "step.compile: expected bool | None, found 3"),
+        (("step.compile=3",), "step.compile: expected bool (true or false) or null, found 3"),
     ],
 )
 def test_options_of_a_step_that_cannot_be_had_are_refused(

@@ -120,6 +120,7 @@ def test_a_job_waits_while_another_run_trains_in_its_folder(
     hydra |= {"job": {"num": 0, "override_dirname": "seed=1"}}
     config = OmegaConf.create({"hydra": hydra})
     monkeypatch.setattr(others.HydraConfig, "get", lambda: config.hydra)
+    monkeypatch.setattr(others, "output_folder", lambda: tmp_path)
     assert others.Noted(lambda _: len(held))(config) == 0
     assert json.loads((tmp_path / "job.json").read_text())["exit_code"] == 0
 

@@ -14,7 +14,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from anomaly_lit.commands.data import check_data
+from anomaly_lit.commands.data import check_data, without_demo_keys
 from anomaly_lit.config.build import import_target
 from anomaly_lit.config.hydra import config_dir, plain
 from anomaly_lit.config.validate import validate
@@ -223,7 +223,7 @@ def options() -> list[str]:
 @pytest.mark.parametrize("name", options())
 def test_every_option_shows_all_parameters_of_its_class(name: str) -> None:
     with initialize_config_dir(config_dir(), version_base="1.3"):
-        config = plain(compose("data", overrides=[f"dataset={name}"]))
+        config = without_demo_keys(plain(compose("data", overrides=[f"dataset={name}"])))
     validate(config, "data")
     target = import_target(config["dataset"]["_target_"])
     parameters = set(inspect.signature(target).parameters)
@@ -242,7 +242,7 @@ def test_every_cache_fits_every_data_set(name: str) -> None:
     for dataset in options():
         overrides = [f"dataset={dataset}", f"+cache={name}"]
         with initialize_config_dir(config_dir(), version_base="1.3"):
-            config = plain(compose("data", overrides=overrides))
+            config = without_demo_keys(plain(compose("data", overrides=overrides)))
         validate(config, "data")
         assert (config["dataset"]["cache"] is None) == (name == "none")
 

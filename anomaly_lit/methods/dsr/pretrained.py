@@ -99,9 +99,9 @@ def _read(path: str) -> dict[str, Any]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"method.latent_weights={path}: no such file")
-    with file.open("rb") as opened:
-        check_archive(opened, file)
     try:
+        with file.open("rb") as opened:
+            check_archive(opened, file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
