@@ -111,9 +111,7 @@ def test_parameters_are_as_many_as_stated(published_method: Build) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=False, reason="from some starts the tiny network learns one answer for all"
-)
+@pytest.mark.xfail(strict=False, reason="from some starts it learns one answer for all")
 def test_forgeries_on_stripes_are_told_from_clean_images_after_200_steps(
     small_method: Build,
 ) -> None:
