@@ -30,7 +30,9 @@ class Fake:
         self.localises = localises
         self.seen = 0
 
-    def predict(self, images: list[Any], category: str, batch_size: int) -> list[Finding]:
+    def predict(
+        self, images: list[Any], category: str, batch_size: int, frames: None = None
+    ) -> list[Finding]:
         findings = []
         for image in images:
             score = float(self.seen) if self.scores is None else self.scores[self.seen]
@@ -108,7 +110,9 @@ def test_what_was_judged_survives_a_later_fault(tmp_path: Path) -> None:
         write(tmp_path / "in" / f"{number}.png")
 
     class Fails(Fake):
-        def predict(self, images: list[Any], category: str, batch_size: int) -> list[Finding]:
+        def predict(
+            self, images: list[Any], category: str, batch_size: int, frames: None = None
+        ) -> list[Finding]:
             if self.seen >= 4:
                 raise MemoryError
             return super().predict(images, category, batch_size)
