@@ -1,4 +1,4 @@
-"""PNI's refinement network (Bae, Lee, Kim, ICCV 2023, arXiv:2211.12634).
+"""PNI refinement: the network that sharpens the maps of a trained PNI (Bae, Lee, Kim, ICCV 2023).
 
 A trained PNI finds where an image is unusual, but its map is coarse. This network sees the image
 and the map and learns, on images with synthetic defects whose masks are known, what to add to the
