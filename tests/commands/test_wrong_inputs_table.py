@@ -1,5 +1,8 @@
 """Some 500 wrong inputs to the six commands: the rows of `wrong/train.txt` and `wrong/others.txt`.
 
+What is wrong for one method alone lies beside that method's test, in `tests/methods/wrong/`: a line
+with the arguments of a run that would work, then the rows.
+
 Each ends with the stated exit code and a sentence that names key, value and way out, without a
 traceback, and leaves nothing behind. Rows run in this process. Hydra composes each base once, and
 the overrides of a row are applied to a copy; some rows run through Hydra as a whole.
@@ -10,7 +13,7 @@ from __future__ import annotations
 import copy
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -30,6 +33,7 @@ from anomaly_lit.config.hydra import config_dir
 Run = Callable[..., Any]
 
 TABLES = Path(__file__).parent / "wrong"
+OF_METHODS = sorted((Path(__file__).parents[1] / "methods" / "wrong").glob("*.txt"))
 CODES = {"train": 1, "test": 1, "predict": 3, "data": 1, "report": 1, "status": 1}
 USAGE = 2  # of the two commands that argparse serves
 LONGEST = 700  # letters of a line
@@ -41,10 +45,6 @@ AMI = (
     "method=ami_net_small method.grid=8 method.dim=32 method.heads=2 method.depth=1 "
     "method.backbone.weights=random"
 )
-NARROW = (
-    "method.backbone.weights=random method.dim=32 method.heads=2 method.feedforward=32 "
-    "method.encoder_depth=1 method.decoder_depth=1 method.window=3"
-)
 BASES = {  # arguments of a run that would work
     "ami": f"{AMI} {DATA}",
     "folder": f"{AMI} dataset=folder dataset.root=$ROOT/bolt dataset.normal_dir=train",
@@ -52,23 +52,23 @@ BASES = {  # arguments of a run that would work
     "ksdd2": f"{AMI} dataset=ksdd2",
     "visa": f"{AMI} dataset=visa",
     "btad": f"{AMI} dataset=btad",
-    "cma_ae": f"method=cma_ae_small method.channels=[8,16,16] method.items=10 {DATA} "
-    "method.backbone.weights=random",
-    "dsr": f"method=dsr_small method.hidden=8 method.residual=4 method.codes=32 {DATA} "
-    "method.restriction=8 method.object_width=8 method.detector=[8,8] method.window=3",
-    "fastflow": f"method=fastflow_small method.backbone.weights=random method.steps=2 {DATA}",
-    "mfrnet": f"method=mfrnet_small method.grid=8 method.dims=[16,16] method.depths=[1,1] {DATA} "
-    "method.head_dim=8 method.pools=[1,2] method.backbone.weights=random",
-    "onenip": f"method=onenip_small method.refiner_dim=8 {NARROW} {DATA}",
-    "uniad": f"method=uniad_small {NARROW} {DATA}",
-    "rstpm": "method=rstpm_small method.teacher.weights=random "
-    f"method.second_teacher.weights=random {DATA}",
+    "synthesis": "method=onenip_small method.refiner_dim=8 method.backbone.weights=random "
+    "method.dim=32 method.heads=2 method.feedforward=32 method.window=3 "
+    f"method.encoder_depth=1 method.decoder_depth=1 {DATA}",
     "test": "output_dir=$OUT accelerator=cpu",
     "predict": "output_dir=$OUT device=cpu",
     "data": "dataset.root=$ROOT output_dir=$OUT image_size=64",
     "report": "",
     "status": "",
 }
+
+
+def lines_of(file: Path) -> list[str]:
+    lines = file.read_text("utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+BASES |= {file.stem: f"{lines_of(file)[0]} {DATA}" for file in OF_METHODS}
 
 
 class Row(NamedTuple):
@@ -84,14 +84,16 @@ class Row(NamedTuple):
         return self.base if self.base in CODES else "train"
 
 
-def rows_of(name: str) -> Iterator[Row]:
-    for line in (TABLES / name).read_text("utf-8").splitlines():
-        if line and not line.startswith("#"):
-            base, arguments, *words = (part.strip() for part in line.split("|"))
-            yield Row(base.removeprefix("begun "), arguments, words, base.startswith("begun "))
+def row_of(line: str, base: str | None = None) -> Row:
+    """A line of a table: the base stands first in it, unless the whole table has one."""
+    begun = line.startswith("begun ")
+    parts = [part.strip() for part in line.removeprefix("begun ").split("|")]
+    base = base or parts.pop(0)
+    return Row(base, parts[0], parts[1:], begun)
 
 
-ROWS = [row for name in ("train.txt", "others.txt") for row in rows_of(name)]
+ROWS = [row_of(line) for name in ("train", "others") for line in lines_of(TABLES / f"{name}.txt")]
+ROWS += [row_of(line, file.stem) for file in OF_METHODS for line in lines_of(file)[1:]]
 
 
 @pytest.fixture(scope="module")
