@@ -36,7 +36,9 @@ class Memory(nn.Module):
         """Read for every position of (B, C, h, w), in float32."""
         count, channels, height, width = features.shape
         with torch.autocast(features.device.type, enabled=False):
-            query = F.normalize(features.float().permute(0, 2, 3, 1).reshape(-1, channels), dim=1)
+            query = F.normalize(
+                features.to(self.items.dtype).permute(0, 2, 3, 1).reshape(-1, channels), dim=1
+            )
             similarity = query @ self.items.T  # (N, M)
             weights = similarity.softmax(dim=1)
             read = (weights @ self.items).view(count, height, width, channels).permute(0, 3, 1, 2)
