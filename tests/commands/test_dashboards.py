@@ -224,6 +224,7 @@ logger.describe({"seed": int(sys.argv[3])}, {"commit": "abc"})
 """
 
 
+@pytest.mark.slow
 def test_jobs_that_begin_at_once_create_one_mlflow_file(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:

@@ -211,6 +211,7 @@ def state_of(folder: Path) -> dict[str, str]:
     return {one.name: one.state for one in read_sweep(folder)[0]}
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_stopped(run_here: Run, sweep: list[str], tmp_path: Path) -> None:
     """One job fails; mended, only that one runs."""
     weights = tmp_path / "w.safetensors"
@@ -228,6 +229,7 @@ def test_a_sweep_goes_on_where_it_stopped(run_here: Run, sweep: list[str], tmp_p
     assert set(state_of(tmp_path / "s").values()) == {"done"}
 
 
+@pytest.mark.slow
 def test_finished_jobs_of_other_images_or_code_are_run_again(
     run_here: Run, settings: tuple[str, ...], mvtec_folder: Path, tmp_path: Path
 ) -> None:

@@ -85,6 +85,7 @@ def metrics_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "metrics.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_trains_tests_and_predicts(
     name: str, root: str, run_here: Run, mvtec_folder: Path, clips: Path, tmp_path: Path

@@ -268,6 +268,7 @@ def test_run_killed_after_training_only_tests(
     assert_same_weights(folder, uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", ["best", "oracle"])
 def test_no_candidate_is_lost_with_a_kill(
     start_command: Run,
@@ -307,6 +308,7 @@ def test_interrupted_run_says_how_to_go_on(
     assert not (tmp_path / "metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_survive_a_kill(
     start_command: Run,
     run_command: Run,

@@ -177,6 +177,7 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_equal_one_to_the_last_bit(
     world: int, folder: Path, alone: dict[str, Any]
