@@ -1,0 +1,277 @@
+"""Tables of the runs of run.sh, made from their `metrics.json` and never typed.
+
+    python experiments/small/tables.py collect OUTPUT_DIR  # updates results.csv, and writes
+    python experiments/small/tables.py write               # writes the tables again
+
+`collect` puts the finished runs below OUTPUT_DIR into `results.csv` beside this file, in place of
+older ones of the same method and category. The tables stand in `docs/choosing_a_method.md` and in
+`experiments/README.md`, between marks. `baselines.csv`, here and one folder up, holds what another
+library's methods gave on the same images.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = HERE / "results.csv"
+CHOOSING = ROOT / "docs" / "choosing_a_method.md"
+SIDE_BY_SIDE = ROOT / "experiments" / "README.md"
+BEGIN, END = "<!-- small: begin -->", "<!-- small: end -->"
+METRICS = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel AP",
+    "pixel_f1max": "pixel F1-max",
+    "pixel_aupro": "AUPRO",
+}
+SHOWN = ("image_auroc", "pixel_ap", "pixel_aupro")
+FACTS = (
+    "seed", "steps", "images/train", "images/test", "training_seconds", "training_cpu_seconds",
+    "latency_seconds", "peak_memory_mb", "trainable_parameters", "training_loss_falling",
+    "precision", "selection", "commit", "hardware",
+)  # fmt: skip
+COLUMNS = ("method", "backbone", "category", *METRICS, "image_auroc_low", "image_auroc_high",
+           *FACTS, "command")  # fmt: skip
+FALLING = 0.05  # as in anomaly_lit.runs.fit
+OF_THIS_MACHINE = re.compile(r"(hydra\.run\.dir|output_dir)=\S+ ?")
+Row = dict[str, str]
+
+
+def main(arguments: list[str]) -> None:
+    """Run `collect` or `write`."""
+    if arguments[0] == "collect":
+        RESULTS.write_text(as_csv(merged(read(RESULTS), found_in(Path(arguments[1])))), "utf-8")
+    rows = read(RESULTS)
+    for page, text in pages(rows, baselines()).items():
+        write_between_marks(page, text)
+
+
+def pages(rows: list[Row], others: list[Row]) -> dict[Path, str]:
+    """Return what stands between the marks of each page."""
+    return {CHOOSING: choosing(rows, others), SIDE_BY_SIDE: side_by_side(rows, others)}
+
+
+# -------------------------------------------------------------------------------------- reading
+
+
+def found_in(folder: Path) -> list[Row]:
+    """Return a row for each finished run below a folder."""
+    from anomaly_lit.reporting.read import read_runs
+
+    return [row_of(run) for run in read_runs(folder) if run.metrics and named(run.folder)]
+
+
+def named(folder: Path) -> re.Match[str] | None:
+    """Match a run's folder, such as `toothbrush_small_uniad`."""
+    return re.fullmatch(r"(?P<category>\w+?)_small_(?P<method>\w+)", folder.name)
+
+
+def row_of(run: Any) -> Row:
+    name = named(run.folder)
+    assert name is not None
+    scores = {key: run.metrics.get(f"test/{name['category']}/{key}")
+              for key in (*METRICS, "image_auroc_low", "image_auroc_high")}  # fmt: skip
+    facts = {key: run.metrics.get(key) for key in FACTS}
+    values = {
+        "method": name["method"],
+        "backbone": backbone_of(run.settings),
+        "category": name["category"],
+        **scores,
+        **facts,
+        "command": command_of(run.metrics["command"]),
+    }
+    return {key: "" if value is None else str(value) for key, value in values.items()}
+
+
+def backbone_of(settings: dict[str, Any]) -> str:
+    """Return the names of a method's backbones, joined by +."""
+    nodes = [key.removesuffix("._target_") for key, value in settings.items()
+             if key.startswith("method.") and str(value).endswith(".Backbone")]  # fmt: skip
+    names = [str(settings[f"{node}.name"]).partition(".")[0] for node in nodes]
+    return "+".join(dict.fromkeys(names)) or "none"
+
+
+def command_of(typed: str) -> str:
+    """Return the command of a job without the folders of the machine that it ran on."""
+    words = OF_THIS_MACHINE.sub("", typed).partition(" ")[2]
+    return re.sub(
+        r"--config-dir=\S*(?=experiments/)", "--config-dir=", f"anomaly-train {words}"
+    ).strip()
+
+
+def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+    """Return all rows by method and category; a new one takes the place of an old one."""
+    rows = {(row["method"], row["category"]): row for row in (*old, *new)}
+    return [rows[key] for key in sorted(rows)]
+
+
+def read(file: Path) -> list[Row]:
+    if not file.exists():
+        return []
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def baselines() -> list[Row]:
+    return read(HERE.parent / "baselines.csv") + read(HERE / "baselines.csv")
+
+
+def as_csv(rows: list[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+# --------------------------------------------------------------------------------------- tables
+
+
+def choosing(rows: list[Row], others: list[Row]) -> str:
+    """Return the tables of `docs/choosing_a_method.md`: all at a glance, then by category."""
+    compared = compared_categories(rows, others)
+    parts = [glance(rows, others, compared)]
+    for metric in SHOWN:
+        parts.append(f"### {METRICS[metric]}\n\n{by_category(rows, others, metric, compared)}")
+    return "\n".join([*parts, notes(rows)])
+
+
+def compared_categories(rows: list[Row], others: list[Row]) -> list[str]:
+    """Return the categories of the means: those of both baselines and of most methods."""
+    methods = {row["method"] for row in rows}
+    found = []
+    for category in dict.fromkeys(row["category"] for row in others):
+        measured = [row for row in rows if row["category"] == category]
+        both = len({row["method"] for row in others if row["category"] == category}) == 2
+        if both and 2 * len(measured) > len(methods):
+            found.append(category)
+    return found
+
+
+def glance(rows: list[Row], others: list[Row], compared: list[str]) -> str:
+    head = ["method", "backbone", *(f"{METRICS[metric]}, mean" for metric in SHOWN),
+            "worst image AUROC", "steps", "training, CPU s", "one image, ms", "memory, MB",
+            "loss at the end"]  # fmt: skip
+    lines = [line(head), rule(head, 2)]
+    for name, own in ranked(rows, others, compared):
+        means = [mean_cell(own, metric, compared) for metric in SHOWN]
+        lines.append(line([name, own[0]["backbone"], *means, worst(own), *costs(own)]))
+    return "\n".join(lines) + "\n"
+
+
+def by_category(rows: list[Row], others: list[Row], metric: str, compared: list[str]) -> str:
+    categories = sorted({row["category"] for row in rows})
+    head = ["method", *categories, f"mean of {', '.join(compared)}"]
+    lines = [line(head), rule(head)]
+    for name, own in ranked(rows, others, compared):
+        cells = [cell([r for r in own if r["category"] == c], metric) for c in categories]
+        lines.append(line([name, *cells, mean_cell(own, metric, compared)]))
+    return "\n".join(lines) + "\n"
+
+
+def side_by_side(rows: list[Row], others: list[Row]) -> str:
+    """Return one compact table: three metrics in a cell, a column for each category."""
+    compared = compared_categories(rows, others)
+    categories = sorted({row["category"] for row in rows})
+    head = ["method", "backbone", "steps", *categories]
+    lines = [line(head), rule(head, 2)]
+    for name, own in ranked(rows, others, compared):
+        by_name = {c: [row for row in own if row["category"] == c] for c in categories}
+        cells = [" / ".join(cell(part, metric) for metric in SHOWN) if part else "-"
+                 for part in by_name.values()]  # fmt: skip
+        lines.append(line([name, own[0]["backbone"], own[0].get("steps") or "", *cells]))
+    return "\n".join([*lines, notes(rows)])
+
+
+def ranked(rows: list[Row], others: list[Row], compared: list[str]) -> list[tuple[str, list[Row]]]:
+    """Return the rows of each method, the best mean image AUROC first; without a mean last."""
+    groups: dict[str, list[Row]] = {}
+    for row in (*rows, *others):
+        groups.setdefault(row["method"], []).append(row)
+    known = {row["method"] for row in others}
+
+    def place(item: tuple[str, list[Row]]) -> tuple[float, str]:
+        mean = mean_of(item[1], "image_auroc", compared)
+        return (1.0 if mean is None else -mean, item[0])
+
+    named = {f"*{name}*" if name in known else f"`{name}_small`": own
+             for name, own in groups.items()}  # fmt: skip
+    return sorted(named.items(), key=place)
+
+
+def mean_of(own: list[Row], metric: str, categories: list[str]) -> float | None:
+    """Return the mean over categories; None unless there is a value for each."""
+    values = {row["category"]: row[metric] for row in own if row.get(metric)}
+    if not categories or any(category not in values for category in categories):
+        return None
+    return statistics.fmean(float(values[category]) for category in categories)
+
+
+def mean_cell(own: list[Row], metric: str, categories: list[str]) -> str:
+    mean = mean_of(own, metric, categories)
+    return "-" if mean is None else f"{100 * mean:.1f}"
+
+
+def cell(own: list[Row], metric: str) -> str:
+    return f"{100 * float(own[0][metric]):.1f}" if own and own[0].get(metric) else "-"
+
+
+def worst(own: list[Row]) -> str:
+    row = min(own, key=lambda row: float(row["image_auroc"]))
+    return f"{100 * float(row['image_auroc']):.1f} ({row['category']})"
+
+
+def costs(own: list[Row]) -> list[str]:
+    if "steps" not in own[0]:
+        return [""] * 5
+    falling = [float(r["training_loss_falling"] or 0) >= FALLING for r in own]
+    unknown = not any(row["training_loss_falling"] for row in own)
+    told = "unknown" if unknown else "falling" if any(falling) else "level"
+    return [own[0]["steps"], *(mean_cost(own, key, scale) for key, scale in
+            (("training_cpu_seconds", 1), ("latency_seconds", 1000), ("peak_memory_mb", 1))),
+            told]  # fmt: skip
+
+
+def mean_cost(own: list[Row], key: str, scale: float) -> str:
+    return f"{scale * statistics.fmean(float(row[key]) for row in own):,.0f}"
+
+
+def notes(rows: list[Row]) -> str:
+    """Return under which conditions the numbers were measured."""
+    told: Callable[[str], str] = lambda key: ", ".join(sorted({row[key] for row in rows}))  # noqa: E731
+    few = sorted({row["method"] for row in rows if row["images/test"] == "20"})
+    text = (
+        "Per cent. Weights of the last step; seed "
+        f"{told('seed')}; commit {told('commit')}; {told('hardware')}; {told('precision')}. "
+        "`experiments/small/results.csv` has all metrics, intervals and commands."
+    )
+    return text + (f" On 20 test images only: {', '.join(few)}." if few else "") + "\n"
+
+
+def line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def rule(head: list[str], texts: int = 1) -> str:
+    return line(["---"] * texts + ["--:"] * (len(head) - texts))
+
+
+def write_between_marks(page: Path, text: str) -> None:
+    """Replace the text between two marks; raise `IndexError` if a mark is missing."""
+    whole = page.read_text(encoding="utf-8")
+    before, after = whole.split(BEGIN)[0], whole.split(END)[1]
+    page.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
