@@ -59,6 +59,7 @@ QUICK = {"images": [50, 100, 200], "resolution": [128, 192, 256],
 METHODS = {"resolution": ["fastflow_small", "uniad_small", "ami_net_small"],
            "tokens": ["uniad_small", "ami_net_small"]}  # fmt: skip
 SHARE = 0.6  # of the free memory that may be used
+SMALL = 32.0  # MiB; peaks below tell nothing of growth
 ALL = 1200  # images of `categories`
 
 
@@ -115,7 +116,8 @@ def too_much(quantities: dict[str, dict[int, list[float]]], x: int) -> str | Non
         smaller = sorted(size for size in values if size < x)[-2:]
         if not quantity.endswith(cases.PEAK) or len(smaller) < 2 or x in values:
             continue
-        last, slope = max(values[smaller[1]]), exponent({k: max(values[k]) for k in smaller})
+        peaks = {k: max(SMALL, *values[k]) for k in smaller}
+        last, slope = peaks[smaller[1]], exponent(peaks)
         expected = last * (x / smaller[1]) ** max(slope, 0.0)
         free = memory("MemAvailable", "/proc/meminfo")
         if expected > SHARE * free:

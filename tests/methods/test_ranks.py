@@ -206,7 +206,6 @@ def smooth_batch() -> Any:
 UNEQUAL = {
     "fmr_net": "draws cells of the whole batch",
     "pni": "draws patches of the whole batch",
-    "video_ae": "differs by up to 0.4 %; the cause is not found yet",
 }
 
 
