@@ -20,8 +20,8 @@ are our own choice, and so are the answers to open questions; these are options:
 - values are clipped to [0, 1] for both maps of the score, without which the unbounded squared error
   of a few channels decides;
 - the structural loss weighs a tenth (`loss=hybrid`), since with the weight 1 the norms of both
-  gradients differed by 5 to 16 times; `train/gradient_pixel` and `train/gradient_structure` log
-  them;
+  gradients differed by 5 to 16 times. With a tenth, pixel over structure was 3.6, 2.0 and 0.6 at
+  steps 10, 20 and 30 (toothbrush); `train/gradient_pixel` and `train/gradient_structure` log them;
 - convolutions start with the variance 2 / fan-out, as in networks of this family;
 - hidden positions are filled with a learned vector, features are scaled to [0, 1] channel by
   channel between percentiles of the training images, and SSIM is taken channel by channel.
