@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from anomaly_lit.config.build import instantiate, nodes
 from anomaly_lit.config.hydra import message_of
 from anomaly_lit.files import without_secrets
+from anomaly_lit.runs.checks import check_parts, check_validates
 from anomaly_lit.runs.ranks import is_first_process
 from anomaly_lit.types import UserError
 
@@ -37,16 +38,10 @@ def find_all_weights(config: dict[str, Any]) -> None:
 
 def build(config: dict[str, Any]) -> tuple[AnomalyDataModule, Method]:
     """Build and check the data module, and build the method with its backbones' weights."""
-    from anomaly_lit.nn.optimising import check_optimizer
-
     check_trainer(config["trainer"])
     method = instantiate(config["method"], "method")
     datamodule = build_data(config, method)
-    check_optimizer(method.optimizer)
-    check_synthesis(datamodule, method)
-    check_companions(datamodule, method)
-    check_size(datamodule, method)
-    check_crop(datamodule, config)
+    check_parts(config, datamodule, method)
     if is_first_process():
         datamodule.prepare_data()
     datamodule.setup("fit")
@@ -54,52 +49,6 @@ def build(config: dict[str, Any]) -> tuple[AnomalyDataModule, Method]:
         raise UserError("selection=best needs held-out images: set dataset.holdout above 0")
     method.setup("fit")
     return datamodule, method
-
-
-def check_companions(datamodule: AnomalyDataModule, method: Method) -> None:
-    """Refuse a folder of companions that the method would never look into.
-
-    Raises:
-        UserError: `dataset.<name>_dir` is set, and the method does not need it.
-    """
-    from anomaly_lit.data.companions import NAMES
-
-    for name in NAMES:
-        folder = getattr(datamodule, f"{name}_dir", None)
-        if folder is not None and name not in method.needs:
-            raise UserError(
-                f"dataset.{name}_dir={folder}: {type(method).__name__} reads no {name} images; set "
-                f"dataset.{name}_dir=null"
-            )
-
-
-def check_size(datamodule: AnomalyDataModule, method: Method) -> None:
-    """Refuse images of a size that the method's network does not take.
-
-    Raises:
-        UserError: A side is no multiple of `method.multiple`.
-    """
-    size, multiple = list(datamodule.resize.size), method.multiple
-    if any(side % multiple for side in size):
-        near = [max(1, round(side / multiple)) * multiple for side in size]
-        raise UserError(
-            f"image_size={size}: {type(method).__name__} needs a multiple of {multiple} in height "
-            f"and width, such as image_size=[{near[0]},{near[1]}]"
-        )
-
-
-def check_crop(datamodule: AnomalyDataModule, config: dict[str, Any]) -> None:
-    """Refuse a crop for pixel metrics that is larger than the images, before anything is trained.
-
-    Raises:
-        UserError: It is.
-    """
-    import torch
-
-    from anomaly_lit.callbacks.records import crop_of, middle
-
-    crop = config["callbacks"].get("evaluation", {}).get("pixel_crop")
-    middle(torch.empty(1, 1, *datamodule.resize.size), crop_of(crop))
 
 
 def check_trainer(settings: dict[str, Any]) -> None:
@@ -150,27 +99,6 @@ def build_data(config: dict[str, Any], method: Method) -> AnomalyDataModule:
         **step.feeding(device_type(config["trainer"].get("accelerator", "auto"))),
     }
     return instantiate({**config["dataset"], **extras}, "dataset")
-
-
-def check_synthesis(datamodule: AnomalyDataModule, method: Method) -> None:
-    """Raise if corrupted images are made but not read, or needed but not made.
-
-    Raises:
-        UserError: What the method reads differs from what the data module makes.
-    """
-    name, needed = type(method).__name__, "corrupted" in method.needs
-    if needed and datamodule.synthesis is None:
-        raise UserError(
-            f"{name} learns from corrupted images: set synthesis to draem, or to any option other "
-            "than none"
-        )
-    if datamodule.synthesis is None and datamodule.validate_on_synthesis:
-        raise UserError("dataset.validate_on_synthesis=true needs a synthesis: set synthesis=draem")
-    if datamodule.synthesis is not None and not needed and not datamodule.validate_on_synthesis:
-        raise UserError(
-            f"{name} does not learn from corrupted images: set synthesis=none, or "
-            "dataset.validate_on_synthesis=true to validate on them"
-        )
 
 
 def build_trainer(
@@ -246,22 +174,6 @@ def build_trainer(
     trainer = made_by(partial(make, callbacks=callbacks, logger=False, plugins=plugins), settings)
     trainer.loggers = build_loggers(config, data_digest)
     return trainer, evaluation
-
-
-def check_validates(config: dict[str, Any]) -> None:
-    """Raise if weights are to be chosen by validations but there would be none.
-
-    Raises:
-        UserError: Training ends before the first validation.
-    """
-    settings = config["trainer"]
-    steps, interval = settings.get("max_steps", -1), settings.get("val_check_interval")
-    counts_steps = settings.get("check_val_every_n_epoch", 1) is None and isinstance(interval, int)
-    if counts_steps and 0 <= steps < interval:
-        raise UserError(
-            f"selection={config['selection']} needs a validation, and trainer.val_check_interval="
-            f"{interval} is more than trainer.max_steps={steps}: lower the former"
-        )
 
 
 def build_loggers(config: dict[str, Any], data_digest: str) -> list[Any]:
