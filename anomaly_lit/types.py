@@ -5,8 +5,8 @@ Nothing heavy is imported here: the commands read these types before they import
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +53,30 @@ def check_range(section: str, interval: str, **values: float | Sequence[float] |
             least = f"{'at least' if interval[0] == '[' else 'above'} {low:g}"
             words = "finite" if low == -high else least
         raise UserError(f"{', '.join(wrong)}: {'each' if wrong[1:] else 'it'} must be {words}")
+
+
+def check_choice(section: str, known: Collection[Any], **values: Any) -> None:
+    """Refuse values that are not among the known ones, all at once.
+
+    Args:
+        section: Where the values are set, such as `method`.
+        known: The values to choose from.
+        values: By name. None passes. In a list, each entry is checked.
+
+    Raises:
+        UserError: Names each value that is not known, and those to choose from.
+
+    >>> check_choice("method", ("max", "mean"), score="max")
+    """
+    wrong = []
+    for name, value in values.items():
+        entries = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        if not all(entry in known for entry in entries):
+            shown = list(entries) if isinstance(value, list | tuple) else value
+            wrong.append(f"{section}.{name}={shown}")
+    if wrong:
+        *others, last = map(str, known)
+        raise UserError(f"{', '.join(wrong)}: choose {', '.join(others)} or {last}")
 
 
 class Stopped(BaseException):

@@ -1,4 +1,4 @@
-"""The check of ranges that constructors share."""
+"""The checks of values that constructors share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from anomaly_lit.types import UserError, check_range
+from anomaly_lit.types import UserError, check_choice, check_range
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,14 @@ def test_all_values_are_named_with_the_bound() -> None:
     with pytest.raises(UserError) as refusal:
         check_range("method", "[1, inf)", depth=-1, heads=2, dims=[8, 0])
     assert str(refusal.value) == "method.depth=-1, method.dims=[8, 0]: each must be at least 1"
+
+
+@pytest.mark.parametrize("value", ["max", None, [], ["mean", "max"]])
+def test_known_choices_pass(value: str | list[str] | None) -> None:
+    check_choice("method", ("max", "mean"), score=value)
+
+
+def test_all_unknown_choices_are_named_with_the_known() -> None:
+    with pytest.raises(UserError) as refusal:
+        check_choice("method", {"a": 1, "b": 2, "c": 3}, one="d", two="a", both=["b", "e"])
+    assert str(refusal.value) == "method.one=d, method.both=['b', 'e']: choose a, b or c"

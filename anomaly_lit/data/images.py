@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from anomaly_lit.data.opening import MAX_PIXELS, ORIENTATION, open_picture, upright
 from anomaly_lit.data.truth import Region, read_mask
-from anomaly_lit.types import Sample, UserError
+from anomaly_lit.types import Sample, UserError, check_choice
 
 LARGEST = 16384  # pixels of a side that a method sees
 FILTERS = {
@@ -138,12 +138,9 @@ class Resize:
         interpolation: str = "bilinear",
         mask_resize: str = "keep",
     ) -> None:
-        if policy not in ("stretch", "pad"):
-            raise UserError(f"dataset.resize={policy}: choose stretch or pad")
-        if interpolation not in FILTERS:
-            raise UserError(f"dataset.interpolation={interpolation}: choose {', '.join(FILTERS)}")
-        if mask_resize not in MASK_RULES:
-            raise UserError(f"dataset.mask_resize={mask_resize}: choose {', '.join(MASK_RULES)}")
+        check_choice("dataset", ("stretch", "pad"), resize=policy)
+        check_choice("dataset", FILTERS, interpolation=interpolation)
+        check_choice("dataset", MASK_RULES, mask_resize=mask_resize)
         self.full = _pair(image_size, "image_size")
         self.size = self.full if center_crop is None else _pair(center_crop, "dataset.center_crop")
         if self.size[0] > self.full[0] or self.size[1] > self.full[1]:

@@ -45,8 +45,8 @@ from anomaly_lit.nn.aggregate import aggregate, grid_of, pooled_maximum, resize,
 from anomaly_lit.nn.attention import Attention
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.neighbours import NeighbourEncoder, answer_with_mean, silence
-from anomaly_lit.nn.transformer import init_linear
-from anomaly_lit.types import Batch, Prediction, UserError, check_range
+from anomaly_lit.nn.transformer import init_linear, relu_mlp
+from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 NEEDS = {"none": (), "masks": ("corrupted",), "labels": ("corrupted",), "outliers": ("outlier",)}
 
@@ -118,15 +118,12 @@ class ADTR(Method):
         check_range("method", "[0, inf)", alpha=alpha, smoothing=smoothing)
         check_range("method", "[0, 1)", dropout=dropout)
         check_range("method", "(0, 1]", top=top)
+        check_choice("method", NEEDS, anomalies=anomalies)
+        check_choice("method", ("learned", "input"), query=query)
+        check_choice("method", ("random", "mean"), head=head)
+        check_choice("method", ("max", "mean"), score=score)
         if dim % heads:
             raise UserError(f"method.heads={heads} must divide method.dim={dim}")
-        if anomalies not in NEEDS:
-            raise UserError(f"method.anomalies={anomalies}: choose one of {', '.join(NEEDS)}")
-        if query not in ("learned", "input") or score not in ("max", "mean"):
-            raise UserError(
-                f"method.query={query} must be learned or input, and method.score={score} max or "
-                "mean"
-            )
         self.needs = frozenset(NEEDS[anomalies])
         self.backbone = backbone
         self.loss = loss
@@ -259,9 +256,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.to_itself = Attention(dim, heads, dropout)
         self.to_encoded = Attention(dim, heads, dropout)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, feedforward), nn.ReLU(), nn.Dropout(dropout), nn.Linear(feedforward, dim)
-        )
+        self.mlp = relu_mlp(dim, feedforward, dropout)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)

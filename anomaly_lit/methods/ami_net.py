@@ -44,7 +44,7 @@ from anomaly_lit.nn.transformer import (
     init_linear,
     sincos_positions,
 )
-from anomaly_lit.types import Batch, Prediction, UserError, check_range
+from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 
 class AMINet(Method):
@@ -113,8 +113,7 @@ class AMINet(Method):
                 f"method.patch={patch} must divide method.grid={list(self.grid)}, and "
                 f"method.heads={heads} and 4 must divide method.dim={dim}"
             )
-        if score not in ("std", "max"):
-            raise UserError(f"method.score={score!r} is neither 'std' nor 'max'")
+        check_choice("method", ("std", "max"), score=score)
         self.backbone = backbone
         self.mask = mask
         self.loss = loss

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
 from anomaly_lit.losses import total
@@ -41,6 +42,8 @@ class Method(Optimised):
         oracle_criterion: Metrics of the test set, joined by `+`, whose largest sum
             `selection=oracle` chooses: those by which the paper chose its weights.
         multiple: Height and width of an image must be multiples of this.
+        leaves_unused: Whether some training steps leave trainable parameters without a gradient,
+            which DistributedDataParallel must be told.
         learned: Whether `learn` has run; part of the state dict.
         calibrated: Whether `calibrate` has run with the current weights; part of the state dict.
     """
@@ -50,6 +53,7 @@ class Method(Optimised):
     optimises: bool = False
     oracle: str = ""
     multiple: int = 1
+    leaves_unused: bool = False
     oracle_criterion: str = "image_auroc+pixel_auroc"
 
     def __init__(
@@ -193,7 +197,14 @@ class Method(Optimised):
             )
 
     def on_fit_start(self) -> None:
-        """Call `learn` once; a method without trainable parameters is then ready."""
+        """Call `learn` once; a method without trainable parameters is then ready.
+
+        Raises:
+            UserError: The strategy needs a gradient for every parameter in every step, and this
+                method does not give one (`leaves_unused`).
+        """
+        if self.leaves_unused:
+            self._check_strategy()
         if not self.learned:
             with self._evaluating(), self.trainer.precision_plugin.forward_context():
                 self.learn()
@@ -203,6 +214,16 @@ class Method(Optimised):
                 print(f"{type(self).__name__} has no trainable parameters: no step is taken")
             self.trainer.fit_loop.epoch_loop.max_steps = 0
             self._calibrate()
+
+    def _check_strategy(self) -> None:
+        """Raise if the strategy needs a gradient for every parameter in every step."""
+        strategy: Any = self.trainer.strategy
+        finds = getattr(strategy, "_ddp_kwargs", {}).get("find_unused_parameters")
+        if isinstance(strategy, DDPStrategy) and not finds:
+            raise UserError(
+                f"some training steps of {type(self).__name__} leave parameters unused: set "
+                "trainer.strategy=ddp_find_unused_parameters_true"
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Note that weights are about to change; an override must call this."""

@@ -47,7 +47,7 @@ from anomaly_lit.nn.rebuilding import (
     to_map,
     to_tokens,
 )
-from anomaly_lit.types import Batch, Prediction, UserError, check_range
+from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 EPS = 1e-8  # of layer normalisation
 
@@ -107,6 +107,9 @@ class INPFormer(Method):
         check_range("method", "[1, inf)", prototypes=prototypes)
         check_range("method", "[0, 1)", dropout=dropout)
         check_range("method", "[0, inf)", gamma=gamma, coherence_weight=coherence_weight)
+        check_choice("method", ("hard", "soft"), coherence=coherence)
+        check_choice("method", ("none", "mean", "sum"), mse=mse)
+        check_choice("method", ("reconstruction", "inp_distance"), score=score)
         if backbone.prefix_tokens:
             raise UserError("INP-Former takes patches only: set method.backbone.prefix=false")
         dim, groups = backbone.channels[0], len(backbone.channels)

@@ -39,7 +39,7 @@ from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import resize
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.synthesis.augment import colour_jitter, rotate
-from anomaly_lit.types import Batch, Prediction, UserError
+from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
 SCALE_IMAGES = 64  # training images from which the scale of maps is taken
 
@@ -86,10 +86,11 @@ class PNIRefine(Method):
         jitter: float = 0.4,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
-        if size % encoder.strides[-1] or not 0 <= weight <= 1 or not 0 <= flip <= 1:
+        check_range("method", "[0, 1]", weight=weight, flip=flip)
+        if size % encoder.strides[-1]:
             raise UserError(
-                f"method.size={size} must be a multiple of {encoder.strides[-1]} (the encoder's "
-                f"stride), weight={weight} and flip={flip} lie in [0, 1]"
+                f"method.size={size} must be a multiple of {encoder.strides[-1]}, the encoder's "
+                "stride"
             )
         self.pni = pni.requires_grad_(False)
         self.pni_weights = pni_weights

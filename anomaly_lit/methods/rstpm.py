@@ -48,7 +48,7 @@ from torch.optim import Optimizer
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import smooth
 from anomaly_lit.nn.backbone import Backbone
-from anomaly_lit.types import Batch, Prediction, UserError, check_range
+from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 
 class RSTPM(Method):
@@ -93,6 +93,7 @@ class RSTPM(Method):
         )
         check_range("method", "[0, 1]", second_warmup=second_warmup)
         check_range("method", "[0, inf)", smoothing=smoothing)
+        check_choice("method", ("residual", "mul", "none"), attention=attention)
         if second_teacher is not None:
             check_strides(teacher, second_teacher)
         self.teacher = teacher

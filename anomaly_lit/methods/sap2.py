@@ -39,7 +39,7 @@ from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import resize, smooth
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.bank import Bank, coreset, nearest_rows, random_projection
-from anomaly_lit.types import Batch, Prediction, UserError, check_range
+from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 RAW = 2  # neighbours of the score without the head, as in DN2
 PROJECTED = 128  # values of a position when the coreset is chosen
@@ -86,8 +86,7 @@ class SAP2(Method):
         check_range("method", "[1, inf)", neighbours=neighbours, map_neighbours=map_neighbours)
         check_range("method", "[0, inf)", constraint_weight=constraint_weight, smoothing=smoothing)
         check_range("method", "(0, 1]", coreset_share=coreset_share)
-        if score not in ("adapted", "raw"):
-            raise UserError(f"method.score={score}: choose adapted or raw")
+        check_choice("method", ("adapted", "raw"), score=score)
         self.backbone = backbone
         self.neighbours = neighbours
         self.constraint_weight = constraint_weight

@@ -39,6 +39,7 @@ from torch.nn import functional as F
 
 from anomaly_lit.losses import focal_loss, loss_terms
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
+from anomaly_lit.nn.aggregate import check_multiple
 from anomaly_lit.nn.unet import conv3, doubled
 from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
@@ -131,12 +132,7 @@ class SGSF(Method):
         Raises:
             UserError: The networks cannot halve the image as often as they have to.
         """
-        height, width = image.shape[-2:]
-        if height % self.multiple or width % self.multiple:
-            raise UserError(
-                f"image_size={height} x {width}: SGSF with {len(self.segmenter.down)} widths needs "
-                f"multiples of {self.multiple}"
-            )
+        check_multiple(image.shape[-2:], self.multiple, "the stride of SGSF's coarsest map")
         _, guidance = self.guide(image)
         anomaly_map = self.segmenter(image, guidance).sigmoid()
         around = F.avg_pool2d(anomaly_map, self.window, stride=1, padding=self.window // 2)

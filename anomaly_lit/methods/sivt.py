@@ -43,7 +43,7 @@ from anomaly_lit.nn.aggregate import aggregate, resize, smooth
 from anomaly_lit.nn.attention import init_as_one
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.transformer import TransformerBlock, init_linear, sincos_positions
-from anomaly_lit.types import Batch, Prediction, UserError, check_range
+from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 
 class SIVT(Method):
@@ -114,11 +114,8 @@ class SIVT(Method):
                 f"method.dim={dim} must be a multiple of 4, method.encoder_heads={encoder_heads} "
                 f"and method.decoder_heads={decoder_heads}"
             )
-        if score not in ("std", "max") or cosine_per not in ("token", "position"):
-            raise UserError(
-                f"method.score={score} must be std or max, and method.cosine_per={cosine_per} "
-                "token or position"
-            )
+        check_choice("method", ("std", "max"), score=score)
+        check_choice("method", ("token", "position"), cosine_per=cosine_per)
         self.backbone = backbone
         self.mask = mask
         self.loss = loss

@@ -40,8 +40,8 @@ from anomaly_lit.nn.neighbours import (
     neighbour_mask,
     silence,
 )
-from anomaly_lit.nn.transformer import add_jitter, init_linear
-from anomaly_lit.types import Batch, Prediction, UserError, check_range
+from anomaly_lit.nn.transformer import add_jitter, init_linear, relu_mlp
+from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 
 class UniAD(Method):
@@ -104,6 +104,8 @@ class UniAD(Method):
         check_range("method", "[0, inf)", encoder_depth=encoder_depth, decoder_depth=decoder_depth)
         check_range("method", "[0, inf)", window=window, jitter=jitter)
         check_range("method", "[0, 1)", dropout=dropout)
+        check_choice("method", ("random", "mean"), head=head)
+        check_choice("method", ("max", "std", "mean"), score=score)
         if dim % heads or dim % 2:
             raise UserError(f"method.heads={heads} and 2 must divide method.dim={dim}")
         self.backbone = backbone
@@ -212,9 +214,7 @@ class QueryDecoderLayer(nn.Module):
         self.query = nn.Parameter(torch.randn(positions, dim))
         self.to_encoded = Attention(dim, heads, dropout)
         self.to_previous = Attention(dim, heads, dropout)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, feedforward), nn.ReLU(), nn.Dropout(dropout), nn.Linear(feedforward, dim)
-        )
+        self.mlp = relu_mlp(dim, feedforward, dropout)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)

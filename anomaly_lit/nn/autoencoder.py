@@ -19,9 +19,7 @@ class Encoder(nn.Module):
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
         self.stages = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(given, made, 4, 2, 1, bias=False), nn.BatchNorm2d(made), nn.LeakyReLU(0.2)
-            )
+            nn.Sequential(*halving(given, made))
             for given, made in zip([3, *channels[:-1]], channels, strict=True)
         )
 
@@ -32,6 +30,11 @@ class Encoder(nn.Module):
             image = stage(image)
             maps.append(image)
         return maps
+
+
+def halving(given: int, made: int) -> list[nn.Module]:
+    """Return the layers of a stage that halves a map of `given` channels."""
+    return [nn.Conv2d(given, made, 4, 2, 1, bias=False), nn.BatchNorm2d(made), nn.LeakyReLU(0.2)]
 
 
 class Decoder(nn.Module):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anomaly_lit.types import UserError
+from anomaly_lit.types import UserError, check_choice
 
 
 class LatentAutoencoder(nn.Module):
@@ -94,8 +94,7 @@ class StridedAutoencoder(LatentAutoencoder):
     """
 
     def __init__(self, patch: int = 128, latent: int = 128, width: int = 32) -> None:
-        if patch not in (32, 64, 128, 256):
-            raise UserError(f"method.autoencoder.patch={patch}: choose 32, 64, 128 or 256")
+        check_choice("method.autoencoder", (32, 64, 128, 256), patch=patch)
         self.width = width
         self.halvings = int(math.log2(patch // 8))
         super().__init__(patch, latent)

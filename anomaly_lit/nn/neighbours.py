@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from anomaly_lit.nn.attention import Attention
+from anomaly_lit.nn.transformer import relu_mlp
 from anomaly_lit.types import UserError
 
 
@@ -76,9 +77,7 @@ class NeighbourEncoderLayer(nn.Module):
     def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
         self.attention = Attention(dim, heads, dropout)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, feedforward), nn.ReLU(), nn.Dropout(dropout), nn.Linear(feedforward, dim)
-        )
+        self.mlp = relu_mlp(dim, feedforward, dropout)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)

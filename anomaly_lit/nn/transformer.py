@@ -35,6 +35,13 @@ class TransformerBlock(nn.Module):
         return tokens + self.mlp(self.norm2(tokens))
 
 
+def relu_mlp(dim: int, hidden: int, dropout: float) -> nn.Sequential:
+    """Return two linear layers with ReLU and dropout between them."""
+    return nn.Sequential(
+        nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, dim)
+    )
+
+
 def add_jitter(tokens: Tensor, relative_norm: float) -> Tensor:
     """Add Gaussian noise whose norm is about `relative_norm` times the token's norm (UniAD).
 

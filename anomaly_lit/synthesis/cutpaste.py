@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anomaly_lit.synthesis.augment import colour_jitter
 from anomaly_lit.synthesis.base import Synthesis, check_pairs, pixel_grid, uniform
-from anomaly_lit.types import UserError, check_range
+from anomaly_lit.types import UserError, check_choice, check_range
 
 
 class CutPaste(Synthesis):
@@ -63,6 +63,8 @@ class CutPaste(Synthesis):
             raise UserError(f"dataset.synthesis: aspect={list(aspect)} must rise across 1")
         check_range("dataset.synthesis", "(-inf, inf)", scar_angle=scar_angle)
         check_range("dataset.synthesis", "[0, inf)", jitter=jitter, hue=hue)
+        check_choice("dataset.synthesis", ("patch", "scar", "both"), kind=kind)
+        check_choice("dataset.synthesis", ("log", "halves"), aspect_scale=aspect_scale)
         self.kind = kind
         self.area = area
         self.aspect = aspect

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from anomaly_lit.synthesis.base import foreground_of, uniform
 from anomaly_lit.synthesis.perlin import Perlin, PerlinMask, first_filled
-from anomaly_lit.types import UserError, check_range
+from anomaly_lit.types import check_choice, check_range
 
 SIDE = 64  # of the grey image in which the spectral residual looks for what is salient
 
@@ -106,10 +106,7 @@ class SaliencyMask(PerlinMask):
         check_range("dataset.synthesis", "(-inf, inf)", slope=slope)
         check_range("dataset.synthesis", "[1, inf)", attempts=attempts)
         maps = {"foreground": foreground_of, "spectral": spectral_residual, "none": None}
-        if saliency not in maps:
-            raise UserError(
-                f"dataset.synthesis: saliency={saliency} is not one of {', '.join(maps)}"
-            )
+        check_choice("dataset.synthesis", maps, saliency=saliency)
         self.saliency = maps[saliency]
         self.slope = slope
 

@@ -233,7 +233,7 @@ def test_score_of_an_image_rises_with_a_block_in_it(
         ({"anomalies": "some"}, "anomalies=some"),
         ({"top": 0}, "top=0"),
         ({"query": "none"}, "query=none"),
-        ({"score": "std"}, "score=std"),
+        ({"score": "std"}, "score=std: choose max or mean"),
         ({"alpha": -1}, "alpha=-1"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin, get_type_hints
 
 import pytest
 import pytorch_lightning as pl
@@ -20,7 +20,7 @@ from anomaly_lit.config.hydra import config_dir
 from anomaly_lit.losses import total
 from anomaly_lit.methods import files
 from anomaly_lit.nn.backbone import Backbone
-from anomaly_lit.types import Prediction
+from anomaly_lit.types import Prediction, UserError
 
 METHODS = sorted(set(files().values()))
 Build = MakeBatch = Fit = Callable[..., Any]
@@ -111,6 +111,14 @@ def test_constructor_leaves_the_weights_of_parts_that_it_is_handed(
         after = weights_of(part)
         for key, value in before.items():
             assert torch.equal(after[key], value), key
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_unknown_option_is_refused_by_name(name: str, small_method: Build) -> None:
+    hints = get_type_hints(type(small_method(name)).__init__)
+    for option in (key for key, hint in hints.items() if get_origin(hint) is Literal):
+        with pytest.raises(UserError, match=rf"method\.{option}=unheard: choose "):
+            small_method(name, **{option: "unheard"})
 
 
 def test_prediction_has_the_shapes_of_the_interface(method: Any, make_batch: MakeBatch) -> None:

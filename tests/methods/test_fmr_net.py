@@ -318,5 +318,5 @@ def test_errors_say_what_to_change(small_method: Build) -> None:
         small_method("fmr_net", rearrange="textons")
     with pytest.raises(UserError, match=r"method\.crop=30 must be a multiple of 8"):
         small_method("fmr_net", crop=30)
-    with pytest.raises(UserError, match=r"image_size=60 x 64: FMR-Net needs multiples of 8"):
+    with pytest.raises(UserError, match="images of 60 x 64: 60 is no multiple of 8"):
         small_method("fmr_net").eval()(torch.rand(1, 3, 60, 64))

@@ -240,7 +240,7 @@ def test_export_is_refused_in_words(small_method: Build, make_batch: Build) -> N
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"solver": "rpca"}, r"method\.solver=rpca is unknown; choose decomposition or residual"),
+        ({"solver": "rpca"}, r"method\.solver=rpca: choose decomposition or residual"),
         ({"patch": 20}, r"method\.patch=20 must be a multiple of 8"),
         ({"stride": 12}, r"method\.stride=12 must be at most half"),
         ({"iterations": 0}, r"method\.iterations=0"),

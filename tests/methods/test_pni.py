@@ -248,7 +248,9 @@ def test_a_bank_smaller_than_the_codes_is_the_codes(trained: Build, make_batch: 
 def test_errors_say_what_to_change(small_method: Build, make_batch: Build) -> None:
     with pytest.raises(UserError, match="train first, or load a checkpoint"):
         small_method("pni").eval()(make_batch()["image"])
-    with pytest.raises(UserError, match=r"conditions=\['neighbor'\]: choose from neighbourhood"):
+    with pytest.raises(
+        UserError, match=r"conditions=\['neighbor'\]: choose neighbourhood or position"
+    ):
         small_method("pni", conditions=["neighbor"])
     with pytest.raises(UserError, match=r"method\.patch=4 must be odd"):
         small_method("pni", patch=4)

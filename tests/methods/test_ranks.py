@@ -22,9 +22,6 @@ METHODS = sorted(set(files().values()))
 WHOLE = 14  # images of the batch that two processes share: twice a number that no tensor has
 LIKE = {torch.randn_like: torch.randn, torch.rand_like: torch.rand}
 FLOATS = ("image", "corrupted", "prompt", "outlier")
-# Trained with ddp_find_unused_...: each stage leaves the parts of the others, and of two networks
-# that step in turn each leaves the other.
-LEAVES_UNUSED = ("adversarial_distorter", "dsr")
 
 
 class OneDraw(TorchFunctionMode):
@@ -138,7 +135,7 @@ def compared(folder: Path, name: str, rank: int, batch: Any) -> dict[str, Any]:
         expected = gradients(Loss(alone), alone, batch)
     synced(shared)
     loss = Loss(shared)
-    model = DistributedDataParallel(loss, find_unused_parameters=name in LEAVES_UNUSED)
+    model = DistributedDataParallel(loss, find_unused_parameters=alone.leaves_unused)
     found = gradients(model, shared, share(batch, rank))
     found, expected = (
         {key.replace(".norm.", "."): value for key, value in of.items()} for of in (found, expected)

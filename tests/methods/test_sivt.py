@@ -223,7 +223,7 @@ def test_score_of_an_image_rises_with_a_block_in_it(
         ({"patch": 3}, "patch=3"),
         ({"dim": 30}, "dim=30"),
         ({"decoder_heads": 3}, "decoder_heads=3"),
-        ({"score": "mean"}, "score=mean"),
+        ({"score": "mean"}, "score=mean: choose std or max"),
         ({"cosine_per": "map"}, "cosine_per=map"),
     ],
 )

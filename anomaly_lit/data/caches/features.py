@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from anomaly_lit.data.caches.memory import Place, checked_gb, gather
 from anomaly_lit.data.companions import FEATURES
 from anomaly_lit.data.images import Resize
 from anomaly_lit.data.progress import warn_once, watched
-from anomaly_lit.types import Batch, Sample, UserError
+from anomaly_lit.types import Batch, Sample, UserError, check_choice
 
 Stored = Literal["float16", "bfloat16"]
 BatchesOf = Callable[[list[Sample]], Iterable[Batch]]
@@ -45,10 +45,7 @@ class FeatureCache:
 
     def __init__(self, max_gb: float = 4.0, dtype: Stored | None = None) -> None:
         self.max_gb = checked_gb(max_gb, "dataset.feature_cache")
-        if dtype not in (None, "float16", "bfloat16"):
-            raise UserError(
-                f"dataset.feature_cache.dtype={dtype}: choose float16, bfloat16 or null"
-            )
+        check_choice("dataset.feature_cache", get_args(Stored), dtype=dtype)
         self.dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
         self._kept: dict[str, Kept] = {}  # by attribute path of the backbone
 

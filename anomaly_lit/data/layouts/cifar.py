@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from anomaly_lit.data.arrays import list_in
 from anomaly_lit.data.layouts.classes import ClassesLayout, with_labels
-from anomaly_lit.types import UserError
+from anomaly_lit.types import check_choice
 
 
 class CIFAR10Layout(ClassesLayout):
@@ -56,6 +56,5 @@ class CIFAR100Layout(CIFAR10Layout):
         labels: Literal["coarse", "fine"] = "coarse",
     ) -> None:
         super().__init__(normal)
-        if labels not in ("coarse", "fine"):
-            raise UserError(f"dataset.layout.labels={labels}: choose coarse or fine")
+        check_choice("dataset.layout", ("coarse", "fine"), labels=labels)
         self.labels, self.class_names = f"{labels}_labels", f"{labels}_label_names"

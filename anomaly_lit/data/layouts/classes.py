@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from anomaly_lit.data.layouts.base import Layout, Listing
 from anomaly_lit.data.packed import paths_in
-from anomaly_lit.types import Sample, UserError
+from anomaly_lit.types import Sample, UserError, check_choice
 
 
 class ClassesLayout(Layout):
@@ -29,8 +29,7 @@ class ClassesLayout(Layout):
     mask_hint = "there are none"
 
     def __init__(self, normal: Literal["one", "others"] = "one") -> None:
-        if normal not in ("one", "others"):
-            raise UserError(f"dataset.layout.normal={normal}: choose one or others")
+        check_choice("dataset.layout", ("one", "others"), normal=normal)
         self.normal = normal
 
     @property

@@ -12,7 +12,7 @@ import numpy as np
 from anomaly_lit.data.layouts.base import Layout, Listing
 from anomaly_lit.data.layouts.files import by_stem
 from anomaly_lit.folders import in_time, list_folders, list_images
-from anomaly_lit.types import Sample, UserError
+from anomaly_lit.types import Sample, UserError, check_range
 
 VIDEOS = (".avi", ".mp4", ".mov", ".mkv")
 
@@ -46,8 +46,7 @@ class ClipsLayout(Layout):
         mask_dir: str | None = None,
         category: str = "clips",
     ) -> None:
-        if frames < 1:
-            raise UserError(f"dataset.layout.frames={frames}: it must be at least 1")
+        check_range("dataset.layout", "[1, inf)", frames=frames)
         self.frames = frames
         self.train_dir = self.train_hint = train_dir
         self.test_dir = test_dir

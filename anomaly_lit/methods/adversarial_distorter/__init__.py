@@ -38,7 +38,6 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,9 +49,9 @@ from anomaly_lit.methods.adversarial_distorter.network import (
     down,
 )
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
-from anomaly_lit.nn.aggregate import pooled_maximum, smooth
+from anomaly_lit.nn.aggregate import check_multiple, pooled_maximum, smooth
 from anomaly_lit.nn.averaging import MovingAverage
-from anomaly_lit.types import Batch, Prediction, UserError
+from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 STRENGTHS = {"additive": 0.3, "multiplicative": 0.8, "mask": 0.125}
 
@@ -107,26 +106,25 @@ class AdversarialDistorter(Method):
         smoothing: float = 4.0,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
-        check_choice("mode", mode, STRENGTHS)
-        check_choice("adversary", adversary, ("alternating", "reversal"))
-        check_choice("values", values, ("unit", "signed"))
-        check_choice("score", score, ("max", "mean"))
+        check_choice("method", STRENGTHS, mode=mode)
+        check_choice("method", ("alternating", "reversal"), adversary=adversary)
+        check_choice("method", ("unit", "signed"), values=values)
+        check_choice("method", ("max", "mean"), score=score)
+        check_range("method", "[1, inf)", distorter_every=distorter_every)
+        check_range("method", "[0, 1)", average=average)
+        check_range("method", "[0, 1]", warmup=warmup)
         self.strength = STRENGTHS[mode] if strength is None else strength
         if self.strength < 0 or (mode != "additive" and self.strength > 1):
             raise UserError(f"method.strength={strength} is out of range for method.mode={mode}")
-        if distorter_every < 1 or not (0 <= average < 1 and 0 <= warmup <= 1):
-            raise UserError(
-                f"method.distorter_every={distorter_every} must be at least 1, average={average} "
-                f"lie in [0, 1) and warmup={warmup} in [0, 1]"
-            )
         self.automatic_optimization = adversary == "reversal"
+        self.leaves_unused = adversary == "alternating"  # each step, the other network's
         self.adversary = adversary
         self.mode = mode
         self.warmup = warmup
         self.clean_weight = clean_weight
         self.similarity_weight = similarity_weight
         self.distorter_every = distorter_every
-        self.stages = len(channels)
+        self.multiple = 2 ** len(channels)
         self.signed = values == "signed"
         self.score = score
         self.pool = pool
@@ -137,17 +135,6 @@ class AdversarialDistorter(Method):
         self.averaged = MovingAverage(self.scoring_part(), average) if average else None
 
     # ----------------------------------------------------------------------------- training
-
-    def on_fit_start(self) -> None:
-        """Raise if the strategy does not allow unused parameters where networks step in turn."""
-        strategy: Any = self.trainer.strategy
-        allowed = getattr(strategy, "_ddp_kwargs", {}).get("find_unused_parameters")
-        if isinstance(strategy, DDPStrategy) and not allowed and self.adversary == "alternating":
-            raise UserError(
-                "each step of AdversarialDistorter leaves the other network unused: set "
-                "trainer.strategy=ddp_find_unused_parameters_true"
-            )
-        super().on_fit_start()
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the auto-encoder's errors, of the perturbed and of the clean encoding.
@@ -262,16 +249,5 @@ class AdversarialDistorter(Method):
         Raises:
             UserError: The stages cannot halve the images evenly.
         """
-        stride = 2**self.stages
-        if image.shape[-2] % stride or image.shape[-1] % stride:
-            raise UserError(
-                f"image_size={list(image.shape[-2:])} is no multiple of {stride}, which "
-                f"{self.stages} stages in method.channels need"
-            )
+        check_multiple(image.shape[-2:], self.multiple, "the stride of the encoding")
         return 2 * image - 1 if self.signed else image
-
-
-def check_choice(name: str, value: str, known: Sequence[str] | dict[str, Any]) -> None:
-    """Raise UserError where a value is none of those that are known."""
-    if value not in known:
-        raise UserError(f"method.{name}={value} is unknown; choose {' or '.join(known)}")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anomaly_lit.nn.autoencoder import halving
+
 # ------------------------------------------------------------------------------ perturbations
 
 
@@ -63,8 +65,7 @@ def down(channels: Sequence[int]) -> nn.Sequential:
     """
     layers: list[nn.Module] = []
     for given, made in zip([3, *channels[:-2]], channels[:-1], strict=True):
-        layers += [nn.Conv2d(given, made, 4, 2, 1, bias=False), nn.BatchNorm2d(made)]
-        layers += [nn.LeakyReLU(0.2)]
+        layers += halving(given, made)
     given = channels[-2] if len(channels) > 1 else 3
     return nn.Sequential(*layers, nn.Conv2d(given, channels[-1], 4, 2, 1))
 

@@ -37,7 +37,7 @@ from anomaly_lit.methods.cma_ae.network import ClearMemory, Recall, cover
 from anomaly_lit.nn.aggregate import smooth
 from anomaly_lit.nn.autoencoder import Decoder, Encoder
 from anomaly_lit.nn.backbone import Backbone
-from anomaly_lit.types import Batch, Prediction, UserError, check_range
+from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 START_IMAGES = 16  # whose encodings the memories start from
 THRESHOLD_IMAGES = 256  # held-out images from which the threshold is taken
@@ -98,6 +98,8 @@ class CMAAE(Method):
         check_range("method", "[0, inf)", entropy_weight=entropy_weight, gate_weight=gate_weight)
         check_range("method", "[0, inf)", smoothing=smoothing, pixel_weight=pixel_weight)
         check_range("method", "[0, inf)", least_region=least_region)
+        check_choice("method", ("lstm", "convex", "memory", "none"), gates=gates)
+        check_choice("method", ("sum", "prod"), fuse=fuse)
         if not 1 <= memories <= len(channels) or items < 2 or not temperature > 0:
             raise UserError(
                 f"method.memories={memories} must lie in 1 to {len(channels)} (the stages), "

@@ -58,7 +58,7 @@ from anomaly_lit.nn.rebuilding import (
     to_tokens,
 )
 from anomaly_lit.schedules import Ramp
-from anomaly_lit.types import Batch, Prediction, UserError, check_range
+from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 
 class Dinomaly(Method):
@@ -112,6 +112,9 @@ class Dinomaly(Method):
         check_range("method", "[0, inf)", easy_weight=easy_weight, attention_eps=attention_eps)
         check_range("method", "[0, 1]", easy_ramp=easy_ramp)
         check_range("method", "(0, inf)", first_rate=first_rate)
+        check_choice("method", ("wide", "narrow"), bottleneck=bottleneck)
+        check_choice("method", ("linear", "softmax"), attention=attention)
+        check_choice("method", ("none", "target", "input"), recentering=recentering)
         if recentering != "none" and not backbone.prefix_tokens:
             raise UserError(
                 f"method.recentering={recentering} needs the class token: set "

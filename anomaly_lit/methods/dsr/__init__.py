@@ -34,7 +34,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -49,6 +48,7 @@ from anomaly_lit.methods.dsr.network import (
     init_gaussian,
 )
 from anomaly_lit.methods.dsr.pretrained import load_latent
+from anomaly_lit.nn.aggregate import check_multiple
 from anomaly_lit.nn.stages import Stages
 from anomaly_lit.nn.unet import UNet
 from anomaly_lit.synthesis.augment import rotate
@@ -86,7 +86,8 @@ class DSR(Method):
         UserError: A number is out of range.
     """
 
-    multiple = 8
+    multiple = 32
+    leaves_unused = True  # each stage, those of the other two
     needs = frozenset({"corrupted"})
 
     def __init__(
@@ -249,9 +250,7 @@ class DSR(Method):
 
     def forward(self, image: Tensor) -> Prediction:
         """Score images; see the base class. A map's values lie in [0, 1]."""
-        height, width = image.shape[-2:]
-        if height % 32 or width % 32:
-            raise UserError(f"image_size={height} x {width}: DSR needs multiples of 32")
+        check_multiple(image.shape[-2:], self.multiple, "the stride of DSR's coarsest map")
         specific, general, share = self.detect(image)
         logits = self.upsampler(torch.cat([specific, general, share], dim=1))
         around = F.avg_pool2d(share[:, 1:], self.window, stride=1, padding=self.window // 2)
@@ -266,18 +265,6 @@ class DSR(Method):
             return draw(count, height, width, self.generator()).to(image.dtype)
 
     # -------------------------------------------------------------------------------- hooks
-
-    def on_fit_start(self) -> None:
-        """Raise if the strategy does not allow unused parameters."""
-        strategy: Any = self.trainer.strategy
-        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get(
-            "find_unused_parameters"
-        ):
-            raise UserError(
-                "each stage of DSR leaves the others' parameters unused: set "
-                "trainer.strategy=ddp_find_unused_parameters_true"
-            )
-        super().on_fit_start()
 
     def learn(self) -> None:
         """Load the latent model from a checkpoint, or take its first codes from normal images."""

@@ -33,7 +33,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,10 +47,10 @@ from anomaly_lit.methods.fmr_net.network import (
     contrast,
     mean_where,
 )
-from anomaly_lit.nn.aggregate import resize, smooth
+from anomaly_lit.nn.aggregate import check_multiple, resize, smooth
 from anomaly_lit.nn.bank import kmeans
 from anomaly_lit.nn.stages import Stages
-from anomaly_lit.types import Batch, Prediction, UserError, check_range
+from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 STAGES = ("warmup", "memory", "restoration")
 START_IMAGES = 64  # normal images from which the memory starts
@@ -93,6 +92,7 @@ class FMRNet(Method):
     """
 
     needs = frozenset({"corrupted"})
+    leaves_unused = True  # the first two stages, those of later ones
     scale: Tensor
 
     def __init__(
@@ -136,10 +136,10 @@ class FMRNet(Method):
             raise UserError(
                 f"method.shares={list(shares)}: give three shares, that of the memory above 0"
             )
-        if rearrange not in ("texton", "attention", "none"):
-            raise UserError(f"method.rearrange={rearrange}: choose texton, attention or none")
-        if crop is not None and crop % 2 ** len(widths):
-            raise UserError(f"method.crop={crop} must be a multiple of {2 ** len(widths)}")
+        check_choice("method", ("texton", "attention", "none"), rearrange=rearrange)
+        self.multiple = 2 ** len(widths)
+        if crop is not None and crop % self.multiple:
+            raise UserError(f"method.crop={crop} must be a multiple of {self.multiple}")
         self.temperature, self.momentum = temperature, momentum
         self.restore_rate, self.encoder_rate = restore_rate, encoder_rate
         self.contrast_weight, self.spread_weight = contrast_weight, spread_weight
@@ -271,18 +271,6 @@ class FMRNet(Method):
             within = done
         return factor * (1.0 if self.schedule is None else self.schedule(within))
 
-    def on_fit_start(self) -> None:
-        """Raise if the strategy does not allow unused parameters."""
-        strategy: Any = self.trainer.strategy
-        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get(
-            "find_unused_parameters"
-        ):
-            raise UserError(
-                "the first stages of FMR-Net leave parameters unused: set "
-                "trainer.strategy=ddp_find_unused_parameters_true"
-            )
-        super().on_fit_start()
-
     # ------------------------------------------------------------------------------- scoring
 
     def modalities(self, image: Tensor) -> Tensor:
@@ -308,14 +296,12 @@ class FMRNet(Method):
 
     def forward(self, image: Tensor) -> Prediction:
         """Score images; see the base class."""
-        unit = 2 ** len(self.encoder.stages)
-        height, width = image.shape[-2:]
-        if height % unit or width % unit:
-            raise UserError(f"image_size={height} x {width}: FMR-Net needs multiples of {unit}")
+        size = image.shape[-2:]
+        check_multiple(size, self.multiple, "the stride of FMR-Net's coarsest map")
         if self.fast:
             joined, _ = self.encoder(image)
             score = self.memory(joined).score().unflatten(1, joined.shape[-2:])[:, None]
-            return Prediction(resize(score, (height, width)), score.amax(dim=(1, 2, 3)))
+            return Prediction(resize(score, size), score.amax(dim=(1, 2, 3)))
         mean, deviation = self.scale.T[..., None, None]
         raised = ((self.modalities(image) - mean) / deviation.clamp(min=1e-6)).clamp(min=0)
         anomaly_map = smooth(raised.mean(dim=1, keepdim=True), self.smoothing)

@@ -51,7 +51,7 @@ from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.methods.mfrnet.network import RestorationNetwork, init_fan_out
 from anomaly_lit.nn.aggregate import grid_pair, resize, shrink, smooth
 from anomaly_lit.nn.backbone import Backbone
-from anomaly_lit.types import Batch, Prediction, UserError, check_range
+from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 SAMPLED = 256  # positions per training image, for the channels' percentiles
 
@@ -124,8 +124,9 @@ class MFRNet(Method):
                 f"method.dims={list(dims)} and method.depths={list(depths)} need one entry for "
                 f"each level, and method.grid={list(self.grid)} must be a multiple of {shrink}"
             )
-        if score not in ("max", "top", "std"):
-            raise UserError(f"method.score={score!r} is neither 'max', 'top' nor 'std'")
+        check_choice("method", ("joint", "per_stage"), restoration=restoration)
+        check_choice("method", ("sum", "product"), combine=combine)
+        check_choice("method", ("max", "top", "std"), score=score)
         if any(dim % head_dim for dim in dims):
             raise UserError(f"method.head_dim={head_dim} must divide method.dims={list(dims)}")
         self.backbone = backbone

@@ -41,7 +41,7 @@ from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.methods.nln.variants import VARIANTS
 from anomaly_lit.nn.bank import Bank
 from anomaly_lit.nn.latent import LatentAutoencoder
-from anomaly_lit.types import Batch, Prediction, UserError, check_range
+from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 QUANTILES = (0.01, 0.99)  # of held-out images, which become 0 and 1
 
@@ -90,13 +90,9 @@ class NLN(Method):
         rotation: float = 0.5,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
-        if variant not in VARIANTS:
-            raise UserError(f"method.variant={variant}: choose {', '.join(VARIANTS)}")
-        if distance not in ("mean", "max") or error not in ("neighbours", "own"):
-            raise UserError(
-                f"method.distance={distance}, method.error={error}: choose mean or max, and "
-                "neighbours or own"
-            )
+        check_choice("method", VARIANTS, variant=variant)
+        check_choice("method", ("mean", "max"), distance=distance)
+        check_choice("method", ("neighbours", "own"), error=error)
         check_range("method", "[1, inf)", neighbours=neighbours)
         check_range("method", "[0, inf)", crops=crops)
         check_range("method", "[0, 1]", alpha=alpha, rotation=rotation)
@@ -109,7 +105,7 @@ class NLN(Method):
                 f"are {', '.join(self.phases)}"
             )
         self.automatic_optimization = len(self.phases) == 1
-        self.patch = autoencoder.patch
+        self.patch = self.multiple = autoencoder.patch
         self.neighbours = neighbours
         self.alpha = alpha
         self.distance = distance

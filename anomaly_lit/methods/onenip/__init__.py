@@ -54,7 +54,7 @@ from anomaly_lit.nn.neighbours import (
     silence,
 )
 from anomaly_lit.nn.transformer import add_jitter, init_linear
-from anomaly_lit.types import Batch, Prediction, UserError, check_range
+from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 FUSION_IMAGES = 64  # training images for the fusion constant
 
@@ -143,6 +143,9 @@ class OneNIP(Method):
             raise UserError(f"method.heads={heads} and 2 must divide method.dim={dim}")
         check_range("method", "[1, inf)", refiner_dim=refiner_dim, prompts=prompts)
         check_range("method", "[0, inf)", refiner_weight=refiner_weight, dice_factor=dice_factor)
+        check_choice("method", ("random", "mean"), head=head)
+        check_choice("method", ("fixed", "random", "nearest"), prompt=prompt)
+        check_choice("method", ("train", "test"), fusion=fusion)
         if not 0 <= prompt_index < prompts:
             raise UserError(
                 f"method.prompt_index={prompt_index} must lie in 0 to {prompts - 1}, since "

@@ -46,7 +46,7 @@ from anomaly_lit.losses import ssim_map
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.methods.paedid.network import PatchAutoencoder
 from anomaly_lit.methods.paedid.solver import Decomposition, decompose
-from anomaly_lit.types import Batch, Prediction, UserError
+from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 TIE_BREAKER = 1e-3  # weight of the residual in the map: a defect of 0 at most pixels would tie
 NOISE_IMAGES = 64  # held-out images that tell the noise
@@ -111,13 +111,10 @@ class PAEDID(Method):
         least_region: int = 10,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
-        if solver not in ("decomposition", "residual"):
-            raise UserError(f"method.solver={solver} is unknown; choose decomposition or residual")
-        if iterations < 1 or min(sparsity or 0, smoothness or 0, prior_weight) < 0:
-            raise UserError(
-                f"method.iterations={iterations} must be at least 1, and sparsity={sparsity}, "
-                f"smoothness={smoothness} and prior_weight={prior_weight} at least 0"
-            )
+        check_choice("method", ("decomposition", "residual"), solver=solver)
+        check_range("method", "[1, inf)", iterations=iterations)
+        check_range("method", "[0, inf)", sparsity=sparsity, smoothness=smoothness)
+        check_range("method", "[0, inf)", prior_weight=prior_weight)
         if region is not None and not is_region(region):
             raise UserError(
                 f"method.region={list(region)}: give top, left, bottom and right as shares in "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anomaly_lit.nn.autoencoder import halving
 from anomaly_lit.types import UserError
 
 
@@ -45,7 +46,7 @@ class PatchAutoencoder(nn.Module):
         self.side = patch // 8  # of the coarsest map
         first, second, third = channels
         self.encoder = nn.Sequential(
-            *halve(3, first), *halve(first, second), *halve(second, third), nn.Flatten(),
+            *halving(3, first), *halving(first, second), *halving(second, third), nn.Flatten(),
             nn.Linear(third * self.side**2, latent),
         )  # fmt: skip
         self.position = (
@@ -54,8 +55,8 @@ class PatchAutoencoder(nn.Module):
         self.decoder = nn.Sequential(
             nn.Linear(latent + (32 if positions else 0), third * self.side**2),
             nn.Unflatten(1, (third, self.side, self.side)),
-            *double(third, second), *double(second, first), nn.ConvTranspose2d(first, 3, 4, 2, 1),
-            nn.Sigmoid(),
+            *doubling(third, second), *doubling(second, first),
+            nn.ConvTranspose2d(first, 3, 4, 2, 1), nn.Sigmoid(),
         )  # fmt: skip
         hann = (torch.pi * (torch.arange(patch) + 0.5) / patch).sin().square()
         self.register_buffer("window", hann[:, None] * hann, persistent=False)
@@ -101,12 +102,7 @@ class PatchAutoencoder(nn.Module):
         return F.fold(patches.flatten(2).mT, size, self.patch, stride=self.stride)
 
 
-def halve(given: int, made: int) -> list[nn.Module]:
-    """Return the layers of a stage that halves a map."""
-    return [nn.Conv2d(given, made, 4, 2, 1, bias=False), nn.BatchNorm2d(made), nn.LeakyReLU(0.2)]
-
-
-def double(given: int, made: int) -> list[nn.Module]:
+def doubling(given: int, made: int) -> list[nn.Module]:
     """Return the layers of a stage that doubles a map."""
     return [
         nn.ConvTranspose2d(given, made, 4, 2, 1, bias=False),

@@ -56,7 +56,7 @@ from anomaly_lit.nn.bank import (
     partial_distances,
     random_projection,
 )
-from anomaly_lit.types import Batch, Prediction, UserError, check_range
+from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 CONDITIONS = ("neighbourhood", "position")
 
@@ -128,11 +128,9 @@ class PNI(Method):
         border: bool = False,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
-        if set(conditions) - set(CONDITIONS) or len(set(conditions)) < len(conditions):
-            raise UserError(
-                f"method.conditions={list(conditions)}: choose from {', '.join(CONDITIONS)}, each "
-                "at most once"
-            )
+        check_choice("method", CONDITIONS, conditions=conditions)
+        if len(set(conditions)) < len(conditions):
+            raise UserError(f"method.conditions={list(conditions)}: name each at most once")
         if patch % 2 == 0:
             raise UserError(f"method.patch={patch} must be odd")
         check_range("method", "(0, 1]", share=share)

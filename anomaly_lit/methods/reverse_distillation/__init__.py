@@ -45,7 +45,7 @@ from anomaly_lit.methods.reverse_distillation.network import (
 )
 from anomaly_lit.nn.aggregate import check_multiple, resize, smooth, top_mean
 from anomaly_lit.nn.backbone import Backbone
-from anomaly_lit.types import Batch, Prediction, UserError, check_range
+from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 
 class ReverseDistillation(Method):
@@ -99,6 +99,10 @@ class ReverseDistillation(Method):
         check_range("method", "[1, inf)", decoder_depths=decoder_depths)
         check_range("method", "(0, inf)", width=width)
         check_range("method", "[0, inf)", smoothing=smoothing)
+        check_choice("method", ("relu", "none"), final_activation=final_activation)
+        check_choice("method", ("flat", "position"), distance=distance)
+        check_choice("method", ("sum", "product"), combine=combine)
+        check_choice("method", ("max", "top"), score=score)
         if len(decoder_depths) != 3:
             raise UserError(
                 f"method.decoder_depths={list(decoder_depths)}: give a number for each of three "

@@ -39,8 +39,15 @@ from torch import Tensor
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.methods.video_ae.memory import Memory, Recall, dispersion, entropy, separation
 from anomaly_lit.methods.video_ae.network import ClipNetwork
-from anomaly_lit.nn.aggregate import smooth
-from anomaly_lit.types import Batch, FramePrediction, Prediction, UserError, check_range
+from anomaly_lit.nn.aggregate import check_multiple, smooth
+from anomaly_lit.types import (
+    Batch,
+    FramePrediction,
+    Prediction,
+    UserError,
+    check_choice,
+    check_range,
+)
 
 WEIGHTS = {"predict": 0.1, "rebuild": 0.01}  # of the losses of the memories
 RANGE_FRAMES = 128  # of training, that tell the range of both parts of the score
@@ -76,6 +83,7 @@ class VideoAE(Method):
         UserError: A value is unknown or out of range.
     """
 
+    multiple = 8
     needs = frozenset({"frames"})
     ranges: Tensor
 
@@ -101,10 +109,8 @@ class VideoAE(Method):
         smoothing: float = 4.0,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
-        if task not in WEIGHTS:
-            raise UserError(f"method.task={task} is unknown; choose predict or rebuild")
-        if shift not in ("conv", "plain", "none"):
-            raise UserError(f"method.shift={shift} is unknown; choose conv, plain or none")
+        check_choice("method", WEIGHTS, task=task)
+        check_choice("method", ("conv", "plain", "none"), shift=shift)
         check_range("method", "[1, inf)", frames=frames, channels=channels)
         check_range("method", "[2, inf)", memory=memory)
         check_range("method", "[0, 1]", error_weight=error_weight)
@@ -192,8 +198,7 @@ class VideoAE(Method):
         Raises:
             UserError: The clip has another length, or its frames cannot be halved three times.
         """
-        if image.shape[-2] % 8 or image.shape[-1] % 8:
-            raise UserError(f"image_size={list(image.shape[-2:])} must be multiples of 8")
+        check_multiple(image.shape[-2:], self.multiple, "the stride of the coarsest level")
         if not self.predicts:
             return 2 * image[:, None] - 1
         if frames is None:
