@@ -26,18 +26,21 @@ Note: no code by the authors; written from the text and facts of public re-imple
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
 
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import grid_of, smooth
+from anomaly_lit.nn.averaging import MovingAverage
 from anomaly_lit.nn.backbone import Backbone
-from anomaly_lit.types import Batch, Prediction, UserError, check_range
+from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
+
+SIDES = {"3-1": (3, 1), "3-3": (3, 3)}  # of the kernels of two successive steps
+LARGEST_LOG_SCALE = 2.0
 
 
 class FastFlow(Method):
@@ -82,37 +85,29 @@ class FastFlow(Method):
         check_range("method", "[1, inf)", steps=steps)
         check_range("method", "(0, inf)", hidden_ratio=hidden_ratio)
         check_range("method", "[0, inf)", smoothing=smoothing)
+        check_choice("method", SIDES, kernels=kernels)
         if min(backbone.channels) < 2:
             raise UserError(f"a flow needs two channels; the stages have {backbone.channels}")
         self.backbone = backbone
         self.smoothing = smoothing
-        sizes = [3, 1] if kernels == "3-1" else [3]
-        self.flows = nn.ModuleList(
-            Flow(
-                channels,
-                [sizes[step % len(sizes)] for step in range(steps)],
-                hidden_ratio,
-                double_coupling,
-                (channels, *grid_of(image_size, stride)) if affine else None,
-            )
-            for channels, stride in zip(backbone.channels, backbone.strides, strict=True)
-        )
-        self.averaged: AveragedModel | None = None
-        if average:
-            self.averaged = AveragedModel(self.flows, multi_avg_fn=MovingAverage(average))
-            self.averaged.requires_grad_(False)
+        sides = [SIDES[kernels][step % 2] for step in range(steps)]
+        self.flows = nn.ModuleList()
+        for channels, stride in zip(backbone.channels, backbone.strides, strict=True):
+            shape = (channels, *grid_of(image_size, stride)) if affine else None
+            self.flows.append(Flow(channels, sides, hidden_ratio, double_coupling, shape))
+        self.averaged = MovingAverage(self.flows, average) if average else None
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return each stage's negative log likelihood; it is logged per value as `stage<i>`."""
         features = self.features(self.backbone, batch)
-        flows = self.flows if self.training else self.scoring_flows()
+        flows = self.flows.children() if self.training else self.scoring_flows()
         terms = {}
         with torch.autocast(self.device.type, enabled=False):  # sums of up to 1e6
             for number, (flow, map_) in enumerate(zip(flows, features, strict=True)):
                 noise, log_det = flow(map_.float())
-                likelihood = (0.5 * noise.square().sum(dim=(1, 2, 3)) - log_det).mean()
-                terms[f"likelihood{number}"] = likelihood
-                self.report({f"stage{number}": likelihood / noise[0].numel()})
+                unlikely = (0.5 * noise.square().sum(dim=(1, 2, 3)) - log_det).mean()
+                terms[f"likelihood{number}"] = unlikely
+                self.report({f"stage{number}": unlikely / noise[0].numel()})
         return terms
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -121,12 +116,9 @@ class FastFlow(Method):
         if self.averaged is not None:
             self.averaged.update_parameters(self.flows)
 
-    def scoring_flows(self) -> nn.ModuleList:
+    def scoring_flows(self) -> Iterable[nn.Module]:
         """Return the averaged flows, or the trained ones if no average is kept."""
-        if self.averaged is None:
-            return self.flows
-        assert isinstance(self.averaged.module, nn.ModuleList)
-        return self.averaged.module
+        return (self.flows if self.averaged is None else self.averaged.module).children()
 
     def forward(self, image: Tensor) -> Prediction:
         """Score images; see the base class. A map's values lie in [0, 1]."""
@@ -137,27 +129,6 @@ class FastFlow(Method):
             maps.append(F.interpolate(unlikely, image.shape[-2:], mode="bilinear"))
         anomaly_map = smooth(torch.stack(maps).mean(dim=0), self.smoothing)  # (B, 1, H, W)
         return Prediction(anomaly_map, anomaly_map.amax(dim=(1, 2, 3)))
-
-
-class MovingAverage:
-    """Exponential moving average with a lower decay in the first steps: (1 + n) / (10 + n).
-
-    Args:
-        decay: Decay after many steps.
-    """
-
-    def __init__(self, decay: float) -> None:
-        self.decay = decay
-
-    @torch.no_grad()
-    def __call__(
-        self, averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int
-    ) -> None:
-        """Update `averaged` in place; `count` is the number of updates so far."""
-        early = (1 + count) / (10 + count)
-        decay = torch.as_tensor(early, device=averaged[0].device).clamp(max=self.decay)
-        for old, new in zip(averaged, current, strict=True):
-            old.lerp_(new, (1 - decay).to(old.dtype))
 
 
 class Flow(nn.Module):
@@ -213,7 +184,7 @@ class Flow(nn.Module):
 
 
 class CouplingStep(nn.Module):
-    """Scales and shifts one half of the channels as the other half decides, then mixes all.
+    """Scales and shifts one half of the channels by what the other half says, then mixes all.
 
     Args:
         channels: Channels C of the map, at least 2.
@@ -223,7 +194,6 @@ class CouplingStep(nn.Module):
     """
 
     permutation: Tensor
-    clamp = 2.0  # largest |log scale|
 
     def __init__(
         self, channels: int, kernel: int, hidden_ratio: float, double_coupling: bool
@@ -243,10 +213,13 @@ class CouplingStep(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, C, h, w) to the same and the (B,) log determinant."""
         kept, changed = x.split(self.halves, dim=1)
-        changed, log_det = _couple(changed, self.subnet(kept), self.clamp)
+        log_scale, shift = _change(self.subnet, kept)
+        changed = changed * log_scale.exp() + shift
+        log_det = log_scale.sum(dim=(1, 2, 3))
         if self.other_subnet is not None:
-            kept, more = _couple(kept, self.other_subnet(changed), self.clamp)
-            log_det = log_det + more
+            log_scale, shift = _change(self.other_subnet, changed)
+            kept = kept * log_scale.exp() + shift
+            log_det = log_det + log_scale.sum(dim=(1, 2, 3))
         scale = self._scale()
         y = torch.cat([kept, changed], dim=1) * scale + self.offset
         log_det = log_det + x.shape[-2] * x.shape[-1] * scale.log().sum()
@@ -257,8 +230,10 @@ class CouplingStep(nn.Module):
         y = (y[:, self.permutation.argsort()] - self.offset) / self._scale()
         kept, changed = y.split(self.halves, dim=1)
         if self.other_subnet is not None:
-            kept = _uncouple(kept, self.other_subnet(changed), self.clamp)
-        return torch.cat([kept, _uncouple(changed, self.subnet(kept), self.clamp)], dim=1)
+            log_scale, shift = _change(self.other_subnet, changed)
+            kept = (kept - shift) * (-log_scale).exp()
+        log_scale, shift = _change(self.subnet, kept)
+        return torch.cat([kept, (changed - shift) * (-log_scale).exp()], dim=1)
 
     def _scale(self) -> Tensor:
         return 0.1 * F.softplus(self.scale, beta=0.5)
@@ -273,13 +248,7 @@ def _subnet(read: int, changed: int, kernel: int, hidden_ratio: float) -> nn.Seq
     )
 
 
-def _couple(x: Tensor, answer: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
-    """Return the changed half, and the (B,) log determinant."""
-    raw, shift = (0.1 * answer).chunk(2, dim=1)
-    log_scale = clamp * torch.tanh(raw)
-    return x * log_scale.exp() + shift, log_scale.sum(dim=(1, 2, 3))
-
-
-def _uncouple(y: Tensor, answer: Tensor, clamp: float) -> Tensor:
-    raw, shift = (0.1 * answer).chunk(2, dim=1)
-    return (y - shift) * torch.exp(-clamp * torch.tanh(raw))
+def _change(subnet: nn.Module, read: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log scale and the shift of one half of the channels, from the other half."""
+    raw, shift = (0.1 * subnet(read)).chunk(2, dim=1)
+    return LARGEST_LOG_SCALE * torch.tanh(raw), shift
