@@ -1,7 +1,8 @@
 """Files that hold many pictures as one array: CIFAR's python files and idx files (MNIST).
 
-CIFAR's files are pickles, and a pickle may name any function for the reader to call. Here none is
-called: a number of names stand for arrays of bytes, and every other name is refused.
+CIFAR's files are pickles, and a pickle may name any function for the reader to call. Here no
+function is called: the few names that an array of bytes needs stand for plain objects, and every
+other name is refused.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def read_arrays(path: str | Path) -> Arrays:
         raise UserError(f"{path}: the file does not exist") from error
     except Exception as error:  # of any kind, since the bytes may be anything
         raise UserError(
-            f"{path}: not a file of pictures as CIFAR (python version) or MNIST (idx) have them, "
-            f"or damaged ({error}); get it again"
+            f"{path}: not a file of pictures in the format of CIFAR (python version) or MNIST "
+            f"(idx), or damaged ({error}); download it again"
         ) from error
 
 
@@ -70,7 +71,7 @@ def list_in(path: str | Path, name: str) -> list[Any]:
 
 @lru_cache(maxsize=KEPT)
 def _read(path: str, size: int, changed: int) -> Arrays:
-    """Read a file; size and time of change only tell a new file from an old one."""
+    """Read a file; its size and time of change only serve as keys of the cache."""
     with open(path, "rb") as file:
         start = file.read(2)
         file.seek(0)
@@ -88,7 +89,7 @@ def _read_idx(file: Any) -> Arrays:
     shape = np.frombuffer(file.read(4 * kind[3]), ">u4").tolist()
     values = np.frombuffer(file.read(math.prod(shape)), np.uint8).reshape(shape)
     if file.read(1):
-        raise ValueError("it goes on after its last value")
+        raise ValueError("it has bytes after its last value")
     return Arrays(values, {}) if kind == PICTURES else Arrays(None, {"labels": values.tolist()})
 
 
@@ -113,8 +114,8 @@ def _text(value: Any) -> Any:
 class PlainUnpickler(pickle.Unpickler):
     """Reads dictionaries, lists, tuples, numbers, text, bytes and arrays of bytes, nothing else.
 
-    The names that numpy's pickles use for an array give objects of ours, new ones each time, that
-    only keep what the file says. `_array` checks it.
+    Where numpy's pickles name the parts of an array, the file gets new objects of ours, which only
+    record what it says. `_array` checks that.
     """
 
     def find_class(self, module: str, name: str) -> Any:

@@ -54,7 +54,7 @@ class Images(Dataset[Batch]):
         return self.batch([index])
 
     def __getitems__(self, indices: Indices) -> Batch:
-        """Return a batch; this is how a data loader asks."""
+        """Return a batch; data loaders call this."""
         return self.batch(indices)
 
     def batch(self, indices: Indices) -> Batch:

@@ -1,4 +1,4 @@
-"""The images of a data set: listed, split, counted and checked; of pixels, masks alone are read."""
+"""The images of a data set: listed, split, counted and checked; only masks are decoded."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Catalogue:
         train_samples: What is trained on.
         holdout_samples: Normal images that are never trained on.
         test_samples: Normal and anomalous images.
-        used: Paths of all images and masks that the layout lists, whatever is chosen of them.
+        used: Paths of all images and masks that the layout lists, also of those left out later.
         outlier_samples: The pictures of `outlier_dir`.
         needs: What the method reads besides the image; with `frames`, the first frames of each clip
             are in none of the lists.
         clip_samples: All frames of all clips, if a method reads frames beside an image.
-        has_masks: Whether any test image has a mask; without, there is no truth for pixel metrics.
+        has_masks: Whether any test image has a mask; if not, there is no truth for pixel metrics.
     """
 
     needs: frozenset[str] = frozenset()
@@ -130,7 +130,7 @@ class Catalogue:
         self.test_samples = with_history(self.test_samples, frames)
 
     def list_and_check(self, stage: str | None) -> None:
-        """List the images, refuse what would be wrong, and warn of what should be known.
+        """List the images, refuse what would spoil results, and warn of what a user should know.
 
         Args:
             stage: As for `setup`.
@@ -227,7 +227,7 @@ class Catalogue:
         return name_below(path, self.root)
 
     def files_digest(self) -> str:
-        """Return a digest of names, sizes, ends and splits of the listed files."""
+        """Return a digest of the listed files: names, sizes, first and last bytes, splits."""
         splits = {
             "train": self.train_samples,
             "holdout": self.holdout_samples,

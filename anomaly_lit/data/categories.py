@@ -33,7 +33,7 @@ def choose_categories(layout: Layout, root: Path, requested: str | Sequence[str]
         requested: Names, or `all`.
 
     Raises:
-        UserError: There is no category, or not one of that name, or one model cannot learn them.
+        UserError: There is no category, none of that name, or one model cannot learn several.
     """
     found = layout.find_categories(root)
     if requested == "all" and not (found and layout.excludes_others):
@@ -45,8 +45,8 @@ def choose_categories(layout: Layout, root: Path, requested: str | Sequence[str]
     if layout.excludes_others and (requested == "all" or len(requested) > 1):
         raise UserError(
             f"dataset.categories={requested}: what is normal in one class is anomalous in another, "
-            f"so name one, such as dataset.categories=[{found[0]}]; one model each is a sweep, "
-            f"-m dataset.categories=[{'],['.join(found[:2])}]"
+            f"so name one, such as dataset.categories=[{found[0]}]; a sweep trains a model for "
+            f"each, -m dataset.categories=[{'],['.join(found[:2])}]"
         )
     wanted = [requested] if isinstance(requested, str) else list(requested)
     unknown = [

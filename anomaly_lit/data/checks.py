@@ -54,10 +54,10 @@ def check_headers(samples: Sequence[Sample], max_pixels: int | None) -> list[str
 
 
 def check_headers_agree(sample: Sample, image: Header, mask: Header) -> None:
-    """Raise UserError where a mask does not lie on its image, as both are read.
+    """Raise UserError where an image and its mask may be turned differently when they are read.
 
-    An image that is turned by its EXIF orientation may have been marked as it is stored or as it
-    is shown. Only where a quarter turn exchanges unequal sides does the mask's size tell.
+    A mask may have been drawn on an image as it is stored, or as its EXIF orientation shows it. The
+    mask's size tells which only if a quarter turn exchanges sides of different length.
     """
     tags = image.orientation, mask.orientation
     tells = (tags[0] > 4) != (tags[1] > 4) and image.size[0] != image.size[1]
@@ -65,7 +65,7 @@ def check_headers_agree(sample: Sample, image: Header, mask: Header) -> None:
     if tags[0] != tags[1] and as_stored:
         raise UserError(
             f"{sample.path} has EXIF orientation {tags[0]} and its mask {sample.mask_path} has "
-            f"{tags[1]} (1: not turned), so that marks may lie elsewhere; save both upright"
+            f"{tags[1]} (1: not turned), so marks may lie in the wrong place; save both upright"
         )
     check_sizes(sample, image.size, mask.size)
 
@@ -155,7 +155,7 @@ def missing_kinds(category: str, labels: set[bool], root: object) -> list[str]:
 def _doubts(sample: Sample) -> dict[str, str]:
     try:
         return look_at_mask(str(sample.mask_path)).doubts()
-    except UserError:  # told when it is decoded with its image
+    except UserError:  # reported when it is decoded with its image
         return {}
 
 

@@ -39,7 +39,7 @@ class Companion(ABC):
             cache keeps them.
 
     Attributes:
-        steady: Whether it stands beside every image, also in evaluations, the same each time.
+        steady: Whether every image has one, in evaluations too, and always the same.
     """
 
     def __init__(

@@ -150,7 +150,7 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         self._shrunk = False
 
     def setup(self, stage: str | None = None) -> None:
-        """List, check and, with a cache, decode the images of a stage; twice costs nothing.
+        """List, check and, with a cache, decode the images of a stage; a second call is free.
 
         Args:
             stage: Lightning's `fit`, `validate`, `test` or `predict`; None is all of them.
@@ -179,7 +179,7 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         return [Frames(clips, samples, frames)] if "frames" in self.needs else []
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return shuffled batches; see `drop_last` for what does not fill one.
+        """Return shuffled batches; see `drop_last` for images that do not fill one.
 
         If the split is smaller than a batch, the batch shrinks to its size.
         """
@@ -224,8 +224,8 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
 
         Args:
             split: What is trained on, or what is held out.
-            most: Images to give at most, as many of each category (at least one), spread evenly
-                over its images; None gives all.
+            most: Largest number of images, the same for each category (at least one) and spread
+                evenly over its images; None gives all.
 
         Returns:
             Batches whose `index` is the position in the split.
@@ -268,7 +268,7 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         return {**batch, "image": batch["corrupted"], "gt_mask": truth, "label": label}
 
     def with_features(self, batch: Batch) -> Batch:
-        """Add what the cache holds of the features of a batch's images and of its companions."""
+        """Add the cached features of a batch's images and of its companions."""
         if self.feature_cache is None:
             return batch
         return add_features(batch, self.feature_cache)
@@ -286,14 +286,14 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
             UserError: There is no synthesis.
         """
         if self.synthesis is None:
-            raise UserError("corrupted images are asked for, and synthesis=none makes none")
+            raise UserError("corrupted images are needed, and synthesis=none makes none")
         image, names = batch["image"], [self.name_of(path) for path in batch["path"]]
         generator = torch.Generator(image.device).manual_seed(batch_seed(self.seed, step, names))
         corrupted, corruption = self.synthesis(image, generator, batch["category"])
         return {**batch, "corrupted": corrupted, "corruption": corruption}
 
     def _samples_of(self, stage: str | None) -> list[Sample]:
-        """All images to decode; for `fit` all splits: a broken test image is found at once."""
+        """Return the images to decode; for `fit` all, to find a broken test image at once."""
         clips = self.clip_samples
         if stage == "test":
             return [*self.test_samples, *clips]

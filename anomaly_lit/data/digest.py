@@ -13,7 +13,7 @@ from anomaly_lit.types import Sample
 
 
 def digest(splits: Mapping[str, Sequence[Sample]], root: Path | None) -> str:
-    """Return a SHA-256 over the names, sizes, ends and splits of all images and masks.
+    """Return a SHA-256 over all images and masks: names, sizes, first and last bytes, splits.
 
     Args:
         splits: The images of each split.

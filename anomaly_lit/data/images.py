@@ -37,8 +37,8 @@ def read_image(path: str | Path | IO[bytes], max_pixels: int | None = MAX_PIXELS
     The EXIF orientation is applied; of several frames the first is read. Bilevel, grey, palette,
     CMYK and YCbCr pictures become RGB; transparency is dropped, never blended. Grey values of 16
     (or 32) bits are divided by 257; of a 16-bit colour picture Pillow keeps the upper byte.
-    Floating-point grey pictures are taken as [0, 1], else [0, 255], else [0, 65535], by their
-    largest value.
+    The largest value of a floating-point grey picture tells its range: [0, 1], [0, 255] or
+    [0, 65535].
 
     Args:
         path: A file's path, or an open file.
@@ -73,8 +73,8 @@ def read_header(path: str | Path, max_pixels: int | None = None) -> Header:
     """
     with open_picture(path, max_pixels) as file:
         width, height = file.size
-        # Pillow turns a TIFF's size itself; of a PNG without EXIF in front of its pixels,
-        # getexif would decode all of them to look behind
+        # Pillow turns a TIFF's size itself. In a PNG, EXIF may also follow the pixels: getexif
+        # would decode all of them to look there
         known = file.format in ("JPEG", "MPO", "TIFF", "WEBP") or "exif" in file.info
         orientation = file.getexif().get(ORIENTATION, 1) if known else 1
         if orientation in (5, 6, 7, 8) and file.format != "TIFF":

@@ -58,7 +58,7 @@ def check_pixels(size: tuple[int, int], max_pixels: int | None) -> None:
 
 
 def checked_pixels(max_pixels: int | None, name: str) -> int | None:
-    """Return a limit of pixels, or raise UserError where it is none.
+    """Return a limit of pixels if it is a valid one; raise UserError if not.
 
     Args:
         max_pixels: The limit; None for none.
@@ -78,9 +78,9 @@ def upright(picture: Image.Image) -> Image.Image:
 
 
 class _Guard:
-    """Lifts Pillow's limit of pixels while files are opened, in as many threads as there are.
+    """Lifts Pillow's limit of pixels as long as any thread is opening a file.
 
-    Only the header is read then, and ours is checked next. Pillow's stays while pixels are decoded.
+    Opening reads only the header; our own limit is checked next.
     """
 
     def __init__(self) -> None:

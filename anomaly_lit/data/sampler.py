@@ -26,7 +26,7 @@ class TrainBatches(Sampler[list[int]]):
         position: Returns the number of batches consumed so far.
         weights: (count,) float. With weights, each pass draws `count` images with replacement in
             proportion to them; without, it draws every image once.
-        rank: The share of each batch to draw.
+        rank: Which share of each batch this process gets.
         world_size: Number of shares.
         drop_last: Whether the images that do not fill a batch wait for another pass; otherwise
             they are a smaller batch (if every rank gets one).
@@ -101,7 +101,7 @@ class WithSteps(Sampler[list[tuple[int, int]]]):
 
 
 class ShardSampler(Sampler[int]):
-    """Every image once over all ranks, in order; PyTorch's sampler may repeat some."""
+    """Gives each image to one rank, in order; PyTorch's sampler may repeat some."""
 
     def __init__(self, count: int, rank: int = 0, world_size: int = 1) -> None:
         self.indices = range(rank, count, world_size)
@@ -114,7 +114,7 @@ class ShardSampler(Sampler[int]):
 
 
 def batch_seed(seed: int, step: int, names: Sequence[str]) -> int:
-    """Return a seed for one batch; names of images take no wait for a device."""
+    """Return a seed for one batch, from names, since reading tensors may wait for a GPU."""
     return mixed_seed(seed, step, zlib.crc32("\n".join(names).encode()))
 
 

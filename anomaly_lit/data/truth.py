@@ -1,11 +1,11 @@
-"""Truth masks: what in a picture counts as marked, and which masks should be questioned.
+"""Truth masks: which pixels of a picture count as marked, and which masks look wrong.
 
 A mask is bright where the defect is. What counts is the brightness that a viewer shows on a black
-page: the largest of red, green and blue, times the opacity. Two pictures show nothing and are taken
-by what they hold instead:
+page: the largest of red, green and blue, times the opacity. Two kinds of pictures show nothing that
+way, so something else counts:
 
-- a palette that gives another index the colour of index 0: the index counts;
-- nothing but black that is opaque in part: the opacity counts.
+- in a palette that gives another index the colour of index 0, the index;
+- in a picture that is all black and partly opaque, the opacity.
 
 In a lossless file everything above 0 is marked, so that 0 and 1, 0 and 255 and class indices all
 work. JPEG and its like surround a mark with faint values, so that in a lossy file only what is
@@ -26,7 +26,7 @@ from anomaly_lit.data.opening import open_picture, upright
 LOSSY = ("AVIF", "JPEG", "JPEG2000", "MPO")  # WebP and TIFF may be lossy, too
 CLASSES = 16  # masks with more values than this are no class indices
 SOFT_SHARE = 0.05  # of a mask's pixels above 0 that may be darker than half of its largest value
-MOST = 0.5  # of an image, that no mask is expected to mark more of
+MOST = 0.5  # share of an image; a mask that marks more is questioned
 
 Region = npt.NDArray[np.bool_]  # (H, W)
 
@@ -45,7 +45,7 @@ class Mask(NamedTuple):
     lossy: bool
 
     def doubts(self) -> dict[str, str]:
-        """Return what is odd about it: kind, and in words what was found.
+        """Return what is odd about the mask: the kind, and what was found in words.
 
         The kinds are `empty`, `most` (of the image is marked), `lossy`, `soft` (many faint
         values in a lossless file) and `values` (several values, such as class indices).

@@ -31,7 +31,7 @@ class WorkerLoader(DataLoader[Batch]):
     """A data loader whose workers leave signals to the run, from their first moment on."""
 
     def __iter__(self) -> Any:
-        """Fork the workers while signals wait: they inherit that."""
+        """Start the workers while signals are blocked, which they inherit."""
         if not self.num_workers or not LEFT_TO_THE_RUN:
             return super().__iter__()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_RUN)
@@ -82,7 +82,7 @@ def start_worker(worker: int) -> None:
 
     A worker that died of a scheduler's signal would end the run before it could save itself. The
     run itself ends its workers by SIGTERM, and waits for them: that one is obeyed. The parent is
-    the process that asked for the worker, which a server of forks may have started in its stead.
+    the process that asked for the worker, even where a fork server started it.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -104,7 +104,7 @@ def _end_with(parent: Any) -> None:
 
 
 def _obey(parent: int | None) -> None:
-    """Wait for signals; end at the parent's SIGTERM, pass over all others."""
+    """Wait for signals; end at the parent's SIGTERM, ignore all others."""
     while True:
         heard = signal.sigwaitinfo(LEFT_TO_THE_RUN)
         if heard.si_signo == signal.SIGTERM and heard.si_pid == parent:
@@ -112,14 +112,14 @@ def _obey(parent: int | None) -> None:
 
 
 def check_shared_memory(batch_bytes: int, workers: int) -> None:
-    """Refuse workers whose batches do not fit into shared memory: they would wait for ever.
+    """Refuse workers whose batches do not fit into shared memory: they would wait forever.
 
     Args:
         batch_bytes: Size of one batch.
         workers: Processes that make batches.
 
     Raises:
-        UserError: There is less shared memory than batches under way.
+        UserError: Shared memory is smaller than the batches that are prepared ahead.
     """
     if not workers or not SHARED_MEMORY.is_dir():
         return

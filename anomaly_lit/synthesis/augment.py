@@ -31,8 +31,8 @@ def augment(
         generator: Draws the augmentations and their strengths.
         shuffle: Apply an image's augmentations in a random order; otherwise the order is the same
             for all images, which is faster.
-        mirror: Let the last of the ten mirror an image with a chance of one half, instead of
-            turning it by up to 45 degrees.
+        mirror: Make the tenth augmentation a mirroring with a chance of one half, instead of a
+            rotation by up to 45 degrees.
     """
     if number == 0:
         return image
@@ -49,7 +49,7 @@ def augment(
         _mirror if mirror else _turn,
     )
     noise = torch.rand(len(changes), len(image), generator=generator, device=image.device)
-    rank = noise.argsort(dim=0).argsort(dim=0)  # (10, B), an image's place for each change
+    rank = noise.argsort(dim=0).argsort(dim=0)  # (10, B), each change's place in an image's order
     rounds = [rank == place for place in range(number)] if shuffle else [rank < number]
     for chosen in rounds:
         for change, mine in zip(changes, chosen, strict=True):
@@ -60,8 +60,8 @@ def augment(
 def apply_where(chosen: Tensor, image: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply a change to the chosen images of a batch.
 
-    On a CPU the change is computed for the chosen images only. On a GPU it is computed for all:
-    to look up which ones are chosen, the CPU would have to wait for the GPU.
+    On a CPU the change is computed for the chosen images only. On a GPU it is computed for all,
+    since selecting images there would make the CPU wait for it.
 
     Args:
         chosen: (B,) bool.
@@ -159,7 +159,7 @@ def _grey(image: Tensor) -> Tensor:
 
 
 def _turn_colours(image: Tensor, angle: Tensor, saturation: Tensor) -> Tensor:
-    """Rotate colours about the grey axis and scale their distance from it: a matrix per image.
+    """Rotate colours about the grey axis and scale their distance from it, by a matrix per image.
 
     kornia converts to HSV and back, which takes ten times as long; for textures the difference
     does not matter.

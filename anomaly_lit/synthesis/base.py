@@ -22,8 +22,8 @@ class Synthesis(nn.Module):
         probability: Share of images that are corrupted, in [0, 1].
         foreground: Corrupt only what differs from the colour of the image's border. Meant for
             objects on a plain background; a texture has no foreground.
-        allow_empty: Accept that a recipe leaves an image unchanged. Otherwise a small disc of the
-            image is inverted in that case, so that every chosen image has a corruption.
+        allow_empty: Accept that a recipe leaves an image unchanged. Otherwise a small disc of such
+            an image is inverted, so that every chosen image is corrupted.
 
     Raises:
         UserError: The probability is out of range.
@@ -92,7 +92,7 @@ class Mixed(Synthesis):
         probability: Share of images that get a recipe at all.
 
     Raises:
-        UserError: The names differ, a weight is below 0, or none is above.
+        UserError: The names differ, a weight is negative, or all weights are 0.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class Mixed(Synthesis):
         if set(recipes) != set(weights) or not any(weight > 0 for weight in weights.values()):
             raise UserError(
                 f"dataset.synthesis.recipes names {', '.join(sorted(recipes)) or 'nothing'}, "
-                f"dataset.synthesis.weights {', '.join(sorted(weights)) or 'nothing'}: the same "
-                "names are needed, and one weight above 0"
+                f"dataset.synthesis.weights {', '.join(sorted(weights)) or 'nothing'}: use the "
+                "same names in both, and at least one weight above 0"
             )
         self.recipes = nn.ModuleDict(recipes)
         total = sum(weights.values())
@@ -116,9 +116,9 @@ class Mixed(Synthesis):
     def propose(
         self, image: Tensor, generator: torch.Generator, category: Sequence[str] | None
     ) -> tuple[Tensor, Tensor]:
-        """Run each recipe on its own images; on a GPU, on all.
+        """Run each recipe on the images drawn for it; on a GPU, on all images.
 
-        To look up which images a recipe has, the CPU would have to wait for the GPU.
+        Selecting images on a GPU would make the CPU wait for it.
         """
         bounds = torch.tensor(self.shares[:-1], device=image.device).cumsum(dim=0)
         number = torch.bucketize(uniform(image, generator).flatten(), bounds, right=True)
@@ -139,7 +139,7 @@ class Mixed(Synthesis):
 
 
 def check_pairs(interval: str, **pairs: Sequence[float] | None) -> None:
-    """Refuse ranges that are not a least and a greatest number in an interval; None passes.
+    """Refuse ranges that are not a smallest and a largest number in an interval; None passes.
 
     Raises:
         UserError: Names the range.
@@ -147,8 +147,8 @@ def check_pairs(interval: str, **pairs: Sequence[float] | None) -> None:
     for name, pair in pairs.items():
         if pair is not None and (len(pair) != 2 or not pair[0] <= pair[1]):
             raise UserError(
-                f"dataset.synthesis: {name}={list(pair)} must rise: give the least and the "
-                f"greatest number, in {interval}"
+                f"dataset.synthesis: {name}={list(pair)} must rise: give the smallest and "
+                f"the largest number, in {interval}"
             )
     check_range("dataset.synthesis", interval, **pairs)
 
@@ -162,12 +162,12 @@ def uniform(
 
 
 def random_disc(ground: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a disc in each image, centred on a pixel of the ground and cut to the ground.
+    """Draw a disc in each image, centred on a foreground pixel and clipped to the foreground.
 
     Its radius is a sixteenth of the image's shorter side.
 
     Args:
-        ground: (B, 1, H, W) bool, true somewhere in each image.
+        ground: (B, 1, H, W) bool, the foreground; true somewhere in each image.
         generator: Draws the centres.
 
     Returns:
@@ -191,7 +191,9 @@ def pixel_grid(height: int, width: int, device: torch.device) -> tuple[Tensor, T
 
 
 def foreground_of(image: Tensor) -> Tensor:
-    """Return what differs from the median colour of the border: Otsu's threshold, then a closing.
+    """Mark what differs from the median colour of an image's border.
+
+    Otsu's threshold on the difference, then a morphological closing.
 
     Args:
         image: (B, 3, H, W) float32 in [0, 1].

@@ -14,9 +14,10 @@ from anomaly_lit.types import UserError, check_range
 
 
 class Confetti(Synthesis):
-    """Make a few rotated rectangles brighter or darker, each by a colour of its own.
+    """Make a few rotated rectangles brighter or darker, each by adding a colour of its own.
 
-    FCDD draws the number of rectangles by their share of the image; here it is uniform in a range.
+    FCDD chooses the number of rectangles by the share of the image that they cover; here it is
+    drawn uniformly from a range.
 
     Args:
         pieces: Smallest and largest number of rectangles in an image.
@@ -56,7 +57,7 @@ class Confetti(Synthesis):
     def propose(
         self, image: Tensor, generator: torch.Generator, category: Sequence[str] | None
     ) -> tuple[Tensor, Tensor]:
-        """Add the colours of all rectangles of an image; colours that leave [0, 1] are cut."""
+        """Add the colours of all rectangles of an image, and clip the result to [0, 1]."""
         inside = self.rectangles(image, generator)  # (B, n, H, W)
         batch, number = inside.shape[:2]
         shape = (batch, number, 3)
@@ -72,7 +73,7 @@ class Confetti(Synthesis):
         return changed, inside.any(dim=1, keepdim=True) & differs
 
     def rectangles(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw (B, n, H, W) bool, n the largest number; those left out are empty."""
+        """Draw masks (B, n, H, W) bool, n being the largest number; unused ones are empty."""
         batch, (height, width), most = len(image), image.shape[-2:], self.pieces[1]
 
         def draw(low: float, high: float) -> Tensor:

@@ -129,5 +129,5 @@ class CutPaste(Synthesis):
 
 
 def _within(share: Tensor, length: Tensor, side: int) -> Tensor:
-    """Return the centre of a segment inside an axis; a share of 0 puts it first, near 1 last."""
+    """Return the centre of a segment within an axis: at its start for share 0, at its end for 1."""
     return length / 2 - 0.5 + share * (side - length)

@@ -28,12 +28,12 @@ class GeneralAnomalies(Synthesis):
     Shapes: Perlin noise above a threshold, a blob, a stroke along a random walk, a rotated strip.
     Contents: a texture; another normal image of the batch, of the same category, shifted; the image
     itself in shuffled tiles; a single grey with grain. The content is augmented, then laid over the
-    image, fading out at the border of the region. The paper states its aims, but not these numbers.
-    They follow the later public code of the same laboratory, and are our own where it has none.
+    image, fading out at the border of the region. The paper states its aims, but not these numbers:
+    they follow the later public code of the same laboratory, and are ours where it has none.
 
     Args:
         texture_dir: Folder of texture or natural images; None draws textures.
-        max_textures: Most images read from the folder; each takes 3 bytes per pixel.
+        max_textures: Largest number of images read from the folder; each takes 3 bytes per pixel.
         shapes: Weights of the four shapes, by name.
         contents: Weights of the four contents, by name.
         beta: Smallest and largest share of the image that remains under the content.

@@ -24,7 +24,8 @@ def perlin_noise(cells: Tensor, height: int, width: int, generator: torch.Genera
     Returns:
         (B, H, W) float32, mostly within [-1, 1].
     """
-    points = 2**8 + 1 if cells.is_cuda else int(cells.max()) + 1  # never wait for the GPU
+    # reading the maximum would wait for the GPU
+    points = 2**8 + 1 if cells.is_cuda else int(cells.max()) + 1
     angle = torch.rand(cells.shape[1], points, points, generator=generator, device=cells.device) * (
         2 * math.pi
     )

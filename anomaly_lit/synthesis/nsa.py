@@ -19,13 +19,14 @@ class NSA(Synthesis):
     category; an image without such a partner is its own source.
 
     Differs from the paper: the blend adds a smooth field to the pasted part that cancels the step
-    at its border; we interpolate the field from coarse to fine, the paper solves Poisson's
+    at its border. We interpolate this field from coarse to fine, where the paper solves Poisson's
     equation. Parts are not chosen by how much of the object they contain (`foreground` restricts
     them to the object). The mask is binary, not graded by the amount of change.
 
     Args:
         half_size: Smallest and largest half side of a part, relative to the image's side.
-        parts: Most parts per image; each after the first is added with a chance of one half.
+        parts: Largest number of parts per image; each after the first is added with a chance of
+            one half.
         scale: Smallest and largest factor by which a part is resized.
         least_change: A pixel counts as corrupted if the change, averaged over channels and the
             5 x 5 pixels around it, exceeds this value in [0, 1].

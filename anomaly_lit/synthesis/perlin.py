@@ -18,8 +18,8 @@ class PerlinMask:
     """Draw regions where Perlin noise is high.
 
     Args:
-        exponents: Smallest and largest u of the 2^u lattice cells along an axis; u is drawn for
-            each axis.
+        exponents: Smallest and largest u: an axis has 2^u lattice cells, and u is drawn for each
+            axis.
         rotation: Largest rotation of the noise, in degrees.
         area: Smallest and largest share of the image; None takes all noise above `threshold`.
         threshold: Threshold on the noise, which is in about [-1, 1].
@@ -88,7 +88,8 @@ class Perlin(Synthesis):
     Args:
         texture_dir: Folder of texture images, with its sub-folders; None draws textures from
             fractal noise, stripes, spots and colour ramps.
-        max_textures: Most images read from the folder, None for all; each takes 3 bytes per pixel.
+        max_textures: Largest number of images read from the folder, None for all; each takes 3
+            bytes per pixel.
         beta: Smallest and largest share of the image that remains under the texture.
         augmentations: Number of augmentations of a texture, 0 to 10; DRAEM applies 3.
         exponents: See `PerlinMask`.

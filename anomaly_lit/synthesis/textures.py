@@ -21,8 +21,8 @@ class TextureFolder:
 
     Args:
         folder: Folder to search, with all its sub-folders.
-        most: Most images to keep, spread evenly over the folder; None keeps all. Each takes 3 bytes
-            per pixel, so 500 images of 256 x 256 take 98 MB.
+        most: Largest number of images to keep, spread evenly over the folder; None keeps all. Each
+            takes 3 bytes per pixel, so 500 images of 256 x 256 take 98 MB.
 
     Raises:
         UserError: The folder does not exist or has no image.

@@ -326,7 +326,7 @@ def test_what_stands_for_a_name_cannot_be_spoiled_for_the_next_file(
 )
 def test_other_arrays_are_refused(tmp_path: Path, data: Any) -> None:
     (tmp_path / "f").write_bytes(pickle.dumps({"data": data}, protocol=4))
-    with pytest.raises(UserError, match="f: not a file of pictures as CIFAR"):
+    with pytest.raises(UserError, match="f: not a file of pictures in the format of CIFAR"):
         read_arrays(tmp_path / "f")
 
 

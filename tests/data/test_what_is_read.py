@@ -115,7 +115,7 @@ def test_one_mask_for_a_stem_with_two_suffixes_is_an_error(mvtec: Path, write_im
 
 def test_two_masks_of_one_name_are_an_error(mvtec: Path, write_mask: Write) -> None:
     write_mask(mvtec / "bolt" / "ground_truth" / "bent" / "000_mask.bmp")
-    with pytest.raises(UserError, match=r"000_mask\.bmp and .*000_mask\.png are masks of one name"):
+    with pytest.raises(UserError, match=r"000_mask\.bmp and .*png are masks with the same name"):
         MVTecAD(str(mvtec), image_size=32).setup()
 
 

@@ -114,8 +114,8 @@ class FeatureCache:
         rounded = values.to(self.dtype)
         if rounded.isinf().any() and not values.isinf().any():
             raise UserError(
-                f"features up to {float(values.abs().max()):g} do not fit float16 (65504): set "
-                "dataset.feature_cache.dtype=bfloat16 or null"
+                f"features up to {float(values.abs().max()):g} do not fit float16 (at most 65504): "
+                "set dataset.feature_cache.dtype=bfloat16 or null"
             )
         return rounded
 

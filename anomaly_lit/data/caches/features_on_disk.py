@@ -90,7 +90,7 @@ class DiskFeatureCache(FeatureCache):
         if identity is None:
             raise UserError(
                 f"the features of {name} ({type(backbone).__name__}) cannot be kept on disk: it "
-                "has no identity(), which tells what they follow from. Choose cache=host, or "
+                "has no identity(), which says what they depend on. Choose cache=host, or "
                 "give it one like anomaly_lit.nn.backbone.Backbone's"
             )
         device = maps[0].device
@@ -111,7 +111,7 @@ class DiskFeatureCache(FeatureCache):
             ],
         }
         if channels_innermost(backbone):
-            subject["layout"] = "channels_last"  # which rounds otherwise
+            subject["layout"] = "channels_last"  # which rounds differently
         columns = [Column(tuple(stage.shape[1:]), self.dtype or stage.dtype) for stage in maps]
         return Store(
             self.folder / "features", subject, columns, self.max_gb, "dataset.feature_cache"

@@ -155,7 +155,7 @@ class Store:
             try:
                 return self._fill_alone(keys, write, whole)
             except FileNotFoundError:
-                warn_once(f"{self.folder} was deleted while it was being filled: built anew")
+                warn_once(f"{self.folder} was deleted while it was being filled: rebuilt")
                 return self._fill_alone(keys, write, whole)
 
     def _fill_alone(
@@ -202,7 +202,7 @@ class Store:
             except FileNotFoundError:
                 continue
             except DamagedError as damage:
-                warn_once(f"the cache's file {path} is damaged ({damage}): removed, and built anew")
+                warn_once(f"the cache's file {path} is damaged ({damage}): removed and rebuilt")
                 with self._readable_errors():
                     path.unlink(missing_ok=True)
 

@@ -63,8 +63,8 @@ class Layout:
     def sources(self, root: Path, category: str) -> list[Path]:
         """Name the folders of a category that are searched for pictures.
 
-        What lies in them and is not read is counted for the user. Name none where a list says
-        which files to read.
+        Files in them that are not read are counted for the user. Name none if a list says which
+        files to read.
         """
         return self.folders(root, [category])
 

@@ -14,8 +14,8 @@ from anomaly_lit.types import Sample, UserError, check_choice
 class ClassesLayout(Layout):
     """Base of sets in which every image has a class; a category is a class.
 
-    Training sees the training images of what is normal, the test all test images. There are no
-    masks. A layout defines `names` and `pictures`.
+    Training sees normal training images only; the test sees all test images. There are no masks. A
+    layout defines `names` and `pictures`.
 
     Args:
         normal: `one`: the class of the category is normal, all others are anomalous; `others`:
@@ -71,7 +71,7 @@ def with_labels(file: Path, labels: Sequence[Any]) -> list[tuple[str, int]]:
     """Pair the paths of a file's pictures with their labels.
 
     Raises:
-        UserError: There are not as many, or a label is no whole number.
+        UserError: Pictures and labels differ in number, or a label is no whole number.
     """
     paths = paths_in(file)
     if len(paths) != len(labels) or any(type(label) is not int for label in labels):

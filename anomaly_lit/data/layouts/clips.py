@@ -25,8 +25,8 @@ class ClipsLayout(Layout):
     order. Masks, where there are any, are `<clip>/<stem>.png` or `<clip>/<stem>_mask.png`.
 
     Args:
-        frames: How many earlier frames stand beside each frame, for methods that read clips. Each
-            clip's first frames, as many, are then neither trained on nor scored.
+        frames: How many earlier frames stand beside each frame, for methods that read clips. That
+            many frames at the start of each clip are then neither trained on nor scored.
         train_dir: Folder of the normal clips, relative to the root, as are the others.
         test_dir: Folder of the tested clips.
         labels_dir: Folder of their labels.

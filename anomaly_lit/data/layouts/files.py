@@ -1,4 +1,4 @@
-"""From the pictures of folders to samples."""
+"""Make samples from folders of pictures."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def by_stem(folder: Path) -> dict[str, str]:
     for path in list_images(folder):
         if path.stem in found:
             raise UserError(
-                f"{found[path.stem]} and {path} are masks of one name; keep one of them"
+                f"{found[path.stem]} and {path} are masks with the same name; keep one of them"
             )
         found[path.stem] = str(path)
     return found

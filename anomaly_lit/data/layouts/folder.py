@@ -1,4 +1,4 @@
-"""Folders of one's own."""
+"""Your own folders of pictures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from anomaly_lit.data.opening import MAX_PIXELS
 from anomaly_lit.folders import walk_images
 from anomaly_lit.types import Sample, UserError
 
-MAY_LIE_IN = ("normal_test_dir", "abnormal_dir")  # whose pictures are then those that are left
+MAY_LIE_IN = ("normal_test_dir", "abnormal_dir")  # the first in the second, which has the rest
 
 
 class FolderLayout(Layout):
