@@ -16,7 +16,7 @@ from anomaly_lit.types import UserError
 from hydra_plugins.anomaly_lit_launcher.jobs import Job, check_folders, name_by_difference, value_of
 from hydra_plugins.anomaly_lit_launcher.surroundings import escaped
 
-# what the jobs of a sweep must not be told again
+# overrides of the sweep, which its jobs must not get again
 OF_THE_SWEEP = (
     "hydra.mode",
     "hydra.sweep",
@@ -30,7 +30,7 @@ NOT_OF_A_RUN = ("hydra", "pruning", "when_changed")  # of this sweep
 
 
 class CommandLauncher(Launcher):
-    """A launcher whose jobs are the same commands as by hand, each in its folder."""
+    """A launcher that runs each job as the command one would type, in a folder of its own."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -66,7 +66,10 @@ class CommandLauncher(Launcher):
         return Job(number, told, " ".join(told) or "job", folder, command, config)
 
     def is_done(self, job: Job) -> bool:
-        """Return whether the folder holds results: of this configuration, or of another one."""
+        """Return whether there is nothing to run, since the job's folder holds results.
+
+        Results of this configuration make the job `skipped`, those of another one `failed`.
+        """
         if (
             not (job.folder / "metrics.json").is_file()
             or job.config.hydra.job.config_name != "train"
@@ -89,7 +92,7 @@ class CommandLauncher(Launcher):
         return job.state != "waiting"
 
     def results(self, jobs: list[Job]) -> list[JobReturn]:
-        """Return what Hydra hands to the sweeper; a failed job's value is an error about all."""
+        """Return what Hydra hands to the sweeper; a failed job's value is an error naming all."""
         failed = [job for job in jobs if job.state == "failed"]
         lines = [f"  {job.name}: {job.error} ({job.folder / 'job.log'})" for job in failed]
         text = f"{len(failed)} of {len(jobs)} jobs failed:\n" + "\n".join(lines)

@@ -20,7 +20,7 @@ from anomaly_lit.types import UserError
 
 PAUSE = 0.05  # seconds between two looks at the running jobs
 GRACE = 30.0  # seconds that a job is given to end by itself
-OF_SLURM = ("srun: ", "slurmstepd: ")  # lines of a log that tell how, and not why
+OF_SLURM = ("srun: ", "slurmstepd: ")  # log lines that say that a job ended, not why
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Job:
     process: subprocess.Popen[bytes] | None = None
     log: IO[bytes] | None = field(default=None, repr=False)
     more: dict[str, Any] = field(default_factory=dict)  # facts of a launcher's own, for job.json
-    waited_for: bool = False  # whether somebody else trains in its folder, and that was told
+    waited_for: bool = False  # whether we said that another process trains there
 
 
 def check_folders(jobs: list[Job]) -> None:
@@ -58,7 +58,7 @@ def check_folders(jobs: list[Job]) -> None:
 
 
 def name_by_difference(jobs: Sequence[Job]) -> None:
-    """Names several jobs by the overrides that they do not share."""
+    """Name several jobs by the overrides that they do not share."""
     shared = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
     for job in jobs:
         own = [override for override in job.overrides if override not in shared]
@@ -66,7 +66,7 @@ def name_by_difference(jobs: Sequence[Job]) -> None:
 
 
 def end(jobs: Sequence[Job]) -> None:
-    """Asks running jobs to end, as Ctrl-C does, and kills what is left after a while."""
+    """Ask running jobs to end, as Ctrl-C does, and kill those left after a while."""
     processes = [job.process for job in jobs if job.process and job.process.poll() is None]
     for process in processes:
         process.send_signal(signal.SIGTERM)
@@ -82,7 +82,7 @@ def end(jobs: Sequence[Job]) -> None:
 
 
 def who_trains(job: Job) -> str:
-    """Return who else trains in a job's folder, empty where nobody does; say it once."""
+    """Return who else trains in a job's folder, empty if nobody does; print it once."""
     facts = holder(job.folder)
     if facts is None:
         return ""
@@ -93,7 +93,7 @@ def who_trains(job: Job) -> str:
 
 
 def last_words(log: Path, lines: int = 1) -> str:
-    """Return the last lines of a log that say something; of an error in words, all of it."""
+    """Return the last lines of a log that say something, or the whole of a UserError."""
     text = log.read_text(encoding="utf-8", errors="replace").rpartition("\n--- ")[2]
     said = [line.rstrip() for line in text.splitlines()[1:] if line.strip()]
     said = [line for line in said if not line.startswith(OF_SLURM)] or said
@@ -104,7 +104,7 @@ def last_words(log: Path, lines: int = 1) -> str:
 
 
 def tell(job: Job, jobs: Sequence[Job]) -> None:
-    """Return a line for a job that ended."""
+    """Print a line for a job that ended."""
     ended = sum(other.state in ("done", "skipped", "failed") for other in jobs)
     took = f" in {time.time() - job.started:.0f} s" if job.state == "done" else ""
     what = {"skipped": "already finished", "failed": f"FAILED: {job.error}"}.get(job.state, "done")
@@ -112,7 +112,7 @@ def tell(job: Job, jobs: Sequence[Job]) -> None:
 
 
 def note(job: Job, code: int | None = None) -> None:
-    """Write `job.json`: what the job is, and how it went or goes."""
+    """Write `job.json`: what the job is, and how it went so far."""
     facts: dict[str, Any] = {
         "overrides": without_secrets(job.overrides),
         "attempt": job.attempt,
@@ -135,7 +135,7 @@ def write_plan(folder: Path, jobs: Sequence[Job], places: int) -> None:
 
 
 def write_ids(folder: Path, ids: Mapping[str, Job]) -> None:
-    """Add to `sweep.json` under which id SLURM knows each job."""
+    """Add SLURM's id of each job to `sweep.json`."""
     plan = read_plan(folder)
     told = {os.path.relpath(job.folder, folder): number for number, job in ids.items()}
     plan["slurm"] = plan.get("slurm", {}) | told

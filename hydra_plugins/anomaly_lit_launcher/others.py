@@ -45,7 +45,7 @@ class OtherLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Import and sets up the other launcher.
+        """Import and set up the other launcher.
 
         Raises:
             UserError: Its package is not installed.
@@ -57,7 +57,7 @@ class OtherLauncher(Launcher):
             choice = config.hydra.runtime.choices["hydra/launcher"]
             raise UserError(
                 f"hydra/launcher={choice} needs a package that is not installed ({error}): "
-                f'pip install "anomaly-lit[{self.extra}]", or take hydra/launcher=process'
+                f'pip install "anomaly-lit[{self.extra}]", or use hydra/launcher=process'
             ) from error
         self.hydra_context = hydra_context
         self.config = config
@@ -92,7 +92,7 @@ class OtherLauncher(Launcher):
         if devices * nodes > 1:
             raise UserError(
                 f"trainer.devices={devices} with hydra/launcher={choice}: its jobs are one process "
-                "each, and Lightning would repeat the whole sweep in the others. Take "
+                "each, and Lightning would repeat the whole sweep in the others. Use "
                 "hydra/launcher=process, or slurm with one task for each device"
             )
 

@@ -46,7 +46,7 @@ class ProcessLauncher(CommandLauncher):
         gpus: GPUs to share out, by number or by UUID; null takes those in CUDA_VISIBLE_DEVICES, or
             all; an empty list gives jobs none.
         gpus_per_job: GPUs of each job, where there are any.
-        timeout_minutes: A job that takes longer is ended and failed; null waits for ever.
+        timeout_minutes: A job that takes longer is ended and failed; null waits forever.
         retries: How often a failed job is tried again; it goes on from its last checkpoint.
     """
 
@@ -68,11 +68,11 @@ class ProcessLauncher(CommandLauncher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Run the jobs and gives what they returned; a failed one does not stop the others."""
+        """Run the jobs and return what they returned; a failed one does not stop the others."""
         check_alone()
         if not HAS_LOCKS:
             raise UserError(
-                "hydra/launcher=process needs the file locks of Linux or macOS; here take "
+                "hydra/launcher=process needs the file locks of Linux or macOS; here use "
                 "hydra/launcher=joblib"
             )
         slots = self.slots()
@@ -133,14 +133,14 @@ class ProcessLauncher(CommandLauncher):
                     continue
                 job.slot = free.pop(0)
                 if not self.start(job, slots[job.slot], len(slots)):
-                    free.append(job.slot)  # an older process is still at it
+                    free.append(job.slot)  # an older process still runs it
                     waiting.append(job)
                     break
                 running.append(job)
             time.sleep(PAUSE)
 
     def start(self, job: Job, gpus: list[str], places: int) -> bool:
-        """Start a job's process; false while one from before still writes into the folder."""
+        """Start a job's process; return false while an earlier one still writes into the folder."""
         job.folder.mkdir(parents=True, exist_ok=True)
         if who_trains(job):
             return False
@@ -165,7 +165,7 @@ class ProcessLauncher(CommandLauncher):
         return True
 
     def has_ended(self, job: Job) -> bool:
-        """Note how a job ended; ends one that takes too long."""
+        """Note how a job ended; end one that takes too long."""
         assert job.process is not None
         code = job.process.poll()
         late = self.timeout_minutes is not None and (

@@ -44,7 +44,7 @@ class RayLauncher(CommandLauncher):
     """Send the jobs of a sweep to Ray.
 
     Args:
-        address: Of a Ray cluster, such as `auto`; null starts Ray on this machine.
+        address: Address of a Ray cluster, such as `auto`; null starts Ray on this machine.
         num_cpus: Cores that Ray keeps for each job.
         num_gpus: GPUs of each job.
         retries: How often a failed job is tried again; it goes on from its last checkpoint.
@@ -77,7 +77,7 @@ class RayLauncher(CommandLauncher):
         except ImportError as error:
             raise UserError(
                 f"hydra/launcher=ray needs a package that is not installed ({error}): "
-                'pip install "anomaly-lit[ray]", or take hydra/launcher=process'
+                'pip install "anomaly-lit[ray]", or use hydra/launcher=process'
             ) from error
         jobs = self.plan(job_overrides, initial_job_idx)
         check_nodes(jobs)
@@ -179,7 +179,7 @@ def check_nodes(jobs: Sequence[Job]) -> None:
         nodes = OmegaConf.select(job.config, "trainer.num_nodes") or 1
         if nodes > 1:
             raise UserError(
-                f"trainer.num_nodes={nodes} with hydra/launcher=ray: a job has one machine; take "
+                f"trainer.num_nodes={nodes} with hydra/launcher=ray: a job has one machine; use "
                 "hydra/launcher=slurm, or trainer.num_nodes=1"
             )
 

@@ -49,7 +49,7 @@ def submit(script: Path, options: Sequence[str], count: int, at_a_time: int) -> 
     if shutil.which("sbatch") is None:
         raise UserError(
             "hydra/launcher=slurm needs SLURM's commands, and there is no sbatch here: start the "
-            "sweep on a login node of the cluster, or take hydra/launcher=process"
+            "sweep on a login node of the cluster, or use hydra/launcher=process"
         )
     line = ["sbatch", "--parsable", f"--array=0-{count - 1}%{at_a_time}", *options, str(script)]
     done = _run(line, environment(), seconds=300)

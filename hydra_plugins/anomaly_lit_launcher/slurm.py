@@ -61,14 +61,14 @@ class SlurmLauncher(CommandLauncher):
     """Sends the jobs to SLURM and waits for them.
 
     Args:
-        name: Of the jobs.
+        name: Name of the jobs.
         timeout_min: Minutes that SLURM gives a job.
         nodes: Nodes of each job, `trainer.num_nodes`.
         tasks_per_node: Processes on each node, `trainer.devices`.
         gpus_per_node: null asks for none with `trainer.accelerator=cpu`, else for one per task.
         cpus_per_task: Cores of each process.
         mem_gb: Main memory of each node; null leaves it to SLURM.
-        partition: Where the jobs run, as are the next six; null leaves it to SLURM.
+        partition: `--partition`; null leaves this one and the next six to SLURM.
         qos: `--qos`.
         account: `--account`.
         constraint: `--constraint`.
@@ -127,8 +127,8 @@ class SlurmLauncher(CommandLauncher):
         )  # fmt: skip
         self.sent: dict[str, Job] = {}  # by number, until they end
         self.limits: dict[str, int] = {}  # jobs at a time, by array
-        self.missing: dict[str, float] = {}  # since when a job is in the queue no more
-        self.reasons: set[str] = set()  # that were told
+        self.missing: dict[str, float] = {}  # when a job was first missing from the queue
+        self.reasons: set[str] = set()  # printed so far
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -203,7 +203,7 @@ class SlurmLauncher(CommandLauncher):
             self.send(waiting, options)
             time.sleep(POLL)
             queue = sbatch.queue()
-            if queue is None:  # it is busy, or starts anew
+            if queue is None:  # it is busy, or restarts
                 continue
             self.tell_reasons(queue)
             for number in [number for number in self.sent if number not in queue]:
@@ -214,7 +214,7 @@ class SlurmLauncher(CommandLauncher):
         """Take over the jobs that an earlier command has sent and that SLURM still has.
 
         Raises:
-            UserError: SLURM does not tell.
+            UserError: SLURM does not answer.
         """
         numbers = read_plan(self.sweep).get("slurm", {})
         before = [numbers.get(os.path.relpath(job.folder, self.sweep)) for job in waiting]
@@ -233,7 +233,7 @@ class SlurmLauncher(CommandLauncher):
             print(f"waiting for {len(found)} jobs that an earlier command has sent", flush=True)
 
     def send(self, waiting: list[Job], options: Sequence[str]) -> None:
-        """Send what waits as far as there are places, and as nobody else trains in its folder."""
+        """Send waiting jobs while there are places; skip those whose folder another run uses."""
         arrays = {number.partition("_")[0] for number in self.sent}
         for array in arrays:
             if len(arrays) == 1 and self.limits.get(array, LARGEST) < self.array_parallelism:

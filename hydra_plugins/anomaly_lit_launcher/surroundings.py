@@ -25,13 +25,16 @@ def check_alone() -> None:
     rank = os.environ.get("SLURM_PROCID", "0")
     if rank != "0":
         raise UserError(
-            f"the sweep runs already: this is its copy in task {rank} of SLURM. Start it once, "
+            f"the sweep is running already: task {rank} of SLURM is a copy of it. Start it once, "
             "in the script of sbatch without srun"
         )
 
 
 def visible_gpus() -> list[str]:
-    """GPUs by the environment, else by the driver's listing; no library is asked, it is slow."""
+    """Return the GPUs that the environment names, else those that the driver lists.
+
+    Asking a library instead would be slow.
+    """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [gpu for gpu in named.split(",") if gpu.strip() not in ("", "-1")]
@@ -40,7 +43,7 @@ def visible_gpus() -> list[str]:
 
 
 def environment(gpus: list[str], places: int) -> dict[str, str]:
-    """Variables of a job: its GPUs, a port of its own, and its share of the CPU's cores."""
+    """Return a job's variables: its GPUs, a port of its own, its share of the CPU's cores."""
     variables = dict(os.environ)
     variables.pop("HYDRA_FULL_ERROR", None)  # set while the launcher's own command runs
     for name in [name for name in variables if name.startswith(TASKS_OF_SLURM)]:

@@ -1,8 +1,8 @@
 """`hydra/sweeper=optuna`: a study of Optuna whose trials are the jobs of any launcher.
 
-Built on Optuna's ask and tell, so that any Optuna from 4 on will do, and that a study can be
-interrupted: what was finished stays, what was interrupted or failed is tried again in its folder,
-and the sampler's seed follows from the number of trials, not from what this call has drawn before.
+Built on Optuna's `ask` and `tell`, so that any Optuna from version 4 on works and a study can be
+interrupted. Finished trials stay; trials that were interrupted or failed are tried again in their
+folders. The sampler's seed follows from the number of trials, not from earlier draws of this call.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class StudySweeper(Sweeper):
     Args:
         sampler: Node that describes Optuna's sampler.
         pruner: Node that describes Optuna's pruner; null lets every trial run to its end.
-        n_trials: Trials with a result, or pruned, that the study shall have; those it has count.
+        n_trials: Trials that the study is to have, with a result or pruned; earlier ones count.
         n_jobs: Trials of a batch; null takes what the launcher runs at a time.
         direction: `minimize` or `maximize`; null tells by the metric's name.
         storage: Where the study is kept, as SQLAlchemy names it; null keeps it in memory.
         study_name: Its name there.
-        max_failures: So many failures one after another end the call.
+        max_failures: Number of failures one after another that ends the call.
         params: Values and what they are drawn from, as on the command line.
     """
 
@@ -88,8 +88,8 @@ class StudySweeper(Sweeper):
         """Run what is left of the study.
 
         Raises:
-            UserError: Nothing is searched, the objective cannot be had or is of the test set, the
-                study is of something else or in use, or trials fail one after another.
+            UserError: There is nothing to search, the objective is unknown or from the test set,
+                the study is another one or in use, or trials fail one after another.
         """
         import_optuna()
         given = [f"{name}={value}" for name, value in self.params.items()]
@@ -115,7 +115,7 @@ class StudySweeper(Sweeper):
         config = loader.load_sweep_config(self.config, [*fixed, *overrides_of(values)])
         if config.get("optimized_metric") is None:
             raise UserError(
-                "hydra/sweeper=optuna needs to know what is good: optimized_metric=val/loss, or "
+                "hydra/sweeper=optuna needs an objective: optimized_metric=val/loss, or "
                 "optimized_metric=val/synthetic_pixel_ap dataset.validate_on_synthesis=true"
             )
         check_objective(config)
@@ -124,7 +124,7 @@ class StudySweeper(Sweeper):
         return config.optimized_metric
 
     def check_pruning(self, config: DictConfig) -> None:
-        """Refuse a pruner that never gets to say something.
+        """Refuse a pruner that could never act.
 
         Raises:
             UserError: Validations do not measure the objective, there is one at the end alone, or
@@ -146,7 +146,7 @@ class StudySweeper(Sweeper):
             raise UserError(f"hydra/sweeper/pruner: jobs need hydra.sweeper.storage, {none}")
 
     def open_study(self, metric: str, fixed: list[str], space: Space) -> optuna.Study:
-        """Make the study or opens the one that is there, if it is of the same search."""
+        """Create the study, or open the existing one if it is of the same search."""
         import optuna
 
         from anomaly_lit.config.build import differences
@@ -235,7 +235,7 @@ class StudySweeper(Sweeper):
         return [f"pruning={written(node)}"]
 
     def conclude(self, study: optuna.Study, metric: str) -> None:
-        """Tells the best trial, and how many have a result."""
+        """Print the best trial, and how many have a result."""
         self.write(study, metric)
         count = len(complete(study))
         pruned = len(finished(study)) - count
@@ -276,7 +276,7 @@ def import_optuna() -> None:
         from optuna.distributions import FloatDistribution  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"hydra/sweeper=optuna needs Optuna from 4 on ({error}): pip install "
+            f"hydra/sweeper=optuna needs Optuna 4 or later ({error}): pip install "
             '"anomaly-lit[sweep]"; hydra-optuna-sweeper, which asks for an older one, is not needed'
         ) from error
     import warnings

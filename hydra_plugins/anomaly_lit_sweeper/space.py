@@ -25,7 +25,9 @@ Space = dict[str, "BaseDistribution"]
 
 
 def split(lines: Sequence[str], loader: ConfigLoader | None = None) -> tuple[list[str], Space]:
-    """Return what every trial shares, and what the others are drawn from; the last one counts.
+    """Return the overrides that all trials share, and what the others are drawn from.
+
+    Of two overrides with one key the last counts.
 
     >>> fixed, space = split(["a=1", "b=interval(0,1.5)", "b=2,3"])  # doctest: +SKIP
     >>> fixed, space["b"].choices  # doctest: +SKIP
@@ -74,7 +76,7 @@ def distribution_of(override: Override) -> BaseDistribution:
 
 
 def encoded(value: Any) -> Any:
-    """Numbers as they are, all else as it is written in an override."""
+    """Return numbers as they are, all else as an override would write it."""
     return value if isinstance(value, int | float) else Transformer.str(value)
 
 
@@ -85,7 +87,7 @@ def first_of(distribution: BaseDistribution) -> Any:
 
 
 def overrides_of(values: Mapping[str, Any]) -> list[str]:
-    """Values as overrides.
+    """Return values as overrides.
 
     >>> overrides_of({"method.sigma": 0.5, "shots": None})
     ['method.sigma=0.5', 'shots=null']
@@ -94,7 +96,7 @@ def overrides_of(values: Mapping[str, Any]) -> list[str]:
 
 
 def written(value: Any) -> str:
-    """Plain data as the value of an override.
+    """Return plain data as the value of an override.
 
     >>> written({"path": "a b", "depth": [1, None, True]})
     "{path:'a b',depth:[1,null,true]}"

@@ -1,4 +1,4 @@
-"""Trials of a study: what is tried again, how one ended, and who is at it."""
+"""Trials of a study: what is tried again, how one ended, and who works on it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def try_again(study: optuna.Study, sweep: str) -> None:
     settled = [t.params for t in trials if t.state not in unsettled]
     for trial in trials:
         if trial.user_attrs.get("sweep", sweep) != sweep:
-            continue  # of another command, which may be at it
+            continue  # of another command, which may still run it
         if trial.state == TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
         elif trial.state != TrialState.FAIL:
@@ -39,7 +39,7 @@ def try_again(study: optuna.Study, sweep: str) -> None:
 
 
 def tell(study: optuna.Study, trial: optuna.Trial, returned: JobReturn) -> bool:
-    """Tells the study how a trial ended; true where it failed, as one without a number has."""
+    """Tell the study how a trial ended; return true if it failed or gave no number."""
     from optuna.trial import TrialState
 
     folder = OmegaConf.select(returned.hydra_cfg or OmegaConf.create(), "hydra.runtime.output_dir")
@@ -75,7 +75,7 @@ def complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def line_of(study: optuna.Study, number: int, metric: str, wanted: int) -> str:
-    """How a trial ended, and the best so far."""
+    """Return how a trial ended, and the best so far."""
     trial, done = study.trials[number], finished(study)
     text = f"trial {number}: "
     pruned = "pruned at " if trial.state.name == "PRUNED" else ""
@@ -86,7 +86,7 @@ def line_of(study: optuna.Study, number: int, metric: str, wanted: int) -> str:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold the study for one command; the system lets go of it however that ends.
+    """Hold the study for one command; the system releases it however the command ends.
 
     Raises:
         UserError: Another command holds it.
@@ -94,5 +94,5 @@ def alone(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "study.lock").open("a") as file:
         if not lock(file):
-            raise UserError(f"another command is at the study in {folder}: wait for it")
+            raise UserError(f"another command works on the study in {folder}: wait for it")
         yield

@@ -119,4 +119,4 @@ def test_a_missing_ray_is_told(
     monkeypatch.setitem(sys.modules, "ray", None)
     outcome = run_here("train", "-m", "hydra/launcher=ray", "seed=1,2", f"output_dir={tmp_path}")
     assert outcome.code == 1
-    assert 'pip install "anomaly-lit[ray]", or take hydra/launcher=process' in outcome.err
+    assert 'pip install "anomaly-lit[ray]", or use hydra/launcher=process' in outcome.err

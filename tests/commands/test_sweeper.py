@@ -252,7 +252,7 @@ def test_another_search_in_the_same_study_is_refused(study: Callable[..., Toy]) 
 
 def test_two_commands_at_one_study_are_refused(study: Callable[..., Toy]) -> None:
     def nested(values: dict[str, float]) -> float:
-        with pytest.raises(UserError, match="another command is at the study"):
+        with pytest.raises(UserError, match="another command works on the study"):
             study(square)
         return 0.0
 
