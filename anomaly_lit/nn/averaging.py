@@ -13,7 +13,7 @@ class MovingAverage(AveragedModel):
     """Exponential moving average of a network's weights and statistics, for scoring.
 
     The decay is lower in the first steps, (1 + n) / (10 + n), so that a short run does not end
-    near its first weights. Unlike the base class, an update asks the device for no value.
+    near its first weights. Unlike with the base class, an update never waits for the GPU.
 
     Args:
         model: What is averaged; this starts as a copy of it.

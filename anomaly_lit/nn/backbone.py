@@ -37,8 +37,8 @@ class Backbone(nn.Module):
         std: Standard deviation of each channel, likewise.
         options: More arguments for `timm.create_model`.
         final_norm: Whether a transformer's maps pass through its last layer normalisation.
-        groups: Return the means of so many groups of consecutive stages, of equal size, in place of
-            the stages; None returns each stage.
+        groups: Number of groups of consecutive stages, all of one size; the mean of each group is
+            returned in place of its stages. None returns each stage.
         prefix: Also return a transformer's prefix tokens (class token, then registers).
         padding: Pixels of zeros on every side of a convolution's input, by the convolution's name
             in the network, such as `blocks.2.0.conv_dw`; it replaces the padding that timm chose.
@@ -135,7 +135,7 @@ class Backbone(nn.Module):
         network: Any = timm.create_model(name, **options)
         if not hasattr(network, "forward_intermediates") or not hasattr(network, "norm"):
             raise UserError(
-                f"the backbone {self.name} has no last layer normalisation: "
+                f"the backbone {self.name} has no last layer normalisation: set "
                 "method.backbone.final_norm=false"
             )
         return FeatureGetterNet(network, out_indices=self.out_indices, norm=True)

@@ -126,8 +126,8 @@ class StridedAutoencoder(LatentAutoencoder):
 class SameConv(nn.Module):
     """A 2 x 2 convolution that keeps the map's size; zeros are added below and on the right.
 
-    The published transposed convolutions of this size and stride 1 are such convolutions, too, with
-    zeros above and on the left instead.
+    The published transposed convolutions of this size and stride 1 do the same, with zeros above
+    and on the left instead.
 
     Args:
         given: Channels of the input.

@@ -34,7 +34,7 @@ class Stages(nn.Module):
     ) -> None:
         super().__init__()
         if not shares or min(shares.values()) < 0 or max(shares.values()) <= 0:
-            raise UserError(f"shares of training {dict(shares)}: none below 0, at least one above")
+            raise UserError(f"shares of training {dict(shares)}: none may be negative, nor all 0")
         self.names = [name for name, share in shares.items() if share > 0]
         ends = list(accumulate(shares[name] for name in self.names))
         self.ends = [end / ends[-1] for end in ends]  # the last is 1
