@@ -73,8 +73,9 @@ class ADTR(Method):
         head: How the last layer starts: `random`, or `mean`, which outputs the mean training
             feature, for learning rates far above the published one (see `nn.neighbours.silence`).
         anomalies: What ADTR+ learns from besides normal images. `none`: nothing, plain ADTR.
-            `masks`: corrupted images with their masks. `labels`: corrupted images, of which it
-            knows only whether they are. `outliers`: images of something else (`outlier_dir`).
+            `masks`: corrupted images with their masks. `labels`: the same images, of which it
+            knows only whether they were corrupted. `outliers`: images of something else
+            (`outlier_dir`).
         alpha: Weight of the push; None is 0.1 for `masks` and 1 for `labels` and `outliers`.
         top: Share of an image's positions, those farthest from their reconstruction, whose mean is
             pulled or pushed where only a label is known; in (0, 1].

@@ -2,19 +2,18 @@
 
 Even an image with a defect is mostly normal, so the reference is taken from the image itself: six
 learned queries gather its patches into six prototypes. A decoder rebuilds the blocks of a frozen
-transformer from these prototypes alone. Its tokens ask, the prototypes answer, and nothing is
-passed by: what no prototype describes cannot be rebuilt. The map is one minus the cosine of given
-and rebuilt features at each position. Encoder, groups and scoring are Dinomaly's.
+transformer from these prototypes alone: its tokens attend to the prototypes, without a residual
+that would pass them on, so what no prototype describes cannot be rebuilt. The map is one minus the
+cosine of given and rebuilt features at each position. Encoder, groups and scoring are Dinomaly's.
 
 Follows the authors' code. Differs from it:
 
 - Images are resized to the full image size, and the map is smoothed with reflected borders, as in
   our Dinomaly.
 - With several processes errors are compared with the mean of all.
-- Of INP-Former++ (arXiv:2506.03660), which has no public code: `coherence=soft` is what all
-  descriptions agree on. `mse` is a part on which they do not (whether channels are summed or
-  averaged); how its gradients are weighted is our choice. Its head, trained on synthetic defects,
-  is left out.
+- INP-Former++ (arXiv:2506.03660) has no public code. All descriptions of it agree on
+  `coherence=soft`. They disagree on `mse` (whether channels are summed or averaged); how its
+  gradients are weighted is our choice. Its head, trained on synthetic defects, is left out.
 
 Paper: Luo et al.: Exploring Intrinsic Normal Prototypes within a Single Image for Universal Anomaly
 Detection. CVPR 2025, arXiv:2503.02424.

@@ -5,14 +5,15 @@ and the map and learns, on images with synthetic defects whose masks are known, 
 map so that it has the outline of the defect. A little of the refined map is mixed into the old one.
 
 Follows the behaviour of the published code. The network has an encoder for the image and one for
-the map; the first layers of both are averaged, the rest of the first encoder goes on. Differences:
+the map. The outputs of their first layers are averaged; the image's encoder continues from there.
+Differences:
 
-- One PNI gives the maps, that of `pni_weights`; the authors train one refinement network on the
-  maps of all categories. The categories here are those of the PNI.
+- The maps come from one PNI, that of `pni_weights`, and cover its categories; the authors train one
+  refinement network on the maps of all categories.
 - The map is scaled so that its mean over normal pixels of training images is 0, and over synthetic
-  defects 1; how the code brings map and mask to one scale is not known to us.
+  defects 1; we do not know how the code brings map and mask to one scale.
 - The map is not cropped by 11 pixels, colours are not changed along their principal axes, and the
-  recipe of the defects is an option of `synthesis`: the published one is not known to us.
+  recipe of the defects is an option of `synthesis`: we do not know the published one.
 - The score is the largest value of the map that is returned.
 
 Paper: Bae, Lee, Kim: PNI: Industrial Anomaly Detection using Position and Neighborhood Information.
@@ -99,7 +100,7 @@ class PNIRefine(Method):
         self.flip, self.turn, self.jitter = flip, turn, jitter
         self.network = RefineNet(encoder, width)
         self.start = (encoder,)  # in a tuple, so that it is not a part of this module
-        self.register_buffer("scale", torch.tensor([0.0, 1.0]))  # map of the normal, of defects
+        self.register_buffer("scale", torch.tensor([0.0, 1.0]))  # mean of the map: normal, defects
 
     def train(self, mode: bool = True) -> PNIRefine:
         """Set the mode of all but the PNI, which stays in evaluation."""
@@ -185,7 +186,7 @@ class PNIRefine(Method):
         return (drawn - normal) / (defect - normal).abs().clamp(min=1e-6)
 
     def refine(self, image: Tensor, coarse: Tensor) -> Tensor:
-        """Add to a (B, 1, size, size) map what the network says."""
+        """Add the network's correction to a (B, 1, size, size) map."""
         return coarse + self.network(image, coarse).float()
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -225,8 +226,8 @@ class RefineNet(nn.Module):
     """Two encoders that share all but their first layers, and a decoder without skips.
 
     Args:
-        encoder: Gives the layers of the image's encoder, which are then trained; read its weights
-            afterwards, and then call `copy_stem`.
+        encoder: Gives the layers of the image's encoder, which are then trained. Load its weights
+            afterwards, then call `copy_stem`.
         width: Channels of the decoder's first stage.
 
     Raises:

@@ -55,8 +55,9 @@ class SAP2(Method):
         gradient_clip: Largest norm of the gradients.
         neighbours: Number k of normal images that an image is compared with.
         constraint_weight: Weight (lambda) of the constraint; 0 leads to collapse.
-        score: `adapted`: one minus the cosine between the projected image and what its neighbours
-            say; `raw`: that to the two nearest neighbours, without the head, for comparison.
+        score: `adapted`: one minus the cosine between the projected image and the mixture of its
+            neighbours; `raw`: the same to its two nearest neighbours, without the head, for
+            comparison.
         maps: Also give an anomaly map, from every position of the backbone's last map.
         map_neighbours: Number of normal positions that a position is compared with.
         coreset_share: Share of the normal positions that are kept, in (0, 1].
@@ -128,7 +129,7 @@ class SAP2(Method):
     # ------------------------------------------------------------------------------- training
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the distance to what neighbours say, and the constraint."""
+        """Return the distance to the mixture of neighbours, and the constraint."""
         given = self.features(self.backbone, batch)[-1].float().mean(dim=(2, 3))  # (B, d)
         near = self.near(given, batch["index"] if self.training else None)
         projected, expected = (part.float() for part in self.head(given, near))
@@ -144,7 +145,7 @@ class SAP2(Method):
 
         Args:
             given: The features.
-            own: (B,) numbers of training images, each of which is left out for its row.
+            own: (B,) numbers of training images, each left out of its own row.
 
         Raises:
             UserError: Fewer than two training images are known.
@@ -197,9 +198,9 @@ class AdaptiveProjection(nn.Module):
             nn.init.xavier_uniform_(part.weight)
 
     def forward(self, given: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
-        """Map vectors (N, d) and their neighbours (N, k, d) to what is found and expected, (N, d).
+        """Project vectors (N, d), and mix their neighbours (N, k, d): (N, d) each.
 
-        Neighbours have no order.
+        The order of the neighbours does not matter.
         """
         values = self.value(near)
         weights = self.query(values) @ self.key(values).transpose(1, 2)  # (N, k, k)

@@ -6,7 +6,7 @@ forgeries. So a guidance network, which sees the same image, learns to restore t
 the features of its decoder tell the segmenter what is normal here: at each scale it compares its
 own features with them and marks what differs.
 
-No code was published, and of the paper we had only the abstract. The rest follows NIGSF (Xing et
+No code was published, and we had only the abstract of the paper. The rest follows NIGSF (Xing et
 al., IEEE TCSVT 34, 2024), the same authors' next paper, in the variant of its ablation that
 restores the forged image itself, without the normal images that it retrieves:
 
@@ -15,9 +15,9 @@ restores the forged image itself, without the normal images that it retrieves:
 - losses and their weights, learning rate and its drops, the smoothed map's maximum as the score.
 
 Our own choices: the widths of both networks; guidance takes no gradient of the segmentation loss
-(`detach_guidance`); guidance features of forged and clean image are pulled together
-(`consistency_weight`); saliency is that of the image's foreground, where the authors run a network
-trained for it. Do not report results as those of the published SGSF. There are 52.65 million
+(`detach_guidance`); guidance features of the forged and the clean image are pulled together
+(`consistency_weight`); what is salient is the image's foreground, where the authors run a network
+trained for saliency. Do not report results as those of the published SGSF. There are 52.65 million
 trainable parameters.
 
 Paper: Xing, Sun, Li: Self-Supervised Guided Segmentation Framework for Unsupervised Anomaly

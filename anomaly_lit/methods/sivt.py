@@ -1,20 +1,21 @@
 """SIVT: self-induction vision transformer (Yao et al., 2022, arXiv:2211.12311).
 
-One model for many categories. A frozen backbone describes the image; the description is cut into
-tokens, and the tokens are dealt at random to four sets. Set by set, a learned induction token takes
-the place of the set's own tokens, and the encoder fills it from all others. Only the filled tokens
-are kept, so that no token can hand on itself; the decoder turns them back into the description. The
-distance to the given description, times the difference in direction, is the anomaly map.
+One model for many categories. A frozen backbone describes the image by a feature map, which is cut
+into tokens. The tokens are divided at random among four sets. One set after another, a learned
+induction token takes the place of the set's tokens, and the encoder fills it in from all others.
+Only the filled tokens are kept, so that no token can pass itself on; the decoder turns them back
+into the feature map. The anomaly map is the distance to the given feature map, times the difference
+in direction.
 
-No code was published, and of the paper we had only the abstract. It names induction tokens and a
+No code was published, and we had only the abstract of the paper. It names induction tokens and a
 self-supervised reconstruction of features, and its gains are those of PSA-VT over the same baseline
 (partial semantics aggregation, Yao et al., IEEE TIM 73, 2024), the first author's next paper with
-the same idea. We therefore follow the text and code of PSA-VT, and took its aggregation token for
-the induction token. Do not report results as those of the published SIVT. Our own choices:
+the same idea. We therefore follow the text and code of PSA-VT, and use its aggregation token as the
+induction token. Do not report results as those of the published SIVT. Our own choices:
 
-- scoring deals the tokens by a fixed seed, where PSA-VT draws anew in each forward pass;
-- any mask of the group can hide the tokens. Those that no set hides keep what the encoder makes of
-  them: `mask=none` is a plain transformer, `mask=block` hides blocks in training only;
+- scoring divides the tokens by a fixed seed, where PSA-VT draws anew in each forward pass;
+- any option of the group `mask` can hide the tokens. Tokens that no set hides keep what the encoder
+  makes of them: `mask=none` is a plain transformer, `mask=block` hides blocks in training only;
 - adding a category to a trained model, which PSA-VT also describes, is not part of it.
 
 With EfficientNet-B4 there are 14.47 million trainable parameters; with the fixed position codes of
@@ -51,7 +52,7 @@ class SIVT(Method):
 
     Args:
         backbone: Frozen feature extractor; PSA-VT takes four stages of EfficientNet-B4.
-        mask: Deals the tokens to sets. `partition` hides each token in exactly one of four sets.
+        mask: Divides the tokens among sets. `partition` hides each token in exactly one of four.
         loss: Reconstruction loss on maps of features.
         optimizer: Builds the optimiser.
         schedule: Factor of the learning rate over training.

@@ -74,7 +74,7 @@ class AdversarialDistorter(Method):
         similarity_weight: Weight of the squared mean cosine between the perturbations of different
             images, which the Distorter lowers.
         adversary: `alternating` or `reversal`, see above.
-        distorter_every: The Distorter takes a step in every so many; `alternating` only.
+        distorter_every: The Distorter takes one step in this many; `alternating` only.
         average: Decay of the moving average of the weights that score, in [0, 1); 0 keeps none.
         values: Range of the images that the networks see: `unit`, [0, 1], or `signed`, [-1, 1].
         score: `max` of the map after averaging over `pool` x `pool` pixels, for small defects, or
@@ -139,9 +139,9 @@ class AdversarialDistorter(Method):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the auto-encoder's errors, of the perturbed and of the clean encoding.
 
-        With `reversal` also the similarity of perturbations, and all of it trains the Distorter.
-        This also logs the perturbed error over the clean one, `ratio`: 1.2 to 3 is healthy; above
-        10 the Distorter is winning.
+        With `reversal`, also return the similarity of perturbations; all terms then train the
+        Distorter as well. Log `ratio`, the perturbed error over the clean one: 1.2 to 3 is healthy;
+        above 10 the Distorter is winning.
         """
         x = self.scaled(batch["image"])
         z = self.encoder(x)
@@ -183,7 +183,7 @@ class AdversarialDistorter(Method):
         return PERTURB[self.mode](z, answer, self.strength * share)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """Take a step of the auto-encoder and, in every few, one of the Distorter."""
+        """Take a step of the auto-encoder and, now and then, one of the Distorter."""
         if self.adversary == "reversal":
             return super().training_step(batch, batch_idx)
         autoencoder, distorter = self.optimizers()

@@ -1,10 +1,10 @@
 """Dinomaly: the less is more philosophy (Guo et al., CVPR 2025, arXiv:2405.14325).
 
-A frozen self-supervised transformer describes an image by eight of its middle blocks. Their mean is
-spoiled by dropout in a small bottleneck, and eight blocks with linear attention, which cannot focus
-and therefore cannot copy a token through, rebuild the blocks. Given and rebuilt blocks are compared
-in two groups of four, not one by one, and positions that are rebuilt well already get a tenth of
-the gradient. The map is one minus the cosine at each position. One model serves all categories.
+A frozen self-supervised transformer describes an image by eight of its middle blocks. A small
+bottleneck disturbs their mean by dropout, and a decoder of eight blocks rebuilds them. Its linear
+attention cannot focus, and therefore cannot copy a token. Given and rebuilt blocks are compared in
+two groups of four, not one by one, and positions that are already rebuilt well get a tenth of the
+gradient. The map is one minus the cosine at each position. One model serves all categories.
 
 The switches of Dinomaly2 are arguments: `bottleneck=narrow`, `recentering=target`,
 `first_rate=0.1`, `attention`, and `method.backbone.groups` for the number of groups.

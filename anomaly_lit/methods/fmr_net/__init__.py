@@ -1,11 +1,11 @@
 """FMR-Net: feature memory rearrangement network (Yao, Yu, Wang, 2023, arXiv:2206.10830).
 
 For defects of textured surfaces. An encoder joins several scales; a memory of normal features,
-learned by contrast, replaces what is unlike all its slots (CMFM). The laterals from encoder to
-decoder still carry the defect: there, each patch that the memory calls a defect is rewritten from
-normal patches elsewhere in the image (GFRM). Training first learns to rebuild normal texture and
-fills the memory by k-means, then learns to restore images with synthetic defects. Three maps of the
-difference, of pixels, of structure and of edges, are put on one scale and averaged.
+learned by contrast, replaces what is unlike all its slots (CMFM). The laterals (skip connections)
+from encoder to decoder still carry the defect: there, each patch that the memory calls a defect is
+rewritten from normal patches elsewhere in the image (GFRM). Training first learns to rebuild normal
+texture and fills the memory by k-means, then learns to restore images with synthetic defects. Three
+maps of the difference, in pixels, structure and edges, are put on one scale and averaged.
 
 We had the abstract and notes on the paper, not its text. The modules, the two stages and the three
 maps are the paper's; all formulas, sizes, losses and constants are ours. Our readings:
@@ -14,8 +14,8 @@ maps are the paper's; all formulas, sizes, losses and constants are ours. Our re
 - A texton of GFRM is the patch of a lateral around one position of the memory's map.
 - Maps are put on one scale by mean and deviation on held-out normal images (on training images if
   none are held out), and clipped at 0.
-- The split of detection between edge and cloud is left to the user: `fast=true` scores by the
-  memory alone, without decoder and maps.
+- The paper splits detection between edge device and cloud. Here `fast=true` scores by the memory
+  alone, without decoder and maps; where each part runs is left to the user.
 
 Training sees crops of `crop` pixels; any larger image can be scored, if 2 to the number of stages
 divides its sides.
@@ -70,15 +70,15 @@ class FMRNet(Method):
         dim: Channels of the memory's map, and length of a slot.
         slots: Slots of the memory.
         temperature: Divides cosines when the memory is read and in the contrast.
-        momentum: Share of the gate's threshold that stays in a step.
+        momentum: Share of the gate's threshold that is kept in each step.
         rearrange: How laterals are rewritten: `texton` (cosines of patches), `attention` (learned
             projections), `none` (as they are).
         overlap: Positions that a texton reaches beyond its own.
         texton_temperature: Divides cosines of textons.
-        shares: Shares of training of the warm-up, the memory and the restoration; 0 leaves the last
-            out, and laterals then stay closed.
-        restore_rate: Learning rate of the restoration, in units of that before.
-        encoder_rate: The encoder's rate in the restoration, in units of the rest.
+        shares: Shares of training of the warm-up, the memory and the restoration. A restoration of
+            0 is left out, and laterals then stay closed.
+        restore_rate: Learning rate of the restoration, relative to the rate before it.
+        encoder_rate: The encoder's rate in the restoration, relative to the rest of the network.
         contrast_weight: Weight of the contrast.
         spread_weight: Weight of slots that are too similar.
         edge_weight: Weight of the similarity of edges in the restoration.

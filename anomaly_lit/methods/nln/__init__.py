@@ -43,7 +43,7 @@ from anomaly_lit.nn.bank import Bank
 from anomaly_lit.nn.latent import LatentAutoencoder
 from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
-QUANTILES = (0.01, 0.99)  # of held-out images, which become 0 and 1
+QUANTILES = (0.01, 0.99)  # of held-out images; they are scaled to 0 and 1
 
 
 class NLN(Method):
@@ -58,13 +58,13 @@ class NLN(Method):
         variant: How the auto-encoder is trained: `plain`, `variational`, `adversarial` (codes look
             like normal noise), `residual` (errors are measured between a discriminator's
             features), `consistent` (GANomaly: errors are measured between codes).
-        rates: Learning rates by phase; those not named are the published ones. `reconstruct`,
-            and `discriminate` and `fool` or `encode` where the variant has them.
+        rates: Learning rates by phase: `reconstruct` and, where the variant has them,
+            `discriminate`, `fool` and `encode`. Phases not named keep the published rate.
         neighbours: Number k of neighbours.
-        alpha: Weight of the latent distance in the score, in [0, 1]; that of the error is the rest.
+        alpha: Weight of the latent distance in the score, in [0, 1]; the error has 1 - alpha.
         distance: `mean` or `max` of the distances to the neighbours.
         error: What an image is compared with: the reconstructions of its `neighbours`, or its `own`
-            (a usual auto-encoder, for comparison; alpha does not count then).
+            (a usual auto-encoder, for comparison, which ignores alpha).
         crops: Random crops for each patch of the grid, in training.
         rotation: Chance that a crop is turned, by 90, 180 or 270 degrees.
 
@@ -113,7 +113,7 @@ class NLN(Method):
         self.crops = crops
         self.rotation = rotation
         self.bank = Bank(autoencoder.latent)
-        # what becomes 0 and 1 of the errors of pixels, those of patches, and distances
+        # rows: errors of pixels, errors of patches, distances; columns: what is scaled to 0 and 1
         self.register_buffer("limits", torch.tensor([[0.0, 1.0]] * 3))
 
     # ------------------------------------------------------------------------------- training
@@ -205,7 +205,7 @@ class NLN(Method):
 
 
 class Comparison(NamedTuple):
-    """What is found of N patches."""
+    """How N patches differ from what normal ones look like."""
 
     pixel: Tensor  # (N, p, p), mean over channels and neighbours
     patch: Tensor  # (N,)

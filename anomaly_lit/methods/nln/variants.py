@@ -1,8 +1,7 @@
-"""How the auto-encoders of NLN are trained, and between what their errors are measured.
+"""How the auto-encoders of NLN are trained, and how their errors are measured.
 
 Each kind has phases. In a training step every phase takes one step, in order, with an optimiser and
-loss of its own. Codes are (N, latent), patches (N, 3, p, p) in [0, 1], and what discriminators give
-are logits.
+loss of its own. Codes are (N, latent), patches (N, 3, p, p) in [0, 1]. Discriminators give logits.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from anomaly_lit.nn.latent import LatentAutoencoder
 class Phase(NamedTuple):
     """A part of a training step."""
 
-    parts: list[nn.Module]  # what it changes
+    parts: list[nn.Module]  # what it trains
     rate: float | None  # the published learning rate; None is that of the optimiser
 
 

@@ -7,15 +7,16 @@ draws the background towards it, so that the defect keeps its contour.
 
 Only the abstract was at hand: the auto-encoder, the energy, its weights and the solver are ours.
 
-- The prior acts as a plug-in: the background is drawn to its own reconstruction in each iteration.
-- Without `sparsity` and `smoothness` they follow from the noise that is left of held-out normal
-  images, 2.5 and 1.5 standard deviations. Weaker weights find larger and fainter defects.
+- The prior is a plug-in: each iteration draws the background towards its own reconstruction.
+- If `sparsity` or `smoothness` is null, it is 2.5 or 1.5 standard deviations of the noise, which is
+  what the auto-encoder fails to rebuild of held-out normal images. Lower weights find larger and
+  fainter defects.
 - `solver=residual` is the comparison that only subtracts the reconstruction.
 - Left out: a search for the background among the auto-encoder's codes by gradients, priors of
   low rank or by splines, and features of a frozen network as patches.
 
-Scoring takes as long as several dozen passes through the auto-encoder. It depends on the image
-when it ends, so there is no export. The test reports the defect region itself as
+Scoring takes as long as several dozen passes through the auto-encoder. When it ends depends on the
+image, so the method cannot be exported. The test reports the defect region itself as
 `test/decomposition_iou` and others, next to the metrics of the map.
 
 Paper: Mou, Cao, Bai, Huang, Shi, Shan: PAEDID: Patch Autoencoder Based Deep Image Decomposition
@@ -48,8 +49,8 @@ from anomaly_lit.methods.paedid.network import PatchAutoencoder
 from anomaly_lit.methods.paedid.solver import Decomposition, decompose
 from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
-TIE_BREAKER = 1e-3  # weight of the residual in the map: a defect of 0 at most pixels would tie
-NOISE_IMAGES = 64  # held-out images that tell the noise
+TIE_BREAKER = 1e-3  # weight of the residual in the map: the defect alone is 0 at most pixels
+NOISE_IMAGES = 64  # held-out images from which the noise is measured
 
 
 class PAEDID(Method):
@@ -74,7 +75,7 @@ class PAEDID(Method):
         prior_weight: Weight of the prior in the first iteration.
         prior_growth: Factor of that weight in each further iteration.
         prior_most: Largest weight of the prior.
-        iterations: Most iterations.
+        iterations: Largest number of iterations.
         tolerance: Relative change of the defect at which an image is done.
         region: Top, left, bottom and right of where a defect may be, as shares of the image; None:
             everywhere.
@@ -233,7 +234,7 @@ class PAEDID(Method):
         return Prediction(anomaly_map, highest.mean(dim=1))
 
     def segment(self, defect: Tensor) -> Tensor:
-        """Mark where (B, 3, H, W) is not 0, opened by 3 x 3, without small regions."""
+        """Mark where (B, 3, H, W) is not 0, after a 3 x 3 opening, without small regions."""
         high = (defect.norm(dim=1, keepdim=True) > 0).float()
         opened = F.max_pool2d(1 - F.max_pool2d(1 - high, 3, 1, 1), 3, 1, 1) > 0
         for mask in opened[:, 0].cpu().numpy():  # views: nothing is copied back

@@ -47,8 +47,8 @@ def decompose(
         smoothness: Weight of the total variation of each channel.
         weight: Weight of the prior.
         growth: Factor of `weight` after each iteration.
-        most_weight: Where it stops to grow.
-        iterations: Most iterations.
+        most_weight: Largest weight of the prior, where it stops growing.
+        iterations: Largest number of iterations.
         tolerance: Relative change of S below which an image is done.
         region: (1, 1, H, W) bool, where a defect may be; None: everywhere.
         smoothing_iterations: Iterations within each step of S.

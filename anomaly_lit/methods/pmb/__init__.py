@@ -1,11 +1,11 @@
 """PMB: partition memory bank and histogram error estimation (Xing, Li, 2023, arXiv:2209.12441).
 
 An auto-encoder rebuilds normal images. Skip connections would let it copy a defect, and a memory
-that is asked pixel by pixel rebuilds a defect from scraps of normal images. Here the laterals from
-the encoder to the decoder are in turn plain skips and memories. Each memory is split: a part of the
-map has its own slots, so that stored pieces keep their meaning, and is asked with queries that
-see a block and its neighbours. What remains of normal areas in the difference image is estimated
-from its histogram and removed, at no cost in training.
+that is read pixel by pixel rebuilds a defect from scraps of normal images. Here the laterals from
+the encoder to the decoder are in turn plain skips and memories. Each memory is split: every part of
+the map has its own slots, so that stored pieces keep their meaning. It is read by queries that see
+a block and its neighbours. The error that remains in normal areas is estimated from the histogram
+of the difference image and removed, at no cost in training.
 
 We had the abstract and notes on the paper, not its text. The abstract states the ideas above; the
 network, the number of slots, the form of queries, all constants and the rule of the histogram are
@@ -39,7 +39,7 @@ from anomaly_lit.nn.autoencoder import Encoder
 from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
 LATERALS = ("none", "skip", "pmb")
-GUARD_IMAGES = 64  # held-out images from which the largest cut is taken
+GUARD_IMAGES = 64  # held-out images that bound what may be removed
 GUARD_SHARE = 0.995  # of their pixels lie below it
 
 
@@ -59,13 +59,13 @@ class PMB(Method):
         block: Side of the block that a query stands for, in positions; a query sees three blocks.
         temperature: Divides cosines before the softmax over the slots.
         entropy_weight: Weight of the entropy of reading.
-        memory_rate: Learning rate of the slots, in units of the network's.
-        hee: Remove the background error that the histogram of the difference image tells.
+        memory_rate: Learning rate of the slots, relative to the network's.
+        hee: Remove the background error, estimated from the histogram of the difference image.
         bins: Bins of the histogram.
         box: Bins of the box that smooths it, odd.
         level: The background ends where the histogram falls below this share of its peak.
         smoothing: Standard deviation of a Gaussian filter on the map, in pixels.
-        top: Share of the pixels whose mean is the score, the largest ones, in (0, 1].
+        top: Share of the pixels, those with the largest values, whose mean is the score; in (0, 1].
 
     Raises:
         UserError: A number is out of range, or there is not one lateral and partition per stage.
@@ -220,7 +220,7 @@ def background_level(difference: Tensor, bins: int, box: int, level: float) -> T
 
 
 def check_laterals(laterals: Sequence[str], stages: int, parts: Sequence[int]) -> None:
-    """Raise if there is not one lateral and one partition per stage, or the bottleneck is shut."""
+    """Raise unless each stage has a lateral and a partition, and the last one is not `none`."""
     unknown = sorted(set(laterals) - set(LATERALS))
     if unknown or len(laterals) != stages or laterals[-1] == "none":
         raise UserError(

@@ -9,9 +9,9 @@ the bank that the answer allows is the anomaly score; the two scores are average
 
 Follows the paper and the behaviour of the published code, with these differences:
 
-- In the code the network sees the patch that it has to guess: the wrong vector of the window is
-  left out. Here it does not, unless `include_center` is set. In the code the network's verdict is
-  also applied to items by their rank instead of their number; here it is by number.
+- In the code the network sees the patch that it has to guess, since the code leaves out the wrong
+  vector of the window. Here it does not, unless `include_center` is set. The code also assigns the
+  network's output to items by rank instead of index; here it goes by index.
 - An item is allowed if its probability exceeds tau / (number of items). The most probable one
   always is; the code's rule for a patch without an allowed item is not known to us.
 - The greedy coreset works on vectors projected to `projection` values, and on at most `candidates`
@@ -77,7 +77,8 @@ class PNI(Method):
         dim: Length of a feature vector.
         patch: Side of a patch, in positions of each stage, odd.
         share: Share of the patches that the bank keeps, in (0, 1].
-        candidates: Most patches that the bank is chosen from; each takes 4 * `dim` bytes.
+        candidates: Largest number of patches that the bank is chosen from; each takes 4 * `dim`
+            bytes.
         projection: Length of a vector while the bank is chosen.
         codes: Number of codes that the network tells apart.
         reach: Positions that a neighbourhood reaches to each side.

@@ -66,14 +66,15 @@ class ReverseDistillation(Method):
         final_activation: `relu`: each stage of the decoder ends in ReLU, as the teacher's do;
             `none`: rebuilt features may be negative.
         distance: Distance in training: `flat` compares whole maps as one vector, as the code does;
-            `position` compares each position, as the paper's formula does, which is reported as
+            `position` compares each position, as the paper's formula does; it is reported to be
             clearly worse.
         combine: How the maps of the scales are combined: `sum` or `product`.
         smoothing: Standard deviation of the Gaussian filter on the map, in pixels.
         score: `max` of the map, or `top`: the mean of its top 1 %.
 
     Raises:
-        UserError: The teacher's stages are no such pyramid, or a number or name is out of range.
+        UserError: The teacher's stages do not halve, a number is out of range, or an option is
+            unknown.
     """
 
     def __init__(

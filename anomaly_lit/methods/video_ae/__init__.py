@@ -1,9 +1,9 @@
 """Video AE: auto-encoder of clips with time shifts, attention and memories (Yan et al., 2023).
 
 From four frames of a clip the network predicts the next one; what moves in a way that normal clips
-never showed is predicted badly. Time comes in by shifting channels between the frames (RTSM), the
-decoder weighs its channels (RCAM), and between encoder and decoder every path leads through a
-memory of normal patterns, so that details of anomalies cannot slip through.
+never showed is predicted badly. Shifting channels between frames brings in time (RTSM), the decoder
+weighs its channels (RCAM), and every path from encoder to decoder leads through a memory of normal
+patterns, so that details of anomalies cannot slip through.
 
 Only abstracts were at hand. They fix these parts and that a loss keeps normal patterns apart.
 Sizes, memory and score are those of MNAD (Park et al., CVPR 2020), the rest is ours:
@@ -11,12 +11,14 @@ Sizes, memory and score are those of MNAD (Park et al., CVPR 2020), the rest is 
 - Frames are encoded one by one and fused by a 1 x 1 convolution at each level.
 - `shift=conv` shifts at each level and adds a convolution; `plain` adds one shift of the fused
   coarsest map, as ASTNet does, whose parts this network seems to take.
-- The finest level has no way across (`skip_memory` 0): full detail lets anomalies through.
+- The finest level has no lateral to the decoder (0 in `skip_memory`): full detail lets anomalies
+  through.
 - The loss for patterns (`dispersion`) keeps the mean queries of two items apart. It takes the
   place of MNAD's triplet loss, `dispersion=false`.
-- The score of one frame, for a threshold, takes the range of both its parts from training clips; in
-  a test of clips each part is brought to [0, 1] within its clip, as published, which looks ahead.
-- Left out: memories that follow normal-looking test frames, and memories of whole maps.
+- A single frame's score, which thresholds need, scales its two parts by their range on training
+  clips. In a test of clips each part is scaled to [0, 1] within its clip, as published, which needs
+  frames that come later.
+- Left out: memories that are updated by test frames that look normal, and memories of whole maps.
 
 With these sizes there are 21.7 million trainable parameters, of which 6.1 million are in the
 shifts, the attention and the fusion over time.
@@ -50,7 +52,7 @@ from anomaly_lit.types import (
 )
 
 WEIGHTS = {"predict": 0.1, "rebuild": 0.01}  # of the losses of the memories
-RANGE_FRAMES = 128  # of training, that tell the range of both parts of the score
+RANGE_FRAMES = 128  # training frames from which the range of both parts of the score is taken
 
 
 class VideoAE(Method):
@@ -67,8 +69,8 @@ class VideoAE(Method):
         causal: Frames take features of earlier frames only, for use online.
         attention: Whether the decoder has residual channel attention.
         memory: Items of the memory at the coarsest level, at least 2.
-        skip_memory: Items of the memories at the finer levels, coarsest first, at least 2; 0 drops
-            that way across.
+        skip_memory: Items of the memories at the finer levels, coarsest first, at least 2; 0 leaves
+            out the lateral of that level.
         compact_weight: Weight of the distance of queries to their items; None: 0.1 for `predict`,
             0.01 for `rebuild`.
         separate_weight: Weight of what keeps patterns apart; None: the same.
@@ -144,11 +146,11 @@ class VideoAE(Method):
     # ----------------------------------------------------------------------------- training
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the error of the frame, and what the memories ask of the queries, as means."""
+        """Return the mean error of the frame, and the mean losses of the memories' queries."""
         return self.terms(batch)[0]
 
     def terms(self, batch: Batch) -> tuple[dict[str, Tensor], list[Recall]]:
-        """Return the terms of the loss, and the recalls of the memories."""
+        """Return the terms of the loss, and what each memory recalled."""
         target = 2 * batch["image"] - 1
         found, recalls = self.network(self.clip(batch["image"], batch.get("frames")))
         found = found.float()

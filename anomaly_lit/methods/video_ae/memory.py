@@ -1,4 +1,4 @@
-"""A memory of normal patterns (MNAD), and what it asks of the queries."""
+"""A memory of normal patterns (MNAD), and the losses of its queries."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Memory(nn.Module):
 
 
 def separation(recall: Recall, items: Tensor, margin: float = 1.0) -> Tensor:
-    """Return how much nearer the second item is than the nearest and a margin (MNAD), a mean."""
+    """Return the mean triplet loss of queries, their nearest and second nearest item (MNAD)."""
     order = (recall.query.detach() @ items.T).topk(2, dim=1).indices
     first, second = ((recall.query - items[order[:, n]]).norm(dim=1) for n in (0, 1))
     return (first - second + margin).relu().mean()
@@ -71,8 +71,8 @@ def separation(recall: Recall, items: Tensor, margin: float = 1.0) -> Tensor:
 def dispersion(recall: Recall) -> Tensor:
     """Return how alike the patterns are that an image's queries form around the items, a mean.
 
-    A pattern is the mean query by the weights of an item, of unit length; what is returned is the
-    squared positive cosine of two of them. Each image counts by itself, whatever its batch.
+    A pattern is the mean of the queries, weighted by an item's weights, of unit length. The result
+    is the mean square of the positive cosines of two patterns of one image.
     """
     count = len(recall.distance)
     weights = recall.weights.view(count, -1, recall.weights.shape[1])  # (B, h * w, M)
