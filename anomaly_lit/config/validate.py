@@ -71,7 +71,7 @@ SHARE = Annotated[float, 0, 1]
 LIMIT = COUNT | SHARE | None  # batches, or a share of them
 RANGES: dict[Command, dict[str, Any]] = {  # of keys whose nodes state a type alone
     "train": {
-        "trainer.max_steps": COUNT | Literal[-1],
+        "trainer.max_steps": COUNT | Literal[-1] | None,
         "trainer.max_epochs": COUNT | Literal[-1] | None,
         "trainer.val_check_interval": COUNT | SHARE | None,
         "trainer.check_val_every_n_epoch": COUNT | None,

@@ -12,6 +12,7 @@ from anomaly_lit.config.build import instantiate, nodes
 from anomaly_lit.config.hydra import message_of
 from anomaly_lit.files import without_secrets
 from anomaly_lit.runs.checks import check_parts, check_validates
+from anomaly_lit.runs.length import given_length, steps_follow_data, steps_for
 from anomaly_lit.runs.ranks import is_first_process
 from anomaly_lit.types import UserError
 
@@ -61,7 +62,8 @@ def check_trainer(settings: dict[str, Any]) -> None:
 
     quiet()
     bare = {key: value for key, value in settings.items() if key not in ("callbacks", "plugins")}
-    made_by(instantiate({**bare, "logger": False, "_partial_": True}, "trainer"), settings)
+    bare |= {"logger": False, "_partial_": True, **given_length(settings)}
+    made_by(instantiate(bare, "trainer"), settings)
 
 
 def made_by(make: Callable[[], pl.Trainer], settings: Mapping[str, Any]) -> pl.Trainer:
@@ -104,7 +106,7 @@ def build_data(config: dict[str, Any], method: Method) -> AnomalyDataModule:
 def build_trainer(
     config: dict[str, Any],
     directory: Path,
-    data_digest: str,
+    datamodule: AnomalyDataModule,
     signals: StopSignals,
     pruner: Pruning | None = None,
 ) -> tuple[pl.Trainer, Evaluation]:
@@ -127,7 +129,7 @@ def build_trainer(
     from anomaly_lit.callbacks.training import LossCurves
     from anomaly_lit.runs.storage import WholeFiles
 
-    folder = str(directory / "checkpoints")
+    folder, data_digest = str(directory / "checkpoints"), datamodule.digest
     named = config["callbacks"] or {}
     callbacks = [instantiate(node, f"callbacks.{name}") for name, node in named.items()]
     evaluation = next((c for c in callbacks if isinstance(c, Evaluation)), None)
@@ -165,13 +167,16 @@ def build_trainer(
         callbacks.append(pruner)
     replace_observer()
     callbacks.append(Dashboard(str(directory), f"{folder}/{config['selection']}.ckpt"))
-    settings = {"default_root_dir": str(directory), **config["trainer"]}
+    given = config["trainer"]
+    settings = {"default_root_dir": str(directory), **given, **given_length(given)}
     plugins = instantiate(settings.pop("plugins", None), "trainer.plugins") or []
     plugins = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles()]
     if settings.get("precision") is None:
         settings["precision"] = default_precision(settings.get("accelerator", "auto"))
     make = instantiate({**settings, "_partial_": True})
     trainer = made_by(partial(make, callbacks=callbacks, logger=False, plugins=plugins), settings)
+    if steps_follow_data(given):
+        trainer.fit_loop.epoch_loop.max_steps = steps_for(trainer, datamodule)
     trainer.loggers = build_loggers(config, data_digest)
     return trainer, evaluation
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from anomaly_lit.runs.length import LEAST_STEPS
 from anomaly_lit.types import UserError
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def check_validates(config: dict[str, Any]) -> None:
         UserError: Training ends before the first validation.
     """
     settings = config["trainer"]
-    steps, interval = settings.get("max_steps", -1), settings.get("val_check_interval")
+    steps, interval = settings.get("max_steps"), settings.get("val_check_interval")
+    steps = LEAST_STEPS if steps is None else steps
     counts_steps = settings.get("check_val_every_n_epoch", 1) is None and isinstance(interval, int)
     if counts_steps and 0 <= steps < interval:
         raise UserError(

@@ -67,7 +67,7 @@ def run(
         if start is not None:
             check_same_data(datamodule, start)
         pruner = instantiate(pruning, "pruning") if pruning else None
-        trainer, evaluation = build_trainer(config, directory, datamodule.digest, signals, pruner)
+        trainer, evaluation = build_trainer(config, directory, datamodule, signals, pruner)
         with told_once():
             check_launcher(trainer)
             check_shares(datamodule, trainer.world_size)

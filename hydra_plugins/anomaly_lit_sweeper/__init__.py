@@ -137,10 +137,11 @@ class StudySweeper(Sweeper):
             raise UserError(
                 f"hydra/sweeper/pruner: no validation measures {metric}; val/..., {none}"
             )
-        if isinstance(interval, int) and 0 <= trainer.max_steps <= interval:
+        steps = trainer.max_steps
+        if isinstance(interval, int) and steps is not None and 0 <= steps <= interval:
             raise UserError(
                 f"hydra/sweeper/pruner needs validations before the end: trainer.val_check_interval"
-                f"={interval} below trainer.max_steps={trainer.max_steps}, {none}"
+                f"={interval} below trainer.max_steps={steps}, {none}"
             )
         if self.storage is None:
             raise UserError(f"hydra/sweeper/pruner: jobs need hydra.sweeper.storage, {none}")

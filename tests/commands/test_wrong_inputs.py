@@ -134,7 +134,7 @@ def test_wrong_type(train: Run, mvtec_folder: Path) -> None:
     outcome = train(mvtec_folder, "trainer.max_steps=many", "method.dim=[1, 2]")
     assert_refused(
         outcome,
-        "trainer.max_steps: expected int of at least 1 or -1, found 'many'",
+        "trainer.max_steps: expected int of at least 1 or -1 or null, found 'many'",
         "method.dim: expected int, found [1, 2]",
     )
 

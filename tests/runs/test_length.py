@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from anomaly_lit.runs import length
+from anomaly_lit.runs.length import given_length, steps_follow_data, steps_for
+
+
+@pytest.mark.parametrize(
+    ("images", "processes", "batches", "steps"),
+    [(20, 1, 1, 500), (200, 1, 1, 1000), (201, 1, 1, 1005), (999, 2, 2, 1249), (10**6, 1, 1, 5000)],
+)
+def test_steps_are_forty_passes_within_bounds(
+    images: int, processes: int, batches: int, steps: int
+) -> None:
+    trainer: Any = SimpleNamespace(world_size=processes, accumulate_grad_batches=batches)
+    data: Any = SimpleNamespace(batch_size=8, train_samples=range(images))
+    assert steps_for(trainer, data) == steps
+
+
+def test_a_stated_end_is_kept() -> None:
+    assert steps_follow_data({"max_steps": None, "max_epochs": -1})
+    assert not steps_follow_data({"max_steps": None, "max_epochs": 3})
+    assert not steps_follow_data({"max_steps": None, "max_time": "00:00:10:00"})
+    assert not steps_follow_data({"max_steps": 7})
+    assert not steps_follow_data({})
+    assert given_length({"max_steps": None}) == {"max_steps": -1}
+    assert given_length({"max_steps": 7}) == given_length({}) == {}
+
+
+def test_a_run_without_a_number_of_steps_says_how_long_it_is(
+    run_here: Callable[..., Any], mvtec_folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(length, "LEAST_STEPS", 1)
+    monkeypatch.setattr(length, "PASSES", 2)
+    arguments = (
+        f"output_dir={tmp_path / 'run'} dataset=mvtec_ad dataset.root={mvtec_folder} "
+        "dataset.categories=[bolt] method=ami_net_small method.backbone.weights=random "
+        "method.grid=8 method.dim=32 method.heads=2 method.depth=1 image_size=64 trainer=cpu "
+        "dataset.batch_size=4 dataset.holdout=0 logger=none"
+    )
+    outcome = run_here("train", *arguments.split())
+    assert outcome.code == 0, outcome.err
+    images = len(list((mvtec_folder / "bolt" / "train" / "good").iterdir()))
+    assert f"{-(-2 * images // 4)} steps of 4 images" in outcome.out
