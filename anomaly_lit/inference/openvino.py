@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -119,7 +124,7 @@ def export(scoring: Scoring, image: Tensor, file: Path) -> None:
     heard = logging.root.manager.disable
     logging.disable(logging.ERROR)  # exporters log hundreds of lines
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), fixed_positions(scoring, image):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(scoring, (image.clone(),), dynamo=True, verbose=False)
             assert program is not None
@@ -134,6 +139,37 @@ def export(scoring: Scoring, image: Tensor, file: Path) -> None:
         ) from error
     finally:
         logging.disable(heard)
+
+
+@contextmanager
+def fixed_positions(scoring: Scoring, image: Tensor) -> Iterator[None]:
+    """Have transformers take resized position codes from one forward pass, as constants.
+
+    timm resizes them with anti-aliasing in every forward pass. OpenVINO 2026.4 reads that flag and
+    ignores it, which changed Dinomaly's maps on DINOv2 by 14 % of their range.
+    """
+    resizing = "resample_abs_pos_embed"
+    modules = [timm.models.vision_transformer, timm.models.deit, timm.models.eva]
+    resize = getattr(modules[0], resizing)
+    kept: list[Tensor] = []
+
+    def note(*args: Any, **options: Any) -> Tensor:
+        kept.append(resize(*args, **options))
+        return kept[-1]
+
+    with ExitStack() as patches:
+        for module in modules:
+            patches.enter_context(mock.patch.object(module, resizing, note))
+        scoring(image)
+    again = itertools.cycle(kept)
+
+    def recall(*args: Any, **options: Any) -> Tensor:
+        return next(again)
+
+    with ExitStack() as patches:
+        for module in modules:
+            patches.enter_context(mock.patch.object(module, resizing, recall))
+        yield
 
 
 def compiled(file: Path, threads: int) -> Any:

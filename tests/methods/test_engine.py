@@ -5,20 +5,24 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from anomaly_lit.data.images import Resize
 from anomaly_lit.inference import openvino as engine
 from anomaly_lit.inference.detector import Detector
 from anomaly_lit.methods import files
-from anomaly_lit.types import UserError
+from anomaly_lit.nn.backbone import Backbone
+from anomaly_lit.types import Prediction, UserError
 
 METHODS = sorted(set(files().values()))
 Build = Callable[..., Any]
+DYNAMIC = {"img_size": 160, "dynamic_img_size": True}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*")
 
@@ -65,6 +69,31 @@ def test_openvino_finds_what_torch_finds_or_refuses(
         away = np.abs(one.anomaly_map - other.anomaly_map).max()
         assert away <= 1e-3 * np.ptp(one.anomaly_map)
         assert other.score == pytest.approx(one.score, rel=1e-3)
+
+
+class Tokens(nn.Module):
+    """A transformer's last map, as a method gives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Backbone("test_vit.r160_in1k", (1,), "random", options=DYNAMIC)
+
+    def predict_batch(self, batch: Any) -> Prediction:
+        anomaly_map = self.backbone(batch["image"])[0].mean(dim=1, keepdim=True)
+        return Prediction(anomaly_map, anomaly_map.amax(dim=(1, 2, 3)))
+
+
+def test_position_codes_are_resized_as_torch_does(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    method: Any = Tokens().eval()
+    position = next(p for n, p in method.named_parameters() if n.endswith("pos_embed"))
+    nn.init.normal_(position)
+    image, scoring = torch.rand(1, 3, 64, 64), engine.Scoring(method, "bolt")
+    engine.export(scoring, image, tmp_path / "model.onnx")
+    found = engine.compiled(tmp_path / "model.onnx", 1)(image.numpy())
+    with torch.no_grad():
+        expected = scoring(image)[0].numpy()
+    assert np.abs(found[0] - expected).max() < 1e-4 * np.ptp(expected)
 
 
 def test_another_result_than_torchs_is_refused(
