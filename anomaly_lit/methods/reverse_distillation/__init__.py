@@ -100,6 +100,7 @@ class ReverseDistillation(Method):
         check_range("method", "[1, inf)", decoder_depths=decoder_depths)
         check_range("method", "(0, inf)", width=width)
         check_range("method", "[0, inf)", smoothing=smoothing)
+        check_choice("method", ("basic", "bottleneck"), blocks=blocks)
         check_choice("method", ("relu", "none"), final_activation=final_activation)
         check_choice("method", ("flat", "position"), distance=distance)
         check_choice("method", ("sum", "product"), combine=combine)
