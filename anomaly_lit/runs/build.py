@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from anomaly_lit.callbacks.stopping import StopSignals
     from anomaly_lit.data.datamodule import AnomalyDataModule
     from anomaly_lit.methods.base import Method
+    from anomaly_lit.runs.storage import Start
 
 
 def find_all_weights(config: dict[str, Any]) -> None:
@@ -109,6 +110,7 @@ def build_trainer(
     datamodule: AnomalyDataModule,
     signals: StopSignals,
     pruner: Pruning | None = None,
+    start: Start | None = None,
 ) -> tuple[pl.Trainer, Evaluation]:
     """Return the trainer with the callbacks of every run and those of the configuration."""
     from pytorch_lightning.callbacks import ModelCheckpoint
@@ -170,7 +172,7 @@ def build_trainer(
     given = config["trainer"]
     settings = {"default_root_dir": str(directory), **given, **given_length(given)}
     plugins = instantiate(settings.pop("plugins", None), "trainer.plugins") or []
-    plugins = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles()]
+    plugins = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles(start)]
     if settings.get("precision") is None:
         settings["precision"] = default_precision(settings.get("accelerator", "auto"))
     make = instantiate({**settings, "_partial_": True})

@@ -16,6 +16,23 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 
+def worker_failure(error: RuntimeError) -> str | None:
+    """Return what happened to a process that reads images, and the way out; None if nothing did."""
+    from anomaly_lit.data.workers import PATIENCE
+
+    if str(error).startswith("DataLoader timed out"):
+        return (
+            f"no image came for {PATIENCE} s from the processes that read them: see whether the "
+            "drive of dataset.root answers, or set dataset.num_workers=0; the same command goes on"
+        )
+    if str(error).startswith("DataLoader worker (pid"):
+        return (
+            f"a process that reads images has died, perhaps for want of memory ({error}): lower "
+            "dataset.num_workers, or set it to 0; the same command goes on"
+        )
+    return None
+
+
 @contextmanager
 def report_failures() -> Iterator[None]:
     """Have one of several ranks say what failed and end at once.

@@ -19,13 +19,19 @@ from anomaly_lit.config.build import instantiate
 from anomaly_lit.files import replace_file, without_secrets
 from anomaly_lit.inference.checkpoint import read_checkpoint
 from anomaly_lit.runs.build import build, build_trainer
-from anomaly_lit.runs.failures import finish_loggers, out_of_memory, quiet, report_failures
+from anomaly_lit.runs.failures import (
+    finish_loggers,
+    out_of_memory,
+    quiet,
+    report_failures,
+    worker_failure,
+)
 from anomaly_lit.runs.folder import check_same_data
 from anomaly_lit.runs.objective import PRUNED
 from anomaly_lit.runs.plan import print_plan
 from anomaly_lit.runs.ranks import check_launcher, check_shares, is_first_process, told_once
 from anomaly_lit.runs.record import Timings, record, record_pruned
-from anomaly_lit.runs.storage import LAST, checkpoint_to_go_on_from
+from anomaly_lit.runs.storage import LAST, Start, checkpoint_to_go_on_from
 from anomaly_lit.types import UserError
 
 if TYPE_CHECKING:
@@ -61,25 +67,25 @@ def run(
     with StopSignals() as signals, report_failures():
         pl.seed_everything(config["seed"], workers=True, verbose=False)
         datamodule, method = build(config)
-        start, remark = checkpoint_to_go_on_from(directory) if goes_on else (None, "")
-        if remark:
-            print(f"warning: {remark}", file=sys.stderr)
+        start = checkpoint_to_go_on_from(directory) if goes_on else None
         if start is not None:
+            if start.remark:
+                print(f"warning: {start.remark}", file=sys.stderr)
             check_same_data(datamodule, start)
         pruner = instantiate(pruning, "pruning") if pruning else None
-        trainer, evaluation = build_trainer(config, directory, datamodule, signals, pruner)
+        trainer, evaluation = build_trainer(config, directory, datamodule, signals, pruner, start)
         with told_once():
             check_launcher(trainer)
             check_shares(datamodule, trainer.world_size)
         if is_first_process():
             note_configuration(config, directory)
-        if trainer.is_global_zero:
-            print_plan(trainer, method, datamodule)
-            print(f"{'Resuming in' if goes_on else 'Writing to'} {directory}", flush=True)
         whole = Run(
             config, directory, datamodule, method, trainer, evaluation, signals, pruner, start
         )
         try:
+            if trainer.is_global_zero:
+                print_plan(trainer, method, datamodule)
+                print(f"{'Resuming in' if goes_on else 'Writing to'} {directory}", flush=True)
             return whole.fit_and_test()
         except SystemExit as end:  # Lightning's response to Ctrl-C
             raise KeyboardInterrupt from end
@@ -123,6 +129,8 @@ def in_words(error: BaseException, trainer: pl.Trainer, config: dict[str, Any]) 
             f"out of memory: lower dataset.batch_size (now {batch}) or image_size (now "
             f"{config['image_size']}); the same command with another output_dir starts anew"
         )
+    if isinstance(error, RuntimeError) and (words := worker_failure(error)):
+        return words
     return compile_error(error)
 
 
@@ -150,7 +158,7 @@ class Run:
     evaluation: Evaluation
     signals: StopSignals
     pruner: Pruning | None = None
-    start: Path | None = None
+    start: Start | None = None
 
     @property
     def last(self) -> Path:
@@ -189,7 +197,7 @@ class Run:
         self.trainer.fit(
             self.method,
             datamodule=self.datamodule,
-            ckpt_path=None if self.start is None else str(self.start),
+            ckpt_path=None if self.start is None else str(self.start.path),
         )
         words = falling_words(self.trainer, self.falling)
         if words and self.trainer.is_global_zero:

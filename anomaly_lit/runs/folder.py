@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from anomaly_lit import __version__
 from anomaly_lit.config.build import differences, instantiate, moved
+from anomaly_lit.config.later import with_later_keys
 from anomaly_lit.files import without_secrets
 from anomaly_lit.runs.code import code_digest
 from anomaly_lit.runs.ranks import is_first_process
@@ -16,6 +17,7 @@ from anomaly_lit.types import UserError
 
 if TYPE_CHECKING:
     from anomaly_lit.data.datamodule import AnomalyDataModule
+    from anomaly_lit.runs.storage import Start
 
 # what a run writes into its folder, but for the logs that the present command writes to
 WRITTEN = frozenset(
@@ -46,11 +48,9 @@ def state_of(directory: Path, config: dict[str, Any]) -> str:
             )
         return "new"
     before = moved(yaml.safe_load(noted.read_text("utf-8")), str(directory))
-    if "num_nodes" in config.get("trainer", {}):  # not noted by older runs, which had one node
-        before.setdefault("trainer", {}).setdefault("num_nodes", 1)
     step = before.pop("step", None)  # how fast a step is: a run may go on with another
     told = without_secrets({k: v for k, v in config.items() if k != "step"})
-    changes = differences(before, told)
+    changes = differences(before, told) and differences(with_later_keys(before, told), told)
     finished = (directory / "metrics.json").is_file()
     if changes and (finished or begun):
         lines = "\n".join(f"  {line}" for line in changes)
@@ -151,17 +151,16 @@ def check_holds_no_data(directory: Path, config: dict[str, Any]) -> None:
         )
 
 
-def check_same_data(datamodule: AnomalyDataModule, checkpoint: Path) -> None:
+def check_same_data(datamodule: AnomalyDataModule, start: Start) -> None:
     """Refuse to go on with other images than those a run began with.
 
     Raises:
         UserError: Files were added, removed or changed since.
     """
-    from anomaly_lit.inference.checkpoint import read_checkpoint
-
-    if read_checkpoint(checkpoint)["anomaly_lit"].get("data_digest") != datamodule.digest:
+    assert start.content is not None
+    if start.content["anomaly_lit"].get("data_digest") != datamodule.digest:
         raise UserError(
-            f"the images in dataset.root={datamodule.root} are not those with which {checkpoint} "
+            f"the images in dataset.root={datamodule.root} are not those with which {start.path} "
             "was trained: files were added, removed or changed. Restore them, or choose another "
             "output_dir to start anew"
         )

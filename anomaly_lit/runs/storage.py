@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,40 @@ from anomaly_lit.types import UserError
 LAST, EARLIER = "last.ckpt", "last.earlier.ckpt"
 
 
+@dataclass
+class Start:
+    """The checkpoint that a run resumes from; to read it and its checksums takes time.
+
+    Args:
+        path: The file.
+        content: What it holds.
+        remark: A sentence about a newer one that is damaged; empty if there is none.
+    """
+
+    path: Path
+    content: dict[str, Any] | None
+    remark: str = ""
+
+    def take(self) -> dict[str, Any]:
+        """Return the content and let go of it, so that it does not fill memory during training."""
+        content, self.content = self.content, None
+        return read_checkpoint(self.path) if content is None else content
+
+
 class WholeFiles(TorchCheckpointIO):
     """Write a checkpoint beside its target, sync it, and only then replace the old one.
 
     Lightning's own writer uses the folder for temporary files: if that is on another file system, a
     kill in the middle leaves half a file. The previous `last.ckpt` is kept as `last.earlier.ckpt`,
     so a run needs room for three checkpoints while it writes.
+
+    Args:
+        start: The checkpoint to resume from, which is not read again.
     """
+
+    def __init__(self, start: Start | None = None) -> None:
+        super().__init__()
+        self.start = start
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
@@ -57,11 +85,13 @@ class WholeFiles(TorchCheckpointIO):
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a checkpoint as plain data, whatever else it might hold."""
+        if self.start is not None and Path(path) == self.start.path:
+            return self.start.take()
         return read_checkpoint(path)
 
 
-def checkpoint_to_go_on_from(directory: Path) -> tuple[Path | None, str]:
-    """Return a run's newest undamaged checkpoint, and a sentence about a damaged one.
+def checkpoint_to_go_on_from(directory: Path) -> Start | None:
+    """Return a run's newest undamaged checkpoint; None if there is no checkpoint at all.
 
     Drafts left by a killed process are removed.
 
@@ -79,14 +109,14 @@ def checkpoint_to_go_on_from(directory: Path) -> tuple[Path | None, str]:
         if not path.is_file():
             continue
         try:
-            read_checkpoint(path)
+            content = read_checkpoint(path)
         except UserError as error:
             problem = problem or str(error)
         else:
-            return path, f"{problem}: going on from {path}" if problem else ""
+            return Start(path, content, f"{problem}: going on from {path}" if problem else "")
     if problem:
         raise UserError(f"{problem}. Choose another output_dir to start anew")
-    return None, ""
+    return None
 
 
 def _is_full(error: BaseException | None) -> bool:

@@ -19,8 +19,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pytorch_lightning.loggers.logger import DummyLogger
 
 import anomaly_lit
+from anomaly_lit import loggers
+from anomaly_lit.data import batches, workers
+from anomaly_lit.nn.weights import check_archive
 from anomaly_lit.types import UserError
 
 Run = Callable[..., Any]
@@ -251,6 +255,35 @@ def test_run_killed_before_its_first_checkpoint_starts_anew(
     assert_same_weights(folder, uninterrupted)
 
 
+def test_a_run_of_an_earlier_version_goes_on_from_a_checkpoint_that_is_read_once(
+    run_here: Run,
+    overrides: list[str],
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_same_weights: Callable[..., None],
+) -> None:
+    folder, read = tmp_path / "run", []
+    shutil.copytree(finished, folder)
+    (folder / "metrics.json").unlink()
+    before = yaml.safe_load((folder / "config.yaml").read_text())
+    del before["trainer"]["num_nodes"], before["checkpoint"]["every_steps"]
+    del before["callbacks"]["evaluation"]["pixel_crop"], before["dataset"]["drop_last"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(before))
+
+    def noted(file: Any, path: Path) -> None:
+        read.append(path.name)
+        check_archive(file, path)
+
+    monkeypatch.setattr("anomaly_lit.inference.checkpoint.check_archive", noted)
+    outcome = run_here("train", *overrides, f"output_dir={folder}", "logger=csv")
+    assert outcome.code == 0, outcome.err
+    assert "Resuming" in outcome.out
+    assert read == ["last.ckpt"]
+    assert_same_weights(folder, finished)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["num_nodes"] == 1
+
+
 def test_run_killed_after_training_only_tests(
     start_command: Run,
     run_command: Run,
@@ -395,6 +428,55 @@ def test_out_of_memory_names_the_setting_to_lower(
     assert "dataset.batch_size (now 2)" in outcome.err
     assert "image_size (now 64)" in outcome.err
     assert "Traceback" not in outcome.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks its workers")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("what", "words"), [("hangs", "no image came for 2 s"), ("is killed", "has died")]
+)
+def test_a_worker_that_hangs_or_dies_ends_the_run_in_words(
+    run_here: Run, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    what: str, words: str,
+) -> None:  # fmt: skip
+    here, read = os.getpid(), batches.Images.batch
+
+    def spoilt(self: Any, rows: Any) -> Any:
+        if os.getpid() != here and what == "hangs":
+            time.sleep(60)
+        elif os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, rows)
+
+    monkeypatch.setattr(batches.Images, "batch", spoilt)
+    monkeypatch.setattr(workers, "PATIENCE", 2)
+    outcome = run_here("train", *overrides, "dataset.num_workers=1", f"output_dir={tmp_path}")
+    assert outcome.code == 1
+    assert words in outcome.err
+    assert "dataset.num_workers" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_a_password_in_an_address_reaches_no_file(
+    run_here: Run, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Quiet(DummyLogger):  # in the place of one that asks a server
+        def __init__(self, directory: str, tracking_uri: str | None = None, **_: object) -> None:
+            super().__init__()
+            assert tracking_uri == "https://me:pear-tree@host/x"
+
+        def describe(self, *given: object) -> None:
+            assert "pear-tree" not in str(given)
+
+    monkeypatch.setattr(loggers, "MLflowRun", Quiet)
+    own = ["logger=mlflow", "logger.mlflow.tracking_uri=https://me:pear-tree@host/x"]
+    outcome = run_here("train", *overrides, *own, f"output_dir={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    assert "https://***@host/x" in (tmp_path / "config.yaml").read_text()
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {"config.yaml", "metrics.json", "last.ckpt"} <= {file.name for file in files}
+    assert not [file for file in files if b"pear-tree" in file.read_bytes()]
+    assert "pear-tree" not in outcome.out + outcome.err
 
 
 # -------------------------------------------------------------------------------- loggers
@@ -551,6 +633,23 @@ def test_testing_a_checkpoint_repeats_the_metrics_of_training(
     assert read_rows(tmp_path / "out" / "predictions.csv") == read_rows(
         finished / "predictions.csv"
     )
+
+
+def test_testing_needs_nothing_that_only_training_reads(
+    run_here: Run, overrides: list[str], tmp_path: Path, new_category: Callable[..., None]
+) -> None:
+    folder, textures = tmp_path / "run", tmp_path / "textures"
+    new_category(textures)
+    own = ["synthesis=draem", "dataset.validate_on_synthesis=true"]
+    own += [f"dataset.synthesis.texture_dir={textures}", "cache=disk"]
+    own += [f"dataset.{key}.folder={tmp_path / 'cache'}" for key in ("cache", "feature_cache")]
+    assert run_here("train", *overrides, *own, f"output_dir={folder}").code == 0
+    for gone in (textures, tmp_path / "cache"):
+        shutil.rmtree(gone)
+    weights = folder / "checkpoints" / "last.ckpt"
+    outcome = run_here("test", f"ckpt_path={weights}", f"output_dir={tmp_path / 'out'}")
+    assert outcome.code == 0, outcome.err
+    assert not (tmp_path / "cache").exists()
 
 
 def test_testing_overwrites_nothing(run_here: Run, weights: Path, finished: Path) -> None:

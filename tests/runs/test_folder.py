@@ -38,15 +38,83 @@ def test_a_folder_that_holds_the_images_is_refused(tmp_path: Path, place: str) -
     assert state_of(tmp_path / "gone", config_of(tmp_path / "gone", tmp_path / "none")) == "new"
 
 
-def test_a_run_from_before_a_setting_was_noted_goes_on(tmp_path: Path) -> None:
-    config = {**config_of(tmp_path), "trainer": {"devices": 1}}
+LOSS = {"_target_": "torch.nn.HuberLoss", "reduction": "mean"}
+TRAINER = {"_target_": "pytorch_lightning.Trainer", "devices": 1}
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> dict[str, Any]:
+    """The configuration of a run of an earlier version, which has begun."""
+    config = {
+        **config_of(tmp_path), "seed": 0, "checkpoint": {"every_minutes": 2.0},
+        "method": {"loss": LOSS, "losses": [LOSS]}, "trainer": TRAINER,
+        "callbacks": {"outputs": {"_target_": "anomaly_lit.callbacks.Outputs"}},
+    }  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").touch()
-    one, two = ({**config, "trainer": {"devices": 1, "num_nodes": n}} for n in (1, 2))
-    assert state_of(tmp_path, one) == "unfinished"
-    with pytest.raises(UserError, match=r"trainer.num_nodes: 1 there, 2 now"):
-        state_of(tmp_path, two)
+    return config
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        {"trainer": {**TRAINER, "num_nodes": 1}},
+        {"method": {"loss": {**LOSS, "delta": 1.0}, "losses": [LOSS]}},
+        {"method": {"loss": LOSS, "losses": [{**LOSS, "delta": 1.0}]}},
+        {"checkpoint": {"every_minutes": 2.0, "every_steps": None}},
+        {"threshold": {"fpr": 0.01}},
+        {"selection": "last"},
+    ],
+)
+def test_a_run_goes_on_though_a_later_version_has_more_keys(
+    tmp_path: Path, begun: dict[str, Any], later: dict[str, Any]
+) -> None:
+    assert state_of(tmp_path, begun | later) == "unfinished"
+    with pytest.raises(UserError) as raised:
+        state_of(tmp_path, begun | later | {"seed": 1})
+    assert str(raised.value).count(" there, ") == 1  # a key that means nothing is not told
+    (tmp_path / "metrics.json").write_text("{}")
+    assert state_of(tmp_path, begun | later) == "finished"
+
+
+@pytest.mark.parametrize(
+    ("later", "words"),
+    [
+        ({"trainer": {**TRAINER, "num_nodes": 2}}, "trainer.num_nodes: absent there, 2 now"),
+        ({"trainer": {**TRAINER, "num_nodes": True}}, "trainer.num_nodes: absent there, true now"),
+        ({"trainer": {**TRAINER, "no_such": None}}, "trainer.no_such: absent there, null now"),
+        ({"method": {"loss": {**LOSS, "delta": 2.0}, "losses": [LOSS]}}, "method.loss.delta"),
+        ({"method": {"loss": LOSS, "losses": [LOSS, LOSS]}}, "method.losses"),
+        ({"method": {"loss": LOSS}}, "method.losses: .* there, absent now"),
+        (
+            {"method": {"loss": {**LOSS, "_target_": "torch.nn.SmoothL1Loss", "beta": 1.0},
+                        "losses": [LOSS]}},
+            "method.loss.beta: absent there, 1.0 now",
+        ),
+        ({"checkpoint": {"every_minutes": 2.0, "every_steps": 5}}, "checkpoint.every_steps"),
+        ({"threshold": {"fpr": 0.05}}, "threshold: absent there, .* now"),
+        ({"threshold": {"fpr": 0.01, "own": None}}, "threshold.own: absent there, null now"),
+        ({"selection": "best"}, "selection"),
+        ({"synthesis": None}, "synthesis: absent there, null now"),
+        ({"callbacks": {}}, "callbacks.outputs: .* there, absent now"),
+    ],
+)  # fmt: skip
+def test_a_key_that_a_run_never_had_makes_another_run_if_it_means_something(
+    tmp_path: Path, begun: dict[str, Any], later: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        state_of(tmp_path, begun | later)
+
+
+def test_a_part_that_a_run_was_without_makes_another_run(
+    tmp_path: Path, begun: dict[str, Any]
+) -> None:
+    """As `~callbacks.outputs` takes it out, although it is there by default."""
+    without = begun | {"callbacks": {}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(without))
+    with pytest.raises(UserError, match=r"callbacks.outputs: absent there"):
+        state_of(tmp_path, begun)
 
 
 def test_a_folder_without_a_name_is_refused(tmp_path: Path) -> None:

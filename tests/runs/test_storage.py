@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from anomaly_lit.inference.checkpoint import read_checkpoint
 from anomaly_lit.runs import storage
-from anomaly_lit.runs.storage import WholeFiles, checkpoint_to_go_on_from
+from anomaly_lit.runs.storage import Start, WholeFiles, checkpoint_to_go_on_from
 from anomaly_lit.types import UserError
 
 
@@ -27,9 +28,14 @@ def content(step: int, size: int = 10) -> dict[str, Any]:
     return {"global_step": step, "state_dict": {"x": torch.ones(size)}, "anomaly_lit": entry}
 
 
-def step_of(path: Path | None) -> int:
-    assert path is not None
-    return int(torch.load(path, weights_only=True)["global_step"])
+def step_of(found: Path | Start | None) -> int:
+    """The step of a file, or of what a run would go on from."""
+    assert found is not None
+    if isinstance(found, Path):
+        return int(torch.load(found, weights_only=True)["global_step"])
+    assert found.content is not None
+    assert found.content["global_step"] == step_of(found.path)
+    return int(found.content["global_step"])
 
 
 def test_the_one_before_is_kept(tmp_path: Path) -> None:
@@ -45,20 +51,48 @@ def test_the_one_before_is_kept(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:
     last = tmp_path / "checkpoints" / "last.ckpt"
-    assert checkpoint_to_go_on_from(tmp_path) == (None, "")
+    assert checkpoint_to_go_on_from(tmp_path) is None
     for step in (1, 2):
         WholeFiles().save_checkpoint(content(step), last)
-    assert checkpoint_to_go_on_from(tmp_path) == (last, "")
+    whole = checkpoint_to_go_on_from(tmp_path)
+    assert step_of(whole) == 2
+    assert whole is not None
+    assert (whole.path, whole.remark) == (last, "")
     last.write_bytes(last.read_bytes()[:-100])
-    found, remark = checkpoint_to_go_on_from(tmp_path)
+    found = checkpoint_to_go_on_from(tmp_path)
     assert step_of(found) == 1
-    assert "last.ckpt" in remark
-    assert "going on from" in remark
+    assert found is not None
+    assert "last.ckpt" in found.remark
+    assert "going on from" in found.remark
     last.unlink()  # as after a kill between two renamings
-    assert step_of(checkpoint_to_go_on_from(tmp_path)[0]) == 1
+    assert step_of(checkpoint_to_go_on_from(tmp_path)) == 1
     last.with_name("last.earlier.ckpt").write_bytes(b"")
     with pytest.raises(UserError, match="another output_dir"):
         checkpoint_to_go_on_from(tmp_path)
+
+
+def test_what_a_run_goes_on_from_is_read_once_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last, best = (tmp_path / "checkpoints" / name for name in ("last.ckpt", "best.ckpt"))
+    for step, path in enumerate((last, best)):
+        WholeFiles().save_checkpoint(content(step), path)
+    read: list[Path] = []
+
+    def noted(path: Path) -> dict[str, Any]:
+        read.append(path)
+        return read_checkpoint(path)
+
+    monkeypatch.setattr(storage, "read_checkpoint", noted)
+    start = checkpoint_to_go_on_from(tmp_path)
+    files = WholeFiles(start)
+    assert files.load_checkpoint(best)["global_step"] == 1
+    assert files.load_checkpoint(str(last))["global_step"] == 0
+    assert read == [last, best]
+    assert start is not None
+    assert start.content is None
+    assert files.load_checkpoint(last)["global_step"] == 0  # of the file, which may be newer
+    assert read == [last, best, last]
 
 
 def test_a_full_disk_spoils_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,8 +141,7 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint(
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             told = max([1, *(int(line) for line in pipe.read().split())])
-        found, _ = checkpoint_to_go_on_from(tmp_path)
-        assert step_of(found) >= told
+        assert step_of(checkpoint_to_go_on_from(tmp_path)) >= told
         assert not list(last.parent.glob(".*"))
 
 
@@ -127,6 +160,6 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         for _ in range(10):
             with pytest.raises(UserError, match="no space left on the disk"):
                 WholeFiles().save_checkpoint(content(3, 4_000_000), last)
-            assert step_of(checkpoint_to_go_on_from(small)[0]) == 2
+            assert step_of(checkpoint_to_go_on_from(small)) == 2
     finally:
         subprocess.run(["umount", str(small)], check=True)
