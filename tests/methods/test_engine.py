@@ -22,7 +22,7 @@ from anomaly_lit.types import Prediction, UserError
 
 METHODS = sorted(set(files().values()))
 Build = Callable[..., Any]
-DYNAMIC = {"img_size": 160, "dynamic_img_size": True}
+DYNAMIC = {"img_size": 518, "dynamic_img_size": True}  # as that of DINOv2
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*")
 
@@ -76,7 +76,7 @@ class Tokens(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone = Backbone("test_vit.r160_in1k", (1,), "random", options=DYNAMIC)
+        self.backbone = Backbone("vit_small_patch14_dinov2", (0,), "random", options=DYNAMIC)
 
     def predict_batch(self, batch: Any) -> Prediction:
         anomaly_map = self.backbone(batch["image"])[0].mean(dim=1, keepdim=True)
@@ -88,7 +88,7 @@ def test_position_codes_are_resized_as_torch_does(tmp_path: Path) -> None:
     method: Any = Tokens().eval()
     position = next(p for n, p in method.named_parameters() if n.endswith("pos_embed"))
     nn.init.normal_(position)
-    image, scoring = torch.rand(1, 3, 64, 64), engine.Scoring(method, "bolt")
+    image, scoring = torch.rand(1, 3, 56, 56), engine.Scoring(method, "bolt")
     engine.export(scoring, image, tmp_path / "model.onnx")
     found = engine.compiled(tmp_path / "model.onnx", 1)(image.numpy())
     with torch.no_grad():
