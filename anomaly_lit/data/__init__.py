@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from anomaly_lit.data.layouts.ksdd2 import KolektorSDD2
     from anomaly_lit.data.layouts.mvtec_ad import MVTecAD
     from anomaly_lit.data.layouts.ped2 import Ped2Layout
+    from anomaly_lit.data.layouts.real_iad import RealIADLayout
     from anomaly_lit.data.layouts.shanghaitech import ShanghaiTechLayout
     from anomaly_lit.data.layouts.visa import VisA
 
@@ -50,6 +51,7 @@ __all__ = [
     "MNISTLayout",
     "MVTecAD",
     "Ped2Layout",
+    "RealIADLayout",
     "ShanghaiTechLayout",
     "VisA",
 ]
@@ -75,6 +77,7 @@ FILES = {
     "Listing": "layouts.base",
     "MNISTLayout": "layouts.idx",
     "MVTecAD": "layouts.mvtec_ad",
+    "RealIADLayout": "layouts.real_iad",
     "VisA": "layouts.visa",
 }
 

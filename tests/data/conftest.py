@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +89,30 @@ def visa(tmp_path: Path, write_image: Write, write_mask: Write) -> Path:
     rows.append(f"candle,test,anomaly,{name},{mask}")
     (root / "split_csv").mkdir()
     (root / "split_csv" / "1cls.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture
+def real_iad(tmp_path: Path, write_image: Write, write_mask: Write) -> Path:
+    """One object: two views of four normal items, and of one whose defect a single view shows."""
+    root, rows = tmp_path / "real_iad", []
+    base = root / "realiad_1024" / "toy"
+    for item in range(4):
+        for view in (1, 2):
+            name = f"OK/S{item:04d}/toy_{item:04d}_OK_C{view}_2023.jpg"
+            write_image(base / name)
+            rows.append({"anomaly_class": "OK", "image_path": name, "mask_path": None})
+    for view, kind in ((1, "HS"), (2, "OK")):
+        name = f"NG/HS/S0009/toy_0009_NG_HS_C{view}_2023"
+        write_image(base / f"{name}.jpg")
+        mask = f"{name}.png" if kind == "HS" else None
+        if mask:
+            write_mask(base / mask)
+        rows.append({"anomaly_class": kind, "image_path": f"{name}.jpg", "mask_path": mask})
+    split = {"meta": {"prefix": "toy/"}, "train": rows[:6], "test": rows[6:]}
+    file = root / "realiad_jsons" / "realiad_jsons" / "toy.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(split))
     return root
 
 

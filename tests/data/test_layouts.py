@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from anomaly_lit.data import AnomalyDataModule
 from anomaly_lit.data.layouts.btad import BTADLayout
 from anomaly_lit.data.layouts.folder import FolderLayout
 from anomaly_lit.data.layouts.ksdd2 import KolektorSDD2Layout
 from anomaly_lit.data.layouts.mvtec_ad import MVTecADLayout
+from anomaly_lit.data.layouts.real_iad import RealIADLayout
 from anomaly_lit.data.layouts.visa import VisALayout, read_split
 from anomaly_lit.folders import list_images
 from anomaly_lit.types import UserError
@@ -83,6 +86,41 @@ def test_visa_with_other_columns_names_them(visa: Path) -> None:
     (visa / "split_csv" / "1cls.csv").write_text("object,image\n")
     with pytest.raises(UserError, match="label, mask, split"):
         read_split(visa / "split_csv" / "1cls.csv")
+
+
+def test_real_iad_follows_its_split_file(real_iad: Path) -> None:
+    layout = RealIADLayout()
+    assert layout.find_categories(real_iad) == ["toy"]
+    train, test = layout.list_category(real_iad, "toy")
+    assert [sample.group for sample in train] == [f"OK/S{n:04d}" for n in (0, 0, 1, 1, 2, 2)]
+    assert [sample.defect_type for sample in test] == ["good", "good", "HS", "good"]
+    assert [sample.label for sample in test] == [False, False, True, False]
+    assert [Path(sample.path).is_file() for sample in (*train, *test)] == [True] * 10
+    masks = [sample.mask_path for sample in test]
+    assert masks[:2] + masks[3:] == [None] * 3
+    assert Path(str(masks[2])).is_file()
+
+
+def test_real_iad_holds_out_whole_items(real_iad: Path) -> None:
+    datamodule = AnomalyDataModule(str(real_iad), holdout=0.4, layout=RealIADLayout())
+    datamodule.setup()
+    held = [sample.group for sample in datamodule.holdout_samples]
+    assert len(held) == 2
+    assert len(set(held)) == 1
+    assert held[0] not in {sample.group for sample in datamodule.train_samples}
+
+
+def test_real_iad_without_a_right_split_file_says_what_to_set(real_iad: Path) -> None:
+    layout, file = RealIADLayout(), real_iad / "realiad_jsons" / "realiad_jsons" / "toy.json"
+    with pytest.raises(UserError, match=r"usb\.json is not a split file.*split_dir"):
+        layout.list_category(real_iad, "usb")
+    split = json.loads(file.read_text())
+    file.write_text(json.dumps(split | {"train": split["test"]}))
+    with pytest.raises(UserError, match=r"toy\.json trains on 1 anomalous images"):
+        layout.list_category(real_iad, "toy")
+    file.write_text('{"train": []}')
+    with pytest.raises(UserError, match=r"toy\.json is not a split file.*'test'"):
+        layout.list_category(real_iad, "toy")
 
 
 def test_plain_folders_take_the_defect_type_from_the_first_sub_folder(plain: Path) -> None:
