@@ -109,6 +109,25 @@ def mvtec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a teacher for the tiny EfficientAD. Its error is made up: nothing taught it."""
+    import torch
+    import yaml
+
+    from anomaly_lit.nn.pdn import PDN, write_teacher
+
+    file = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    tiny = ROOT / "tests" / "methods" / "tiny" / "efficient_ad.yaml"
+    numbers = yaml.safe_load(tiny.read_text())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher = PDN("small", numbers["width"], numbers["channels"])
+    made_up = {"backbone": "none", "steps": "0", "images": "0", "held_out_error": "0.5"}
+    write_teacher(file, teacher, made_up)
+    return file
+
+
 def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """Names of what differs between two state dicts; a part's extra state is plain data."""
     import torch

@@ -24,7 +24,7 @@ WRITTEN = frozenset(
     {
         "checkpoints", "config.yaml", "curves.png", "images", "logs", "loss.png", "metrics.json",
         "mlflow.db", "mlruns", "overview.png", "predictions.csv", "profile.png", "profile.txt",
-        "pruned.json", "run_ids.json", "training.png", "wandb",
+        "pruned.json", "run_ids.json", "teacher.safetensors", "training.png", "wandb",
     }
 )  # fmt: skip
 

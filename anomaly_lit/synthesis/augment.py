@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from anomaly_lit.synthesis.base import uniform
 
-__all__ = ["augment", "colour_jitter", "rotate"]
+__all__ = ["augment", "change_one_colour", "colour_jitter", "rotate", "turn_grey"]
 
 
 def augment(
@@ -86,6 +86,29 @@ def colour_jitter(image: Tensor, strength: float, hue: float, generator: torch.G
     image = (mean + factors[1].view(-1, 1, 1, 1) * (image - mean)).clamp(0, 1)
     turn = uniform(image, generator, -2 * math.pi * hue, 2 * math.pi * hue)
     return _turn_colours(image, turn, factors[2].view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def change_one_colour(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Change brightness, contrast or saturation: one of them for each image, by up to `strength`.
+
+    Each moves the image away from, or towards, another one: a black image, one of its mean grey, or
+    its grey version.
+
+    Args:
+        image: (B, 3, H, W) float32 in [0, 1].
+        strength: Largest relative change.
+        generator: Draws the kind and the size of the change.
+    """
+    which = torch.randint(3, (len(image), 1, 1, 1), generator=generator, device=image.device)
+    factor = uniform(image, generator, 1 - strength, 1 + strength)
+    grey = _grey(image)
+    other = torch.where(which == 1, grey.mean(dim=(2, 3), keepdim=True), grey) * (which > 0)
+    return (other + factor * (image - other)).clamp(0, 1)
+
+
+def turn_grey(image: Tensor) -> Tensor:
+    """Give all three channels of (B, 3, H, W) images their brightness."""
+    return _grey(image).expand_as(image)
 
 
 def _gamma(image: Tensor, generator: torch.Generator) -> Tensor:

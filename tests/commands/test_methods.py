@@ -32,6 +32,7 @@ TRANSFORMER = (
 METHODS = sorted(set(files().values()))
 CLASSES = {name: found for found, name in files().items()}
 TINY = Path(__file__).parents[1] / "methods" / "tiny"
+TEACHER = "method.teacher_weights"
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,8 @@ def of_method(name: str) -> tuple[str, ...]:
     for key, value in yaml.safe_load((TINY / f"{name}.yaml").read_text()).items():
         parts = value if isinstance(value, dict) else {"": value}
         numbers |= {f"method.{key}.{part}".rstrip("."): number for part, number in parts.items()}
-    return preset, *frozen, *(f"{key}={value}" for key, value in numbers.items()), *COMMON
+    set_ = [f"{key}={'null' if value is None else value}" for key, value in numbers.items()]
+    return preset, *frozen, *set_, *COMMON
 
 
 CLIPS = {name for name in METHODS if "frames" in getattr(methods, CLASSES[name]).needs}
@@ -76,9 +78,15 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def data_of(name: str, root: str, clips: Path) -> tuple[str, ...]:
-    """A command line for data that a method can read."""
-    return ("dataset=clips", f"dataset.root={clips}") if name in CLIPS else (root,)
+@pytest.fixture
+def given(root: str, clips: Path, tiny_teacher: Path) -> Callable[[str], tuple[str, ...]]:
+    """Gives a command line for what a method reads: its data, and a teacher if it needs one."""
+
+    def line(name: str) -> tuple[str, ...]:
+        data = ("dataset=clips", f"dataset.root={clips}") if name in CLIPS else (root,)
+        return (*data, f"{TEACHER}={tiny_teacher}") if name == "efficient_ad" else data
+
+    return line
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:
@@ -88,13 +96,11 @@ def metrics_of(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_trains_tests_and_predicts(
-    name: str, root: str, run_here: Run, mvtec_folder: Path, clips: Path, tmp_path: Path
+    name: str, given: Run, run_here: Run, mvtec_folder: Path, clips: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     steps = ("trainer.max_steps=3", "trainer.val_check_interval=3")
-    outcome = run_here(
-        "train", *of_method(name), *data_of(name, root, clips), *steps, f"output_dir={run}"
-    )
+    outcome = run_here("train", *of_method(name), *given(name), *steps, f"output_dir={run}")
     assert outcome.code == 0, outcome.err
     metrics = metrics_of(run)
     assert metrics["setting"] == ("one-class" if name in CLIPS else "multi-class")
@@ -117,11 +123,11 @@ def test_trains_tests_and_predicts(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_killed_run_ends_with_the_same_weights(
-    name: str, root: str, run_command: Run, start_command: Run, clips: Path, tmp_path: Path
+    name: str, given: Run, run_command: Run, start_command: Run, tmp_path: Path
 ) -> None:
     """Both in processes of their own; the kill comes after a checkpoint within an epoch."""
     steps = ("trainer.max_steps=12", "trainer.val_check_interval=12", "checkpoint.every_steps=4")
-    line = (*of_method(name), *data_of(name, root, clips), *steps)
+    line = (*of_method(name), *given(name), *steps)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     started = start_command("train", *line, f"output_dir={killed}")
     last = killed / "checkpoints" / "last.ckpt"

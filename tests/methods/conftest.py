@@ -55,13 +55,15 @@ def shrink_backbone(node: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def small_method() -> Callable[..., Any]:
+def small_method(tiny_teacher: Path) -> Callable[..., Any]:
     """Builds ``small_method(name, **changes)``, the same weights each time."""
     configs: dict[str, dict[str, Any]] = {}
 
     def build(name: str, **changes: Any) -> Any:
         if name not in configs:
             configs[name] = compose_method(name)
+            if "teacher_weights" in configs[name]:
+                configs[name]["teacher_weights"] = str(tiny_teacher)
         torch.manual_seed(0)
         method = instantiate(configs[name] | changes)
         method.setup("fit")

@@ -201,6 +201,7 @@ def smooth_batch() -> Any:
 
 
 UNEQUAL = {
+    "efficient_ad": "takes the largest errors of the whole batch",
     "fmr_net": "draws cells of the whole batch",
     "pni": "draws patches of the whole batch",
 }

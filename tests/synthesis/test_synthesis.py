@@ -28,7 +28,12 @@ from anomaly_lit.synthesis import (
     Smudge,
     Synthesis,
 )
-from anomaly_lit.synthesis.augment import augment, colour_jitter
+from anomaly_lit.synthesis.augment import (
+    augment,
+    change_one_colour,
+    colour_jitter,
+    turn_grey,
+)
 from anomaly_lit.synthesis.base import foreground_of, otsu, random_disc
 from anomaly_lit.synthesis.general import (
     GeneralAnomalies,
@@ -216,6 +221,26 @@ def test_augmentations_change_each_image_and_none_changes_nothing() -> None:
 def test_jitter_of_nothing_is_the_image() -> None:
     image = images()
     torch.testing.assert_close(colour_jitter(image, 0.0, 0.0, seeded()), image, atol=1e-6, rtol=0)
+
+
+def test_one_colour_of_each_image_is_changed() -> None:
+    """Brightness, contrast or saturation, as for each image alone; all three are drawn."""
+    image = 0.3 + 0.4 * images(60)
+    found = change_one_colour(image, 0.2, seeded())
+    grey = turn_grey(image)
+    black, mean = torch.zeros_like(image), grey.mean(dim=(2, 3), keepdim=True).expand_as(image)
+    kinds = set()
+    for number in range(len(image)):
+        for kind, other in (("brightness", black), ("contrast", mean), ("saturation", grey)):
+            away, moved = (part[number] - other[number] for part in (image, found))
+            factor = float((moved * away).sum() / away.square().sum())
+            if 0.8 <= factor <= 1.2 and torch.allclose(moved, factor * away, atol=1e-5):
+                kinds.add(kind)
+                break
+        else:
+            pytest.fail("more than one was changed")
+    assert kinds == {"brightness", "contrast", "saturation"}
+    torch.testing.assert_close(change_one_colour(image, 0.0, seeded()), image)
 
 
 def test_textures_differ_and_have_contrast() -> None:
