@@ -35,7 +35,8 @@ def compose_method(name: str) -> dict[str, Any]:
     """The ``method`` node of ``method=NAME`` with its method's tiny numbers."""
     config = compose_published(name, 64)
     file = files()[config["_target_"].rpartition(".")[2]]
-    for key, value in yaml.safe_load((TINY / f"{file}.yaml").read_text()).items():
+    tiny = yaml.safe_load((TINY / f"{file}.yaml").read_text()) or {}
+    for key, value in tiny.items():
         *parents, last = key.split(".")
         part = reduce(getitem, parents, config)
         part[last] = part[last] | value if isinstance(value, dict) else value

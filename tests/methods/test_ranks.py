@@ -146,11 +146,11 @@ def compared(folder: Path, name: str, rank: int, batch: Any) -> dict[str, Any]:
     return {key: float((found[key] - value).abs().max()) / size for key, value in expected.items()}
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, names: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     batch = torch.load(f"{folder}/batch.pt", weights_only=False)
-    for name in METHODS:
+    for name in names:
         try:
             result: Any = compared(Path(folder), name, rank, batch)
         except Exception as error:
@@ -162,19 +162,23 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(
-    tmp_path_factory: pytest.TempPathFactory, small_method: Callable[..., Any],
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    small_method: Callable[..., Any],
     fit: Callable[..., Any],
-) -> Path:  # fmt: skip
-    """What two ranks found for every method."""
+) -> Path:
+    """What two ranks found for every method whose test was chosen."""
+    chosen = [item for item in request.session.items if item.path == Path(__file__)]
+    names = sorted({item.callspec.params["name"] for item in chosen})
     path = tmp_path_factory.mktemp("ranks")
     batch = smooth_batch()
     torch.save(batch, path / "batch.pt")
-    for name in METHODS:
+    for name in names:
         method = small_method(name)
         fit(method, batch, 1)
         method._trainer = None
         torch.save(method, path / f"{name}.pt")
-    mp.spawn(worker, args=(str(path),), nprocs=2)
+    mp.spawn(worker, args=(str(path), names), nprocs=2)
     return path
 
 
