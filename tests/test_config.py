@@ -17,7 +17,7 @@ from torch import nn
 
 from anomaly_lit.commands.entry import quoted
 from anomaly_lit.config.build import differences, moved, nodes
-from anomaly_lit.config.hydra import config_dir, job_folder, plain
+from anomaly_lit.config.hydra import check_own_options, config_dir, job_folder, plain
 from anomaly_lit.config.validate import HINTS, Command, fits, validate
 from anomaly_lit.types import UserError
 
@@ -371,3 +371,16 @@ def test_a_renamed_folder_changes_what_refers_to_it() -> None:
 def test_keys_that_nobody_reads_are_refused(command: Any, config: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         validate(config, command)
+
+
+@pytest.mark.parametrize("form", [["--config-dir", "{}"], ["--config-dir={}"], ["-cd", "{}"]])
+def test_an_own_option_with_a_name_of_the_package_is_refused(
+    form: list[str], tmp_path: Path
+) -> None:
+    arguments = [part.format(tmp_path) for part in form]
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "mine.yaml").touch()
+    check_own_options(["seed=1", *arguments])
+    (tmp_path / "method" / "uniad.yaml").touch()
+    with pytest.raises(UserError, match=r"uniad\.yaml would never be used: .*method/uniad too"):
+        check_own_options([*arguments, "seed=1"])

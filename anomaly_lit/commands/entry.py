@@ -23,7 +23,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from anomaly_lit.config.hydra import config_dir, in_sweep, message_of
+from anomaly_lit.config.hydra import check_own_options, config_dir, in_sweep, message_of
 from anomaly_lit.runs.ranks import tells
 from anomaly_lit.types import RUN_AGAIN, Stopped, UserError
 
@@ -70,6 +70,7 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
     register_plugins()
     main = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)
     try:
+        check_own_options(sys.argv[1:])
         main(guarded)()
     except KeyboardInterrupt:
         print(f"interrupted; {GOES_ON}", file=sys.stderr, flush=True)

@@ -6,7 +6,8 @@ import difflib
 import hashlib
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,26 @@ def config_dir() -> str:
     """Return the folder of configurations: in an installed package, or beside it in a checkout."""
     here = Path(__file__).resolve().parents[1]
     return str(next(path for path in (here / "conf", here.parent / "conf") if path.is_dir()))
+
+
+def check_own_options(arguments: Sequence[str]) -> None:
+    """Refuse options in the user's `--config-dir` that have the name of one of the package's.
+
+    Raises:
+        UserError: There is one: Hydra would take the package's, and say nothing.
+    """
+    pairs = pairwise([*arguments, ""])
+    given = [
+        a.partition("=")[2] or after for a, after in pairs if re.match("(--config-dir|-cd)(=|$)", a)
+    ]
+    for folder in map(Path, given):
+        for file in sorted(folder.rglob("*.yaml")):
+            option = file.relative_to(folder)
+            if Path(config_dir(), option).exists():
+                raise UserError(
+                    f"{file} would never be used: the package has {option.with_suffix('')} too; "
+                    "give it another name"
+                )
 
 
 def job_folder(overrides: str) -> str:
