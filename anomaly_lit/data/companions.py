@@ -149,11 +149,11 @@ class Frames(Companion):
 
 
 def with_history(samples: Sequence[Sample], frames: int) -> list[Sample]:
-    """Return the images that have so many frames before them in their clip.
+    """Return the images that have enough frames before them in their clip.
 
     Args:
         samples: Whole clips, in order of time.
-        frames: How many.
+        frames: How many frames are enough.
     """
     return [
         sample

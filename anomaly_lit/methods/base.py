@@ -35,9 +35,9 @@ class Method(Optimised):
             attribute `frames` says how many.
         localises: Whether predictions have an anomaly map; false for methods that score whole
             images only.
-        optimises: Whether scoring solves a problem anew for each image, which takes seconds and
-            ends when the image says so; such a method cannot be exported.
-        oracle: What scoring takes from the test set, shown in every results table; empty if
+        optimises: Whether scoring solves an optimisation problem for each image. That takes
+            seconds, more for some images than for others, and such a method cannot be exported.
+        oracle: What scoring takes from the test set, shown in every results table; empty for
             nothing.
         oracle_criterion: Metrics of the test set, joined by `+`, whose largest sum
             `selection=oracle` chooses: those by which the paper chose its weights.

@@ -168,7 +168,7 @@ class Backbone(nn.Module):
         if not isinstance(old, nn.Conv2d) or not 0 <= pixels <= max(old.kernel_size):
             raise UserError(
                 f"method.backbone.padding: {name}={pixels} must name a convolution of "
-                f"{self.name}, and from 0 pixels to the side of its kernel"
+                f"{self.name}, and give 0 pixels up to the side of its kernel"
             )
         new = nn.Conv2d(
             old.in_channels,

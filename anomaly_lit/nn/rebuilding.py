@@ -45,7 +45,7 @@ def check_depth(depth: int, groups: int) -> None:
     """Check that a decoder's blocks can be compared with groups of the backbone's.
 
     Raises:
-        UserError: They cannot be put into so many groups.
+        UserError: The depth is not a multiple of the groups.
     """
     if depth < 1 or depth % groups:
         raise UserError(

@@ -37,7 +37,7 @@ def worker_failure(error: RuntimeError) -> str | None:
 def report_failures() -> Iterator[None]:
     """Have one of several ranks say what failed and end at once.
 
-    Python's own way out waits for connections to ranks that are gone, at times for ever.
+    Python's own way out waits for connections to ranks that are gone, sometimes forever.
     """
     rank = int(os.environ.get("LOCAL_RANK", 0))
     if rank:

@@ -64,7 +64,7 @@ class AdversarialDistorter(Method):
         schedule: Factor of the learning rate over training.
         gradient_clip: Largest norm of the gradients; only for `adversary=reversal`.
         channels: Channels of the encoder's stages, each half the size of the one before. The
-            Distorter has half as many, but gives as many at its end.
+            Distorter has half as many, except in its last stage.
         mode: `additive`: a vector is added, whose norm is `strength` times that of the encoding.
             `multiplicative`: values lose a share of up to `strength`. `mask`: a share `strength`
             of the positions is set to zero.
