@@ -191,7 +191,7 @@ def environment() -> dict[str, str]:
 
 
 IN_CHILD = """
-import multiprocessing, os, runpy, signal, sys
+import multiprocessing, os, runpy, signal, sys, tempfile
 multiprocessing.set_start_method(method, force=True)  # of workers, as in a command of its own
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
 for number, path in ((1, out), (2, err)):
@@ -200,6 +200,7 @@ if alone:
     os.setsid()
 os.environ.clear()
 os.environ.update(environment)
+tempfile.tempdir = None  # that of the environment, as in a command of its own
 os.chdir(cwd)
 sys.argv = ["anomaly-" + command, *arguments]
 runpy.run_module("anomaly_lit.commands." + command, run_name="__main__", alter_sys=True)

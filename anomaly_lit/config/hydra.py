@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import re
 import sys
@@ -76,6 +77,9 @@ def message_of(error: BaseException) -> str:
     """Return what went wrong, in words, with the cause that Hydra keeps separately."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return message_of(error.__cause__)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" of {error.filename}" if error.filename else ""
+        return f"no space left on the disk{where}: free some, and run the same command again"
     text = _hydra_in_words(error) or str(error) or type(error).__name__
     if text.startswith("Caught UserError in DataLoader worker"):
         text = text.rpartition("UserError: ")[2].strip()  # torch puts a traceback in front

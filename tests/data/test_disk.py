@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import random
 import shutil
 import time
 from collections.abc import Callable
@@ -222,6 +223,26 @@ def read_slowly(root: Path, folder: Path, delay: float, said: Connection) -> Non
     said.send(pixel_sum(ready(root, DiskCache(str(folder)))))
 
 
+def start_reading(root: Path, folder: Path, delay: float) -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=read_slowly, args=(root, folder, delay, sender))
+    process.start()
+    sender.close()
+    return process, receiver
+
+
+def all_said(process: BaseProcess, receiver: Connection) -> list[object]:
+    """Waits for the end, which must be a good one."""
+    said: list[object] = []
+    with suppress(EOFError):
+        while True:
+            said.append(receiver.recv())
+    process.join()
+    assert process.exitcode == 0
+    return said
+
+
 def pixel_sum(datamodule: MVTecAD) -> float:
     return sum(float(batch["image"].double().sum()) for batch in datamodule.test_dataloader())
 
@@ -230,28 +251,15 @@ def pixel_sum(datamodule: MVTecAD) -> float:
 def test_of_several_processes_one_decodes_and_a_killed_one_hinders_nobody(
     mvtec: Path, folder: Path
 ) -> None:
-    context = multiprocessing.get_context("fork")
-
-    def start(delay: float) -> tuple[BaseProcess, Connection]:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=read_slowly, args=(mvtec, folder, delay, sender))
-        process.start()
-        sender.close()
-        return process, receiver
-
-    killed, receiver = start(0.5)
+    killed, receiver = start_reading(mvtec, folder, 0.5)
     receiver.recv()  # it decodes
     killed.kill()
     killed.join()
     assert len(list(folder.glob("images/*/*.draft"))) == 1
 
     said: list[object] = []
-    for process, receiver in [start(0.1) for _ in range(3)]:
-        with suppress(EOFError):
-            while True:
-                said.append(receiver.recv())
-        process.join()
-        assert process.exitcode == 0
+    for process, receiver in [start_reading(mvtec, folder, 0.1) for _ in range(3)]:
+        said += all_said(process, receiver)
     sums = [text for text in said if isinstance(text, float)]
     paths = [text for text in said if str(text).endswith((".png", ".jpg"))]
     assert sums == 3 * [pixel_sum(ready(mvtec, None))]
@@ -260,27 +268,35 @@ def test_of_several_processes_one_decodes_and_a_killed_one_hinders_nobody(
     assert not list(folder.glob("images/*/*.draft"))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes by fork")
+def test_twenty_times_processes_build_together_and_are_killed(mvtec: Path, tmp_path: Path) -> None:
+    """Two of three are killed at random moments; the third and a later one read all pixels."""
+    expected, draw = pixel_sum(ready(mvtec, None)), random.Random(0)
+    for number in range(20):
+        folder = tmp_path / f"cache {number}"
+        *killed, third = [start_reading(mvtec, folder, 0.01) for _ in range(3)]
+        for process, _ in killed:
+            time.sleep(draw.uniform(0, 0.2))
+            process.kill()
+            process.join()
+        for reader in (third, start_reading(mvtec, folder, 0.01)):
+            assert all_said(*reader)[-1] == expected
+        assert not list(folder.glob("images/*/*.draft"))
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes by fork")
 @pytest.mark.parametrize("how", ["clear", "rm -r"])
 def test_deleting_the_cache_kills_no_process_that_builds_it(
     mvtec: Path, folder: Path, how: str
 ) -> None:
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    builder = context.Process(target=read_slowly, args=(mvtec, folder, 0.05, sender))
-    builder.start()
-    sender.close()
+    builder, receiver = start_reading(mvtec, folder, 0.05)
     receiver.recv()  # it decodes
     if how == "clear":
         clear(folder)  # waits
     else:
         shutil.rmtree(folder)
-    said: list[object] = []
-    with suppress(EOFError):
-        while True:
-            said.append(receiver.recv())
-    builder.join()
-    assert builder.exitcode == 0
+    said = all_said(builder, receiver)
     assert said[-1] == pixel_sum(ready(mvtec, None))
     told = any("deleted while it was being filled" in str(text) for text in said)
     assert told == (how == "rm -r")

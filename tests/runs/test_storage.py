@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from anomaly_lit.config.hydra import message_of
 from anomaly_lit.inference.checkpoint import read_checkpoint
 from anomaly_lit.runs import storage
 from anomaly_lit.runs.storage import Start, WholeFiles, checkpoint_to_go_on_from
@@ -109,6 +110,13 @@ def test_a_full_disk_spoils_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         WholeFiles().save_checkpoint(content(2), last)
     assert last.read_bytes() == before
     assert [p.name for p in last.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_disk_that_is_full_elsewhere_is_told_with_the_way_out() -> None:
+    error = OSError(errno.ENOSPC, "no space", "/run/config.yaml")
+    assert message_of(error).startswith("no space left on the disk of /run/config.yaml: free some")
+    assert "free some" in message_of(OSError(errno.EDQUOT, "over quota"))
+    assert message_of(OSError(errno.EACCES, "denied")) == f"[Errno {errno.EACCES}] denied"
 
 
 def write_on(last: Path, told: int) -> None:
