@@ -96,7 +96,8 @@ class PDNTeacher(Method):
                 "(method.backbone.out_indices)"
             )
         self.backbone = backbone
-        self.pooled = pooled
+        for number, kernel in enumerate(description_kernels(backbone.channels, pooled, channels)):
+            self.register_buffer(f"kernel_{number}", kernel, persistent=False)
         self.grey = grey
         self.statistics = statistics
         self.teacher_file = teacher_file
@@ -134,11 +135,20 @@ class PDNTeacher(Method):
     def describe(self, maps: Sequence[Tensor], image: Tensor) -> Tensor:
         """Describe each position of the small network's map, (B, channels, H / 8, W / 8)."""
         grid = (image.shape[-2] // 8, image.shape[-1] // 8)
-        return described(maps, grid, self.pooled, self.mean.shape[1])
+        with torch.autocast(image.device.type, enabled=False):
+            values = [
+                F.interpolate(F.conv2d(stage.float(), kernel, padding=1), grid, mode="bilinear")
+                for stage, kernel in zip(maps, self.kernels(), strict=True)
+            ]
+            return torch.stack(values).sum(dim=0)
+
+    def kernels(self) -> list[Tensor]:
+        """Return the convolution that describes each stage."""
+        return [self.get_buffer(f"kernel_{n}") for n in range(len(self.backbone.channels))]
 
     def errors(self, image: Tensor, maps: Sequence[Tensor]) -> Tensor:
         """Return the squared errors of the small network, (B, channels, H / 8, W / 8)."""
-        target = (self.describe(maps, image).float() - self.mean) / self.std
+        target = (self.describe(maps, image) - self.mean) / self.std
         half = shrink(image, (image.shape[-2] // 2, image.shape[-1] // 2))
         return (self.teacher(half).float() - target).square()
 
@@ -195,26 +205,25 @@ class PDNTeacher(Method):
         return Prediction(anomaly_map, anomaly_map.amax(dim=(1, 2, 3)))
 
 
-def described(maps: Sequence[Tensor], grid: tuple[int, int], pooled: int, channels: int) -> Tensor:
-    """Describe each position of a grid by some values, as PatchCore does.
+def description_kernels(channels: Sequence[int], pooled: int, count: int) -> list[Tensor]:
+    """Return PatchCore's description of a position as one fixed convolution for each stage.
+
+    A stage's 3 x 3 neighbours, channel by channel, are averaged to at most `pooled` values, and
+    those of all stages together to `count`: both are sums with fixed weights.
 
     Args:
-        maps: (B, C_i, h_i, w_i) of some stages, finest first.
-        grid: Height and width.
-        pooled: Most values of one stage, means of neighbours in the order of the channels.
-        channels: Values of all stages together, likewise.
+        channels: Channels C of each stage, finest first.
+        pooled: Most values of one stage.
+        count: Values of all stages together.
 
     Returns:
-        (B, channels, *grid).
+        Kernels (count, C, 3, 3), whose results are added.
     """
-    stages = []
-    for stage in maps:
-        around = F.unfold(stage, 3, padding=1)  # (B, 9 C, h w), channel by channel
-        means = averaged(around, min(pooled, around.shape[1])).unflatten(2, stage.shape[-2:])
-        stages.append(F.interpolate(means, grid, mode="bilinear"))
-    return averaged(torch.cat(stages, dim=1).flatten(2), channels).unflatten(2, grid)
+    stages = [averaging(9 * own, min(pooled, 9 * own)) for own in channels]
+    joined = averaging(sum(map(len, stages)), count).split([*map(len, stages)], dim=1)
+    return [(part @ own).view(count, -1, 3, 3) for part, own in zip(joined, stages, strict=True)]
 
 
-def averaged(values: Tensor, count: int) -> Tensor:
-    """Average (B, C, N) to (B, count, N), neighbouring channels together."""
-    return F.adaptive_avg_pool1d(values.transpose(1, 2), count).transpose(1, 2)
+def averaging(given: int, made: int) -> Tensor:
+    """Return a matrix (made, given) that averages neighbouring values."""
+    return F.adaptive_avg_pool1d(torch.eye(given), made).T

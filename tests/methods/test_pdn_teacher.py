@@ -13,7 +13,6 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from anomaly_lit.methods.pdn_teacher import described
 from anomaly_lit.nn.aggregate import shrink
 from anomaly_lit.types import UserError
 
@@ -46,12 +45,19 @@ def slowly_described(maps: list[Tensor], grid: tuple[int, int], most: int, count
     return found
 
 
-def test_a_position_is_described_by_means_of_its_neighbours() -> None:
-    maps = [torch.randn(2, 4, 6, 4), torch.randn(2, 5, 3, 2)]
-    found = described(maps, (6, 4), 40, 12)
+def test_a_position_is_described_by_means_of_its_neighbours(small_method: Build) -> None:
+    """Of 128 and 256 channels, 9 neighbours each."""
+    method = small_method("pdn_teacher", pooled=40, channels=12)
+    maps = [torch.randn(2, 128, 6, 4), torch.randn(2, 256, 3, 2)]
+    found = method.describe(maps, torch.rand(2, 3, 48, 32))
     for number in range(2):
         own = [stage[number] for stage in maps]
         torch.testing.assert_close(found[number], slowly_described(own, (6, 4), 40, 12))
+    whole = small_method("pdn_teacher", pooled=2000, channels=12)  # 128 * 9 are not averaged
+    found = whole.describe(maps, torch.rand(2, 3, 48, 32))
+    torch.testing.assert_close(
+        found[0], slowly_described([stage[0] for stage in maps], (6, 4), 2000, 12)
+    )
 
 
 def test_values_to_imitate_have_mean_0_and_deviation_1(
