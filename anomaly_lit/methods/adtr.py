@@ -32,7 +32,7 @@ Note: no code was published; `method.anomalies` makes it ADTR+.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -88,6 +88,8 @@ class ADTR(Method):
         UserError: A number is out of range, an option is unknown, or `stride` does not divide the
             image size.
     """
+
+    needs_by_setting: Mapping[str, str] = {"outlier": "method.anomalies=outliers"}
 
     def __init__(
         self,

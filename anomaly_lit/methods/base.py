@@ -33,6 +33,8 @@ class Method(Optimised):
             `corruption`), `prompt`, `outlier`. Where they depend on an argument, `__init__` sets
             them. With `frames`, every batch has the frames before the image in its clip, and the
             attribute `frames` says how many.
+        needs_by_setting: Settings that add a key to `needs`, such as `method.penalty=true` for
+            `outlier`; messages name them.
         localises: Whether predictions have an anomaly map; false for methods that score whole
             images only.
         optimises: Whether scoring solves an optimisation problem for each image. That takes
@@ -49,6 +51,7 @@ class Method(Optimised):
     """
 
     needs: frozenset[str] = frozenset()
+    needs_by_setting: Mapping[str, str] = {}
     localises: bool = True
     optimises: bool = False
     oracle: str = ""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from anomaly_lit.files import replace_file
-from anomaly_lit.types import UserError, check_range
+from anomaly_lit.types import UserError, check_choice, check_range
 
 Kind = Literal["small", "medium"]
 FORMAT = "PDN teacher of anomaly_lit, 1"
@@ -48,8 +48,7 @@ class PDN(nn.Sequential):
 
     def __init__(self, kind: Kind, width: int, channels: int, padding: bool = False) -> None:
         check_range("method", "[1, inf)", width=width, channels=channels)
-        if kind not in ("small", "medium"):
-            raise UserError(f"method.pdn={kind}: choose small or medium")
+        check_choice("method", ("small", "medium"), pdn=kind)
         one, three = (1, 3) if padding else (0, 0)
         w = width
         first = [

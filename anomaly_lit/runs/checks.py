@@ -58,9 +58,10 @@ def check_companions(datamodule: AnomalyDataModule, method: Method) -> None:
     for name in NAMES:
         folder = getattr(datamodule, f"{name}_dir", None)
         if folder is not None and name not in method.needs:
+            setting = method.needs_by_setting.get(name)
             raise UserError(
                 f"dataset.{name}_dir={folder}: {type(method).__name__} reads no {name} images; set "
-                f"dataset.{name}_dir=null"
+                f"dataset.{name}_dir=null{f', or {setting} to read them' if setting else ''}"
             )
 
 

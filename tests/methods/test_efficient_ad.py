@@ -271,5 +271,9 @@ def test_a_penalty_needs_a_folder_of_images(
     outcome = run_here("train", *line)
     assert outcome.code == 1
     assert "set dataset.outlier_dir to a folder" in outcome.err
-    outcome = run_here("train", *line, f"dataset.outlier_dir={mvtec_folder / 'cloth' / 'train'}")
+    others = f"dataset.outlier_dir={mvtec_folder / 'cloth' / 'train'}"
+    outcome = run_here("train", *line, others, "method.penalty=false")
+    assert outcome.code == 1
+    assert "dataset.outlier_dir=null, or method.penalty=true to read them" in outcome.err
+    outcome = run_here("train", *line, others)
     assert outcome.code == 0, outcome.err

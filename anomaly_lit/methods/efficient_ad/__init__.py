@@ -36,7 +36,7 @@ method: have this checked before commercial use.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -82,6 +82,7 @@ class EfficientAD(Method):
     """
 
     multiple = 32
+    needs_by_setting: Mapping[str, str] = {"outlier": "method.penalty=true"}
     mean: Tensor
     std: Tensor
     low: Tensor
