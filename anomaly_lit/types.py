@@ -113,6 +113,9 @@ class Batch(TypedDict):
     prompt_path: NotRequired[list[str]]
     outlier: NotRequired[Tensor]  # (B, 3, H, W), an image of something else
     outlier_path: NotRequired[list[str]]
+    seen: NotRequired[Tensor]  # (B, 3, H, W), a real defect of the same category
+    seen_mask: NotRequired[Tensor]  # (B, 1, H, W) bool
+    seen_path: NotRequired[list[str]]
     frames: NotRequired[Tensor]  # (B, T, 3, H, W), those before the image, in order of time
     frames_path: NotRequired[list[str]]  # (B * T)
     features: NotRequired[dict[str, list[Tensor]]]  # cached clean features, by backbone

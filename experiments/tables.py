@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+MARK = "†"  # beside the model of a run that learned from real defects of the test set
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 NAME = re.compile(r"(?P<backbone>.+?)_(?P<category>[a-z]+(_[a-z]+)?)_seed(?P<seed>\d+)")
 METRICS = {
@@ -73,12 +74,13 @@ def read_runs(folder: Path) -> list[Run]:
         found = NAME.fullmatch(path.stem)
         assert found, path
         categories = list(dict.fromkeys(k.split("/")[1] for k in metrics if k.count("/") == 2))
+        model = "multi-class" if len(categories) > 1 else "one-class"
         for category in categories:
             rows.append(
                 {
                     "run": path.stem,
                     "backbone": found["backbone"],
-                    "model": "multi-class" if len(categories) > 1 else "one-class",
+                    "model": model + (f" {MARK}" if "SEEN" in metrics["selection"] else ""),
                     "category": category,
                     "seed": metrics["seed"],
                     **{key: metrics[f"test/{category}/{key}"] for key in METRICS},
@@ -126,6 +128,7 @@ def as_markdown(rows: list[Run]) -> str:
         f"the mean of the seeds' intervals. Weights: {notes['selection']}. Commit "
         f"{notes['commit']}; {notes['hardware']}. The commands are in `results.csv`."
     )
+    lines += seen_note(rows)
     return "\n".join(lines) + "\n"
 
 
@@ -155,7 +158,14 @@ def comparison(experiments: Path) -> str:
             whole = f"{100 * _mean([_mean(s) for s in scores]):.1f}" if all(scores) else ""
             lines.append(_row([*model, *cells, whole]))
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines + seen_note(rows))
+
+
+def seen_note(rows: list[Run]) -> list[str]:
+    """Say what the mark means, where a row has it."""
+    marked = any(MARK in str(row["model"]) for row in rows)
+    text = "learned from real defects of the test set (`dataset.seen`), and tested on the rest"
+    return [f"\n{MARK} {text}: compare such rows only with each other."] * marked
 
 
 def _model_of(row: Run) -> tuple[object, ...]:

@@ -1,6 +1,8 @@
 """The tables under experiments/ are what their runs' metrics.json files give, to the letter."""
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,17 @@ def test_the_comparison_is_generated_from_all_runs():
     written = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
     generated = written.split(tables.BEGIN)[1].split(tables.END)[0].lstrip("\n")
     assert generated == tables.comparison(ROOT / "experiments")
+
+
+def test_runs_that_learned_from_test_images_are_marked_in_every_table(tmp_path):
+    tables = load_tables()
+    source = next((ROOT / "experiments" / "dsr" / "runs").glob("*toothbrush*.json"))
+    metrics = json.loads(source.read_text())
+    folder = tmp_path / "prn"
+    (folder / "runs").mkdir(parents=True)
+    metrics["selection"] = "last step; SEEN: learned from 3 test images of each defect type"
+    (folder / "runs" / source.name).write_text(json.dumps(metrics))
+    shutil.copy(ROOT / "experiments" / "baselines.csv", tmp_path)
+    for text in (tables.as_markdown(tables.read_runs(folder)), tables.comparison(tmp_path)):
+        assert "| one-class † |" in text
+        assert "† learned from real defects of the test set" in text

@@ -46,7 +46,7 @@ def test(cfg: DictConfig) -> None:
     from anomaly_lit.reporting.terminal import print_results
     from anomaly_lit.runs.build import made_by
     from anomaly_lit.runs.failures import quiet
-    from anomaly_lit.runs.record import selection_of, tested
+    from anomaly_lit.runs.record import seen_names, selection_of, tested
 
     quiet()
     checkpoint = read_checkpoint(config["ckpt_path"])
@@ -96,6 +96,7 @@ def test(cfg: DictConfig) -> None:
         **tested(trainer, evaluation),
         "test_seconds_per_image": seconds / max(1, len(datamodule.test_samples)),
         "selection": selection_of(trained, method),
+        "seen": seen_names(datamodule),
         "seed": trained["seed"],
         "method_changes": config["method"],
         "ckpt_path": str(config["ckpt_path"]),

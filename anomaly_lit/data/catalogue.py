@@ -22,7 +22,7 @@ from anomaly_lit.data.images import Resize
 from anomaly_lit.data.layouts.base import Layout
 from anomaly_lit.data.opening import checked_pixels
 from anomaly_lit.data.progress import warn_once
-from anomaly_lit.data.splits import Draw, name_below, split_category
+from anomaly_lit.data.splits import Draw, draw_seen, name_below, split_category
 from anomaly_lit.folders import passed_over, told
 from anomaly_lit.types import Sample
 
@@ -40,6 +40,7 @@ class Catalogue:
         test_samples: Normal and anomalous images.
         used: Paths of all images and masks that the layout lists, also of those left out later.
         outlier_samples: The pictures of `outlier_dir`.
+        seen_samples: Anomalous images drawn from the test set, see `seen`; they are not tested on.
         needs: What the method reads besides the image; with `frames`, the first frames of each clip
             are in none of the lists.
         clip_samples: All frames of all clips, if a method reads frames beside an image.
@@ -58,6 +59,7 @@ class Catalogue:
         seed: int,
         masks: str,
         outlier_dir: str | None,
+        seen: int,
         resize: Resize,
         max_pixels: int | None,
     ) -> None:
@@ -69,6 +71,7 @@ class Catalogue:
         self.seed = seed
         self.masks = masks
         self.outlier_dir = outlier_dir
+        self.seen = seen
         self.resize = resize
         self.max_pixels = checked_pixels(max_pixels, "dataset.max_pixels")
         self.categories: list[str] = []
@@ -76,6 +79,7 @@ class Catalogue:
         self.holdout_samples: list[Sample] = []
         self.test_samples: list[Sample] = []
         self.outlier_samples: list[Sample] = []
+        self.seen_samples: list[Sample] = []
         self.clip_samples: list[Sample] = []
         self.has_masks = False
         self.used: set[str] = set()
@@ -89,6 +93,17 @@ class Catalogue:
             wrong.append(f"dataset.masks={self.masks}: choose required, optional or none")
         if self.shots is not None:
             wrong += too_small({"shots": (self.shots, 1)})
+        wrong += too_small({"seen": (self.seen, 0)})
+        if self.seen > 0 and self.masks == "none":
+            wrong.append(
+                f"dataset.seen={self.seen} draws defects with their masks, and dataset.masks=none "
+                "reads none: set dataset.masks=required, or dataset.seen=0"
+            )
+        if self.seen > 0 and not self.layout.names_defects:
+            wrong.append(
+                f"dataset.seen={self.seen} draws as many defects of each type, and "
+                f"{self.layout.name} names no types: set dataset.seen=0"
+            )
         if not 0 <= self.seed < 2**32:
             wrong.append(f"dataset.seed={self.seed}: it must lie in 0 to {2**32 - 1}")
         if not isinstance(self.requested, str) and len(set(self.requested)) < len(self.requested):
@@ -99,12 +114,14 @@ class Catalogue:
         """Fill `categories` and the sample lists without judging what is there.
 
         Raises:
-            UserError: The root, a named category or the folder of outliers does not exist.
+            UserError: The root, a named category or the folder of outliers does not exist, or there
+                are fewer defects than `seen`.
         """
         root = existing_root(self.root)
         self.categories = choose_categories(self.layout, root, self.requested)
         draw, test_share = Draw(self.seed, root), self.layout.test_share
         self.train_samples, self.holdout_samples, self.test_samples = [], [], []
+        self.seen_samples = []
         self.used = set()
         for category in self.categories:
             listing = self.layout.list_category(root, category)
@@ -113,7 +130,9 @@ class Catalogue:
             splits = split_category(listing, draw, self.holdout, self.shots, test_share)
             self.train_samples += splits.train
             self.holdout_samples += splits.holdout
-            self.test_samples += splits.test
+            seen, tested = draw_seen(splits.test, draw, self.seen)
+            self.seen_samples += seen
+            self.test_samples += tested
         if self.masks == "none":
             self.test_samples = [sample._replace(mask_path=None) for sample in self.test_samples]
         self.has_masks = any(sample.mask_path is not None for sample in self.test_samples)
@@ -143,7 +162,7 @@ class Catalogue:
         for note in self.notes():
             warn_once(note)
         raise_all(check_headers(self.listed(), self.max_pixels))
-        for note in mask_notes(self.test_samples):
+        for note in mask_notes([*self.test_samples, *self.seen_samples]):
             warn_once(note)
 
     def present_digest(self) -> str:
@@ -161,17 +180,38 @@ class Catalogue:
 
     def listed(self) -> list[Sample]:
         """Return all images that may be read, each once."""
-        every = [*self.samples(), *self.clip_samples, *self.outlier_samples]
+        every = [*self.samples(), *self.clip_samples, *self.outlier_samples, *self.seen_samples]
         return list({sample.path: sample for sample in every}.values())
 
+    def samples_of(self, stage: str | None, tests: bool) -> list[Sample]:
+        """Return the images to decode for a stage.
+
+        For `fit` these are all splits, so that a broken test image is found at once.
+
+        Args:
+            stage: As for `setup`.
+            tests: Whether a validation scores the test images, too.
+        """
+        if stage == "test":
+            return [*self.test_samples, *self.clip_samples]
+        if stage == "validate" and not tests:
+            return [*self.holdout_samples, *self.clip_samples]
+        pools = {"outlier": self.outlier_samples, "seen": self.seen_samples}
+        needed = [sample for name in pools if name in self.needs for sample in pools[name]]
+        return [*self.samples(), *self.clip_samples, *needed]
+
     def counts(self) -> dict[str, dict[str, int]]:
-        """Count images per category: `train`, `holdout`, `test good`, `test <defect type>`."""
+        """Count images per category: `train`, `holdout`, `test good`, `test <defect type>`.
+
+        With `seen`, also `seen <defect type>`.
+        """
         table: dict[str, Counter[str]] = {category: Counter() for category in self.categories}
         for name, samples in (("train", self.train_samples), ("holdout", self.holdout_samples)):
             for sample in samples:
                 table[sample.category][name] += 1
-        for sample in self.test_samples:
-            table[sample.category][f"test {sample.defect_type}"] += 1
+        for name, samples in (("test", self.test_samples), ("seen", self.seen_samples)):
+            for sample in samples:
+                table[sample.category][f"{name} {sample.defect_type}"] += 1
         return {category: dict(counts) for category, counts in table.items()}
 
     def summary(self) -> str:
@@ -197,12 +237,18 @@ class Catalogue:
         present = {sample.category for sample in needed}
         empty = [category for category in self.categories if category not in present]
         gaps = no_training_images(self.layout, self.root, empty)
-        gaps += shared_masks(self.test_samples)
-        anomalous = [sample for sample in self.test_samples if sample.label]
+        gaps += shared_masks([*self.test_samples, *self.seen_samples])
+        tested = [sample for sample in self.test_samples if sample.label]
+        anomalous = [*tested, *self.seen_samples]
         without = [sample for sample in anomalous if sample.mask_path is None]
         if self.masks == "required" or (self.masks == "optional" and len(without) < len(anomalous)):
             place = self.layout.mask_hint.replace("ROOT", str(self.root))
             gaps += missing_masks(without, len(anomalous), place)
+        elif self.seen_samples and without:
+            gaps.append(
+                f"dataset.seen={self.seen} draws defects with their masks, and there are no masks: "
+                "add them, or set dataset.seen=0"
+            )
         return gaps
 
     def notes(self) -> list[str]:
@@ -233,6 +279,7 @@ class Catalogue:
             "holdout": self.holdout_samples,
             "test": self.test_samples,
             "outlier": self.outlier_samples,
+            "seen": self.seen_samples,
             "clip": self.clip_samples,
         }
         return digest(splits, self.root)

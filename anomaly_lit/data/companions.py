@@ -125,6 +125,27 @@ class Pool(Companion):
         return mixed_seed(self.seed, self.salt, step, index) % len(self.samples)
 
 
+class Seen(Companion):
+    """A real defect of the same category with its mask; it is tested on no more.
+
+    Args:
+        train: The training images.
+        samples: The defects, at least one of each category.
+        seed: Decides every draw.
+    """
+
+    def __init__(self, train: list[Sample], samples: list[Sample], seed: int) -> None:
+        super().__init__("seen", samples, seed, masks=True, features=False)
+        rows = rows_by_category(samples)
+        self.members = [rows[sample.category] for sample in train]
+        self.salt = zlib.crc32(b"seen")
+
+    def draw(self, step: int, index: int) -> int:
+        """Choose uniformly among the defects of the category."""
+        members = self.members[index]
+        return members[mixed_seed(self.seed, self.salt, step, index) % len(members)]
+
+
 class Frames(Companion):
     """The frames before an image within its clip, in order of time: (B, frames, 3, H, W).
 
@@ -171,7 +192,7 @@ def wrong_needs(needs: Collection[str], outlier_dir: str | None, frames: int) ->
         frames: Earlier frames that the layout gives.
     """
     wrong = []
-    known = ("corrupted", *NAMES, "frames")
+    known = ("corrupted", *NAMES, "seen", "frames")
     unknown = sorted(set(needs) - {*known})
     if unknown:
         wrong.append(

@@ -20,6 +20,7 @@ from anomaly_lit.data.companions import (
     Frames,
     Partner,
     Pool,
+    Seen,
     rows_by_category,
     wrong_needs,
 )
@@ -69,6 +70,8 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
             none of them have one) or `none` (masks are not read; no pixel metrics).
         outlier_dir: Folder of pictures that show something else, for methods that learn from
             outliers; searched to any depth.
+        seen: Anomalous test images of each type of defect to learn from, for methods that can;
+            drawn by the seed, they leave the test set. 0: none.
         max_pixels: Pixels of the largest picture that is read; None sets no limit.
         cache: Where decoded images are kept; None decodes them each time.
         feature_cache: Where features of frozen backbones are kept; None computes them each time.
@@ -77,7 +80,8 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         validate_on_synthesis: Also score held-out images after synthesis, as `val/synthetic_*`.
         needs: What the method reads in a training batch besides the image: `prompt` (another
             training image of the category), `outlier` (a picture of `outlier_dir`), `corrupted`,
-            `frames` (those before the image in its clip, in every batch).
+            `seen` (a real defect, if `seen` is above 0), `frames` (those before the image in its
+            clip, in every batch).
         validate_on_test: Also score the test images in each validation, in its last loader; an
             oracle, for comparison only.
         pin_memory: Put batches in page-locked memory, which a GPU copies faster; None: if there is
@@ -110,6 +114,7 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         seed: int = 0,
         masks: Literal["required", "optional", "none"] = "required",
         outlier_dir: str | None = None,
+        seen: int = 0,
         max_pixels: int | None = MAX_PIXELS,
         cache: ImageCache | None = None,
         feature_cache: FeatureCache | None = None,
@@ -127,7 +132,7 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
             if self.layout_class is None:
                 raise UserError("dataset.layout is not set: name a class such as ClipsLayout")
             layout = self.layout_class()
-        chosen = (categories, holdout, shots, seed, masks, outlier_dir)
+        chosen = (categories, holdout, shots, seed, masks, outlier_dir, seen)
         Catalogue.__init__(self, layout, root, *chosen, geometry, max_pixels)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -161,7 +166,8 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         elif stage in (None, "fit"):
             raise_all(self.find_gaps(stage))
         if self.cache is not None:
-            raise_all(self.cache.fill(self._samples_of(stage), self.resize))
+            files = self.samples_of(stage, self.validate_on_test)
+            raise_all(self.cache.fill(files, self.resize))
 
     def companions(self) -> list[Companion]:
         """Return the streams of further images that the method needs in a training batch."""
@@ -169,8 +175,10 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         streams: dict[str, Callable[[], Companion]] = {
             "prompt": lambda: Partner("prompt", train, seed),
             "outlier": lambda: Pool("outlier", self.outlier_samples, seed),
+            "seen": lambda: Seen(train, self.seen_samples, seed),
         }
-        made = [make() for name, make in streams.items() if name in self.needs]
+        needed = self.needs if self.seen else self.needs - {"seen"}
+        made = [make() for name, make in streams.items() if name in needed]
         return made + self.history_of(train)
 
     def history_of(self, samples: Sequence[Sample]) -> list[Companion]:
@@ -291,15 +299,6 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         generator = torch.Generator(image.device).manual_seed(batch_seed(self.seed, step, names))
         corrupted, corruption = self.synthesis(image, generator, batch["category"])
         return {**batch, "corrupted": corrupted, "corruption": corruption}
-
-    def _samples_of(self, stage: str | None) -> list[Sample]:
-        """Return the images to decode; for `fit` all, to find a broken test image at once."""
-        clips = self.clip_samples
-        if stage == "test":
-            return [*self.test_samples, *clips]
-        if stage == "validate" and not self.validate_on_test:
-            return [*self.holdout_samples, *clips]
-        return [*self.samples(), *clips, *(self.outlier_samples if "outlier" in self.needs else ())]
 
     def _world(self) -> tuple[int, int]:
         """Rank and number of the processes that share the work."""

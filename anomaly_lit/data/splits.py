@@ -110,6 +110,39 @@ def split_category(
     return Splits(rest, held, kept + listing.test)
 
 
+def draw_seen(test: Sequence[Sample], draw: Draw, count: int) -> tuple[list[Sample], list[Sample]]:
+    """Draw anomalous test images that a method may learn from, which leave the test set.
+
+    Args:
+        test: The test images of one category.
+        draw: Draws from them.
+        count: Images of each type of defect; 0 draws none.
+
+    Returns:
+        The drawn images, and what is left to test on: without images of their groups.
+
+    Raises:
+        UserError: A type has fewer images, or the category has no anomalous one.
+    """
+    if count == 0:
+        return [], [*test]
+    kinds: dict[str, list[Sample]] = {}
+    for sample in test:
+        if sample.label:
+            kinds.setdefault(sample.defect_type, []).append(sample)
+    few = [f"{len(own)} of {kind}" for kind, own in kinds.items() if len(own) < count]
+    if few or not kinds:
+        found = f"has only {', '.join(few)}" if few else "has no anomalous test image"
+        category = test[0].category if test else "a category"
+        raise UserError(
+            f"dataset.seen={count} draws as many test images of each type of defect, and "
+            f"{category} {found}: lower it, or name other dataset.categories"
+        )
+    seen = [sample for own in kinds.values() for sample in draw(own, count, "seen")[0]]
+    taken = {draw.key(sample) for sample in seen}
+    return seen, [sample for sample in test if draw.key(sample) not in taken]
+
+
 def _holdout_count(train: list[Sample], draw: Draw, share: float) -> int:
     """At least one image and never all, where there are two groups to divide."""
     if share == 0 or len({draw.key(sample) for sample in train}) < 2:

@@ -30,9 +30,10 @@ class Method(Optimised):
 
     Attributes:
         needs: Keys of a training batch that the method reads besides the image: `corrupted` (with
-            `corruption`), `prompt`, `outlier`. Where they depend on an argument, `__init__` sets
-            them. With `frames`, every batch has the frames before the image in its clip, and the
-            attribute `frames` says how many.
+            `corruption`), `prompt`, `outlier`, `seen` (with `seen_mask`; absent if `dataset.seen`
+            is 0). Where they depend on an argument, `__init__` sets them. With `frames`, every
+            batch has the frames before the image in its clip, and the attribute `frames` says how
+            many.
         needs_by_setting: Settings that add a key to `needs`, such as `method.penalty=true` for
             `outlier`; messages name them.
         localises: Whether predictions have an anomaly map; false for methods that score whole

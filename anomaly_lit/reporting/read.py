@@ -20,6 +20,7 @@ COSTS = {
     "peak_gpu_memory_mb": "GPU memory, MB",
     "trainable_parameters": "trainable parameters",
 }
+SEEN = "SEEN"  # in the selection of a run that learned from test images, which it was not tested on
 Value = str | int | float | bool | None
 LONGEST, DEEPEST = 1_000_000, 100  # letters and levels of a config.yaml; a run's has 5,000 and 10
 
@@ -38,6 +39,11 @@ class Run:
         tested = [key.split("/")[1] for key in self.metrics if key.count("/") == 2]
         told = str(self.settings.get("dataset.categories", "all")).strip("[]").split(", ")
         return list(dict.fromkeys(tested)) or [name.strip("'") for name in told]
+
+    @property
+    def has_seen(self) -> bool:
+        """Whether it learned from some test images, and was tested on the others."""
+        return SEEN in str(self.metrics.get("selection"))
 
     @property
     def setting(self) -> str:

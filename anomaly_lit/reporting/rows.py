@@ -12,6 +12,8 @@ from anomaly_lit.reporting.read import Run, Value
 
 NOT_TOLD = ("output_dir", "seed", "dataset.categories", "dataset.root", "logger", "callbacks")
 
+MARK = "†"  # on the names of rows whose runs learned from test images; `notes` says so
+
 
 class Row(NamedTuple):
     """Runs that differ only in their seed and, where each learns one category, in the category."""
@@ -52,7 +54,10 @@ def rows_of(runs: Iterable[Run]) -> list[Row]:
         groups.setdefault(key, []).append(run)
         told[id(groups[key])] = own
     names = name_groups([told[id(group)] for group in groups.values()])
-    rows = [Row(name, group) for name, group in zip(names, groups.values(), strict=True)]
+    rows = [
+        Row(f"{name} {MARK}" if any(run.has_seen for run in group) else name, group)
+        for name, group in zip(names, groups.values(), strict=True)
+    ]
     return sorted(rows, key=lambda row: row.name)
 
 

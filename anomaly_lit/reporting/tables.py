@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Sequence
 
 from anomaly_lit.reporting.read import COSTS
-from anomaly_lit.reporting.rows import NOT_TOLD, Row, categories_of
+from anomaly_lit.reporting.rows import MARK, NOT_TOLD, Row, categories_of
 from anomaly_lit.reporting.terminal import COLUMNS
 
 METRICS = {key: title for key, title in COLUMNS.items() if "rate" not in key}
@@ -104,7 +104,7 @@ def latex(text: str) -> str:
     """Return a text with LaTeX's special characters escaped."""
     for sign in "&%$#_{}":
         text = text.replace(sign, f"\\{sign}")
-    return text.replace("±", r"$\pm$")
+    return text.replace("±", r"$\pm$").replace(MARK, r"$\dagger$")
 
 
 def notes(rows: Sequence[Row]) -> str:
@@ -123,6 +123,12 @@ def notes(rows: Sequence[Row]) -> str:
     oracle = [run for run in done if "ORACLE" in str(run.metrics.get("selection"))]
     if oracle:
         lines.append(f"{len(oracle)} runs took something from the test set: no fair comparison.")
+    seen = [run for run in done if run.has_seen]
+    if seen:
+        lines.append(
+            f"{MARK} {len(seen)} runs learned from real defects of the test set (dataset.seen) and "
+            "were tested on the rest: compare them only with each other."
+        )
     if rest:
         lines.append(f"{rest} runs have no results (yet).")
     return "\n".join(lines)

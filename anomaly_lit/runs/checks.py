@@ -48,10 +48,10 @@ def check_synthesis(datamodule: AnomalyDataModule, method: Method) -> None:
 
 
 def check_companions(datamodule: AnomalyDataModule, method: Method) -> None:
-    """Refuse a folder of companions that the method would never look into.
+    """Refuse a folder of companions, or real defects, that the method would never look at.
 
     Raises:
-        UserError: `dataset.<name>_dir` is set, and the method does not need it.
+        UserError: `dataset.<name>_dir` or `dataset.seen` is set, and the method does not need it.
     """
     from anomaly_lit.data.companions import NAMES
 
@@ -63,6 +63,11 @@ def check_companions(datamodule: AnomalyDataModule, method: Method) -> None:
                 f"dataset.{name}_dir={folder}: {type(method).__name__} reads no {name} images; set "
                 f"dataset.{name}_dir=null{f', or {setting} to read them' if setting else ''}"
             )
+    if datamodule.seen and "seen" not in method.needs:
+        raise UserError(
+            f"dataset.seen={datamodule.seen}: {type(method).__name__} does not learn from real "
+            "defects; set dataset.seen=0"
+        )
 
 
 def check_size(datamodule: AnomalyDataModule, method: Method) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from anomaly_lit.files import environment, peak_memory_mb, write_json
+from anomaly_lit.reporting.read import SEEN
 from anomaly_lit.reporting.terminal import print_results
 from anomaly_lit.runs.code import code_digest
 from anomaly_lit.runs.objective import ORACLE, PRUNED
@@ -79,6 +80,8 @@ def metrics_of(run: Run, timings: Timings, validation: dict[str, float]) -> dict
         "images/train": len(datamodule.train_samples),
         "images/holdout": len(datamodule.holdout_samples),
         "images/test": len(datamodule.test_samples),
+        "images/seen": len(datamodule.seen_samples),
+        "seen": seen_names(datamodule),
         "data_digest": datamodule.digest,
         "code_digest": code_digest(run.config),
         "threshold_fpr": run.evaluation.fpr,
@@ -97,10 +100,17 @@ def record_pruned(directory: Path, trainer: pl.Trainer, pruner: Pruning) -> dict
 
 def selection_of(config: dict[str, Any], method: Method) -> str:
     """Return how the weights were chosen and what else used the test set, for tables."""
+    seen = config["dataset"].get("seen", 0)
+    learned = f"{SEEN}: learned from {seen} test images of each defect type, not tested on"
     metric = config.get("optimized_metric") or ""
     sweep = f"ORACLE: swept for {metric}" if metric.startswith(ORACLE) else ""
-    texts = (SELECTIONS[config["selection"]], method.oracle, sweep)
+    texts = (SELECTIONS[config["selection"]], learned if seen else "", method.oracle, sweep)
     return "; ".join(text for text in texts if text)
+
+
+def seen_names(datamodule: AnomalyDataModule) -> list[str]:
+    """Return the names of the images that left the test set to be learned from."""
+    return [datamodule.name_of(sample.path) for sample in datamodule.seen_samples]
 
 
 def latency(method: Method, datamodule: AnomalyDataModule) -> float:

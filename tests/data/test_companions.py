@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from anomaly_lit.data import MVTecAD
+from anomaly_lit.data import BTAD, HostCache, MVTecAD, VisA
 from anomaly_lit.data.batches import Images
-from anomaly_lit.data.companions import Companion, Partner, Pool
-from anomaly_lit.data.images import Resize, read_image
+from anomaly_lit.data.companions import Companion, Partner, Pool, Seen
+from anomaly_lit.data.images import Resize, read_image, read_sample
 from anomaly_lit.data.sampler import TrainBatches, WithSteps, mixed_seed
 from anomaly_lit.types import Sample, UserError
 
@@ -116,7 +117,7 @@ def test_a_broken_outlier_is_found_before_training(mvtec: Path, outliers: Path) 
     ("arguments", "message"),
     [
         ({"needs": {"outlier"}}, "learns from outliers: set dataset.outlier_dir"),
-        ({"needs": {"smell"}}, "needs smell in a batch.*corrupted, prompt, outlier"),
+        ({"needs": {"smell"}}, "needs smell in a batch.*corrupted, prompt, outlier, seen"),
     ],
 )
 def test_what_no_batch_can_hold_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -129,6 +130,128 @@ def test_a_folder_without_outliers_is_refused(mvtec: Path, tmp_path: Path) -> No
     for folder, found in (("empty", "holds no picture"), ("absent", "is not a folder")):
         with pytest.raises(UserError, match=rf"dataset\.outlier_dir=\S*{folder} {found}"):
             ready(mvtec, outlier_dir=str(tmp_path / folder))
+
+
+# ------------------------------------------------------------------------------ real defects
+
+
+def test_seen_defects_are_drawn_of_each_type_and_leave_the_test_set(mvtec: Path) -> None:
+    plain, datamodule = ready(mvtec), ready(mvtec, seen=1)
+    kinds = [(s.category, s.defect_type) for s in datamodule.seen_samples]
+    assert sorted(kinds) == [("bolt", "bent"), ("bolt", "scratch"), ("cloth", "hole")]
+    assert all(s.label and s.mask_path for s in datamodule.seen_samples)
+    seen = set(datamodule.seen_samples)
+    assert datamodule.test_samples == [s for s in plain.test_samples if s not in seen]
+    assert datamodule.train_samples == plain.train_samples
+    assert datamodule.digest != plain.digest
+    counts = datamodule.counts()["bolt"]
+    assert (counts["seen bent"], counts["test bent"]) == (1, 1)
+    assert "test scratch" not in counts
+    assert "seen bent 1" in datamodule.summary()
+    assert ready(mvtec, seen=0).digest == plain.digest
+    again = ready(mvtec, seen=1, categories=["bolt", "cloth"])
+    assert again.seen_samples == datamodule.seen_samples
+    others = {tuple(s.path for s in ready(mvtec, seen=1, seed=n).seen_samples) for n in range(8)}
+    assert len(others) == 2  # of two bent ones; of the other types there is only one
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_seen_defect_stands_beside_each_image_with_its_mask(mvtec: Path, cache: bool) -> None:
+    kept = HostCache() if cache else None
+    datamodule = ready(mvtec, seen=1, needs={"seen"}, cache=kept)
+    known = {s.path: s for s in datamodule.seen_samples}
+    drawn = set()
+    for batch in datamodule.train_dataloader():
+        assert batch["seen"].shape == batch["image"].shape
+        assert batch["seen_mask"].shape == batch["gt_mask"].shape
+        for row, path in enumerate(batch["seen_path"]):
+            assert known[path].category == batch["category"][row]
+            pixels, mask = read_sample(known[path], datamodule.resize)
+            found = (batch["seen"][row] * 255).round().byte().permute(1, 2, 0)
+            assert torch.equal(found, torch.from_numpy(pixels))
+            assert torch.equal(batch["seen_mask"][row, 0], torch.from_numpy(mask))
+            drawn.add(path)
+    assert drawn == set(known)
+    assert all("seen" not in batch for batch in datamodule.test_dataloader())
+    assert all("seen" not in batch for batch in datamodule.val_dataloader())
+
+
+def test_seen_defects_resume_with_their_batches(mvtec: Path) -> None:
+    def drawn(position: int) -> list[list[str]]:
+        datamodule = ready(mvtec, seen=1, needs={"seen"})
+        datamodule._position = lambda: position  # type: ignore[method-assign]
+        return [batch["seen_path"] for batch in datamodule.train_dataloader()]
+
+    assert drawn(0)[3:] == drawn(3)[: len(drawn(0)) - 3]
+
+
+def test_defects_of_a_category_come_equally_often() -> None:
+    train, defects = samples("aab"), samples("aaab")
+    stream = Seen(train, defects, 3)
+    draws = [stream.draw(step, 1) for step in range(300)]
+    assert {stream.draw(step, 2) for step in range(10)} == {3}
+    assert all(abs(draws.count(row) / 300 - 1 / 3) < 0.1 for row in range(3))
+
+
+def test_without_seen_defects_a_method_that_could_use_them_gets_none(mvtec: Path) -> None:
+    datamodule = ready(mvtec, needs={"seen"})
+    assert datamodule.seen_samples == []
+    assert "seen" not in next(iter(datamodule.train_dataloader()))
+    assert "seen" not in next(iter(ready(mvtec, seen=1).train_dataloader()))  # nobody needs them
+
+
+def test_no_feature_of_a_seen_defect_is_kept(mvtec: Path) -> None:
+    datamodule = ready(mvtec, seen=1, needs={"seen"})
+    assert not set(datamodule.feature_samples()) & set(datamodule.seen_samples)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (MVTecAD, {"seen": -1}, r"dataset\.seen=-1: .*at least 0"),
+        (
+            MVTecAD,
+            {"seen": 1, "masks": "none"},
+            "seen=1 draws defects with their masks.*masks=none",
+        ),
+        (VisA, {"seen": 1}, r"seen=1 .*each type, and VisA names no types: set dataset\.seen=0"),
+        (BTAD, {"seen": 1}, "BTAD names no types"),
+    ],
+)
+def test_seen_defects_that_no_data_set_can_have_are_refused(
+    make: Any, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make("nowhere", **arguments)
+
+
+def test_more_seen_defects_than_there_are_is_refused(mvtec: Path) -> None:
+    with pytest.raises(UserError, match=r"seen=2 .* and bolt has only 1 of scratch: lower it"):
+        ready(mvtec, seen=2)
+    with pytest.raises(UserError, match=r"seen=3 .* bolt has only 2 of bent, 1 of scratch"):
+        ready(mvtec, seen=3)
+
+
+def test_a_category_without_defects_is_refused(mvtec: Path) -> None:
+    shutil.rmtree(mvtec / "cloth" / "test" / "hole")
+    with pytest.raises(UserError, match=r"cloth has no anomalous test image: .*categories"):
+        ready(mvtec, seen=1)
+
+
+def test_seen_defects_without_masks_are_refused(mvtec: Path) -> None:
+    for category in ("bolt", "cloth"):
+        shutil.rmtree(mvtec / category / "ground_truth")
+    with pytest.raises(UserError, match="of 4 anomalous test images have no mask"):
+        ready(mvtec, seen=1)
+    with pytest.raises(UserError, match="seen=1 draws defects with their masks, and there are no"):
+        ready(mvtec, seen=1, masks="optional")
+
+
+def test_a_broken_seen_defect_is_found_before_training(mvtec: Path) -> None:
+    path = Path(ready(mvtec, seen=1).seen_samples[0].path)
+    path.write_text("no picture")
+    with pytest.raises(UserError, match=f"{path.name}: not an image"):
+        ready(mvtec, seen=1)
 
 
 class Neighbours(Companion):

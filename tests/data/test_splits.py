@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anomaly_lit.data.layouts.base import Listing
-from anomaly_lit.data.splits import Draw, split_category
+from anomaly_lit.data.splits import Draw, draw_seen, split_category
 from anomaly_lit.types import Sample, UserError
 
 ROOT = Path("data")
@@ -101,3 +101,37 @@ def test_names_are_relative_to_the_root(root: Path) -> None:
     assert [Path(s.path).name for s in chosen] == [
         Path(s.path).name for s in Draw(1, ROOT)(at(ROOT), 3, "shots")[0]
     ]
+
+
+def defects(kinds: str, groups: list[str] | None = None) -> list[Sample]:
+    """Test images: a letter for the kind of defect, a dot for a normal image."""
+    return [
+        sample._replace(label=kind != ".", defect_type=kind)
+        for sample, kind in zip(images(len(kinds), groups), kinds, strict=True)
+    ]
+
+
+@given(st.text("ab.", max_size=30), st.integers(0, 6), st.integers(0, 5))
+def test_seen_defects_are_the_first_by_hash_of_each_type(kinds: str, count: int, seed: int) -> None:
+    test, found = defects(kinds), set(kinds) - {"."}
+    if count and (not found or any(kinds.count(kind) < count for kind in found)):
+        with pytest.raises(UserError, match=rf"dataset\.seen={count} draws"):
+            draw_seen(test, Draw(seed, ROOT), count)
+        return
+    seen, rest = draw_seen(test, Draw(seed, ROOT), count)
+    for kind in found:
+        own = [sample for sample in test if sample.defect_type == kind]
+        drawn = [sample for sample in seen if sample.defect_type == kind]
+        assert drawn == first_by_hash(own, count, seed, "seen")
+    assert len(seen) == count * len(found)
+    assert rest == [sample for sample in test if sample not in seen]
+
+
+def test_what_is_of_a_group_with_a_seen_defect_is_not_tested() -> None:
+    """An item that was photographed twice, once with the defect in view."""
+    test = defects("aab..", ["one", "two", "three", "one", "four"])
+    for seed in range(5):
+        seen, rest = draw_seen(test, Draw(seed, ROOT), 1)
+        assert len(seen) == 2
+        assert not {s.group for s in seen} & {s.group for s in rest}
+        assert any(not s.label for s in rest)

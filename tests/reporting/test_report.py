@@ -122,6 +122,27 @@ def test_what_was_chosen_on_the_test_set_is_said(tmp_path: Path) -> None:
     assert "took something from the test set" in as_markdown(rows_of(read_runs(tmp_path)))
 
 
+def test_what_learned_from_test_images_is_marked_wherever_its_numbers_are(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", selection="last step; SEEN: learned from 3 test images of each ...")
+    write_run(tmp_path / "b", method="anomaly_lit.methods.PNI")
+    main([str(tmp_path)])
+    texts = {p.suffix: p.read_text(encoding="utf-8") for p in (tmp_path / "report").iterdir()}
+    for suffix, name in ((".csv", "UniAD †"), (".md", "UniAD †"), (".html", "UniAD †"),
+                         (".tex", r"UniAD $\dagger$")):  # fmt: skip
+        assert name in texts[suffix]
+        assert "PNI †" not in texts[suffix]
+    for suffix in (".md", ".tex", ".html"):
+        assert "† 1 runs learned from real defects of the test set" in texts[suffix]
+    tables = [block for block in texts[".md"].split("\n\n") if block.startswith("|")]
+    assert len(tables) == 7
+    assert all("UniAD †" in block for block in tables)
+
+
+def test_without_such_runs_there_is_no_mark(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    assert "†" not in as_markdown(rows_of(read_runs(tmp_path)))
+
+
 def test_page_is_one_file_that_asks_for_nothing(sweep: Path) -> None:
     main([str(sweep)])
     text = (sweep / "report" / "report.html").read_text()

@@ -32,6 +32,8 @@ class Layout:
             Where there are, the samples of a clip have its name as `group`, in order of time.
         test_share: Share of the listed training images to keep for testing, in [0, 1); for sets
             without normal test images.
+        names_defects: Whether `defect_type` of an anomalous sample names its kind of defect; false
+            where all have the same word.
         excludes_others: Whether what is normal in one category is anomalous in another, so that
             one model cannot learn several.
     """
@@ -41,6 +43,7 @@ class Layout:
     train_hint = "<category>/train/good"
     frames = 0
     test_share = 0.0
+    names_defects = True
     excludes_others = False
 
     @property

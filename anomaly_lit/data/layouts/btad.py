@@ -21,6 +21,7 @@ class BTADLayout(Layout):
     licence = "BTAD is listed as CC BY-NC-SA 4.0 (non-commercial)"
     mask_hint = "ROOT/<category>/ground_truth/ko/<stem>.png"
     train_hint = "<category>/train/ok"
+    names_defects = False
 
     def find_categories(self, root: Path) -> list[str]:
         """Name the folders that hold `train/ok` or `test/ko`."""

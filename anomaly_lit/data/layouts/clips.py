@@ -37,6 +37,8 @@ class ClipsLayout(Layout):
         UserError: `frames` is below 1.
     """
 
+    names_defects = False
+
     def __init__(
         self,
         frames: int = 4,

@@ -19,6 +19,7 @@ class VisALayout(Layout):
     split_file = "split_csv/1cls.csv"
     mask_hint = "the column mask of split_csv/1cls.csv"
     train_hint = "<category>/Data/Images/Normal"
+    names_defects = False
 
     def find_categories(self, root: Path) -> list[str]:
         """Name the categories of the split file, in its order."""
