@@ -306,10 +306,16 @@ def dice_loss(probability: Tensor, target: Tensor, factor: float = 1.0) -> Tenso
     return (1 - (factor * overlap + 1) / (total + 1)).mean()
 
 
-def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0, smooth: float = 0.0) -> Tensor:
+def focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    gamma: float = 2.0,
+    smooth: float = 0.0,
+    alpha: float | None = None,
+) -> Tensor:
     """Return the mean cross entropy of two classes, weighted by (1 - p)^gamma of the true class.
 
-    As in Lin et al., 2017, without their class weight.
+    As in Lin et al., 2017.
 
     Args:
         logits: (B, 1, H, W), of the class 1.
@@ -317,10 +323,15 @@ def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0, smooth: float
         gamma: 0 is plain cross entropy.
         smooth: Takes this share of the true class for the other one, and adds as much to the
             result, so that the loss of a confident wrong answer is bounded (DSR).
+        alpha: Weight of the class 1; the class 0 has 1 - alpha. None gives both a weight of 1.
     """
     if smooth:
         share = torch.where(target > 0.5, logits, -logits).sigmoid()
         share = (1 - smooth) * share + smooth * (1 - share) + smooth
-        return -((1 - share).clamp(min=0) ** gamma * share.log()).mean()
-    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return ((1 - torch.exp(-entropy)) ** gamma * entropy).mean()
+        focal = -((1 - share).clamp(min=0) ** gamma) * share.log()
+    else:
+        entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        focal = (1 - torch.exp(-entropy)) ** gamma * entropy
+    if alpha is not None:
+        focal = torch.where(target > 0.5, alpha, 1 - alpha) * focal
+    return focal.mean()

@@ -38,9 +38,9 @@ def augment(
         return image
     changes = (
         _gamma,
-        _brightness,
-        _sharpness,
-        _hue_and_saturation,
+        brightness,
+        sharpness,
+        hue_and_saturation,
         _solarize,
         _posterize,
         _invert,
@@ -116,17 +116,19 @@ def _gamma(image: Tensor, generator: torch.Generator) -> Tensor:
     return image.clamp(min=1e-6) ** gamma
 
 
-def _brightness(image: Tensor, generator: torch.Generator) -> Tensor:
+def brightness(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Scale all values by up to a fifth and add up to 30 of 255; not clipped."""
     return image * uniform(image, generator, 0.8, 1.2) + uniform(image, generator, -30, 30) / 255
 
 
-def _sharpness(image: Tensor, generator: torch.Generator) -> Tensor:
+def sharpness(image: Tensor, generator: torch.Generator) -> Tensor:
     """Move away from, or towards, a slight blur; kornia's convolution takes eight times as long."""
     blurred = (9 * F.avg_pool2d(image, 3, 1, 1, count_include_pad=False) + 4 * image) / 13
     return blurred + uniform(image, generator, 0, 3) * (image - blurred)
 
 
-def _hue_and_saturation(image: Tensor, generator: torch.Generator) -> Tensor:
+def hue_and_saturation(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Turn the hue by up to 50 degrees and scale the saturation by up to a half; not clipped."""
     turn = uniform(image, generator, -50 / 180 * math.pi, 50 / 180 * math.pi)
     return _turn_colours(image, turn, uniform(image, generator, 0.5, 1.5))
 

@@ -149,6 +149,35 @@ def test_killed_run_ends_with_the_same_weights(
     assert [metrics_of(folder)["resumed"] for folder in (killed, whole)] == [True, False]
 
 
+def test_real_defects_leave_the_test_and_are_said(
+    root: str, run_here: Run, mvtec_folder: Path, tmp_path: Path
+) -> None:
+    run, line = tmp_path / "run", ("trainer.max_steps=2", "trainer.val_check_interval=2")
+    outcome = run_here(
+        "train", *of_method("prn"), root, *line, "dataset.seen=1", f"output_dir={run}"
+    )
+    assert outcome.code == 0, outcome.err
+    assert "SEEN: learned from 1 test images of each defect type" in outcome.out
+    metrics = metrics_of(run)
+    assert (metrics["images/seen"], metrics["images/test"]) == (2, 6)
+    assert [Path(name).parent.as_posix() for name in metrics["seen"]] == [
+        "bolt/test/scratch", "cloth/test/scratch"
+    ]  # fmt: skip
+    tested = (run / "predictions.csv").read_text()
+    for name in metrics["seen"]:
+        assert (mvtec_folder / name).is_file()
+        assert name not in tested
+    checkpoint = f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}"
+    outcome = run_here("test", checkpoint, f"output_dir={tmp_path / 'test'}")
+    assert outcome.code == 0, outcome.err
+    assert "SEEN" in outcome.out
+    assert (tmp_path / "test" / "predictions.csv").read_text() == tested
+    again = metrics_of(tmp_path / "test")
+    assert again["selection"] == metrics["selection"]
+    assert again["seen"] == metrics["seen"]
+    assert again["data_digest"] == metrics["data_digest"]
+
+
 def test_options_of_a_step_leave_no_trace_in_the_checkpoint(
     root: str, run_here: Run, tmp_path: Path
 ) -> None:

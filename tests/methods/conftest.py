@@ -148,6 +148,8 @@ def make_batch() -> Callable[..., Batch]:
             "corrupted": torch.where(corruption, 1 - image, image),
             "corruption": corruption,
             "prompt": image.roll(1, dims=0),
+            "seen": torch.where(corruption, image.flip(1), image),
+            "seen_mask": corruption,
             "frames": torch.stack([image.roll(-n, dims=3) for n in (4, 3, 2, 1)], dim=1),
             "index": torch.arange(count),
             "label": torch.zeros(count, dtype=torch.bool),
