@@ -100,6 +100,14 @@ class Method(Optimised):
         scoring. Keep the result as for `learn`.
         """
 
+    def outcome(self) -> dict[str, Any]:
+        """Return what else is worth knowing about the trained method: plain data, by name.
+
+        Called after the test of a run, with the data module at hand. A run prints the facts and
+        records them in `metrics.json`, as `method/<name>`.
+        """
+        return {}
+
     def predict_batch(self, batch: Batch) -> Prediction:
         """Score a batch; a method that needs more than the image overrides this."""
         return self(batch["image"])

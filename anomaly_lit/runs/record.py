@@ -44,7 +44,9 @@ class Timings(NamedTuple):
 
 def record(run: Run, timings: Timings, validation: dict[str, float]) -> dict[str, Any]:
     """Write a run's metrics to `metrics.json`, its costs to the loggers, and print the table."""
+    facts = run.method.outcome()
     metrics = metrics_of(run, timings, validation)
+    metrics |= {f"method/{name}": fact for name, fact in facts.items()}
     for logger in run.trainer.loggers:
         costs = {f"run/{key}": metrics[key] for key in COSTS}
         logger.log_metrics(costs, run.trainer.global_step)
@@ -52,6 +54,8 @@ def record(run: Run, timings: Timings, validation: dict[str, float]) -> dict[str
     if run.trainer.is_global_zero:
         write_json(run.directory / "metrics.json", metrics)
         print_results(metrics, run.directory)
+        for name, fact in facts.items():
+            print(f"{name}: {fact}")
     return metrics
 
 
