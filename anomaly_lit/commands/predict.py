@@ -1,4 +1,4 @@
-"""`anomaly-predict`: verdicts, overlays and maps for an image or a folder of images."""
+"""`anomaly-predict`: verdicts, overlays and maps for an image, a video or a folder of images."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def predict(cfg: DictConfig) -> int:
     from anomaly_lit.inference.folder import Judge, batches_of, find_pictures
 
     max_pixels = checked_pixels(config["max_pixels"], "max_pixels")
-    found = find_pictures(Path(config["input"]).expanduser(), directory)
+    found = find_pictures(Path(config["input"]).expanduser(), directory, max_pixels)
     if found.others:
         print(found.others)
     for folder in found.results:
@@ -71,7 +71,7 @@ def predict(cfg: DictConfig) -> int:
             f"{len(found.paths) - len(paths)} frames are not judged: the first {detector.frames} "
             "of each folder, which have too few before them"
         )
-    batches = list(batches_of(paths, config["batch_size"]))
+    batches = list(batches_of(paths, config["batch_size"], found.film))
     quiet = len(batches) < 2 or not sys.stdout.isatty()
     start = told = time.perf_counter()
     judge = Judge(
@@ -82,6 +82,7 @@ def predict(cfg: DictConfig) -> int:
         config["save_maps"],
         max_pixels,
         before,
+        found.film,
     )
     with judge:
         for batch in track(batches, "Judging", disable=quiet):

@@ -22,6 +22,7 @@ from anomaly_lit.drawing.heat import overlay
 from anomaly_lit.drawing.png import save_image
 from anomaly_lit.folders import passed_over, told, walk_images
 from anomaly_lit.inference.detector import Detector, Finding
+from anomaly_lit.inference.film import Film, is_film
 from anomaly_lit.types import UserError
 
 VERDICTS = "predictions.csv"
@@ -39,23 +40,31 @@ class Found(NamedTuple):
     root: Path
     results: list[Path]  # folders of earlier results, which were skipped
     others: str = ""  # how many other files were skipped, in words
+    film: Film | None = None  # whose frames the images are
 
 
-def find_pictures(source: Path, output: Path) -> Found:
-    """Find an image, or all images below a folder; earlier results of this program are skipped.
+def find_pictures(source: Path, output: Path, max_pixels: int | None = MAX_PIXELS) -> Found:
+    """Find an image, the frames of a video, or all images below a folder.
+
+    Earlier results of this program are skipped.
 
     Args:
-        source: An image or a folder.
+        source: An image, a video or a folder.
         output: Where results will go; it may be inside the folder.
+        max_pixels: Pixels of the largest frame of a video; None sets no limit.
 
     Raises:
-        UserError: There is no such file, or no image in the folder.
+        UserError: There is no such file, no image in the folder, or the video cannot be read.
     """
+    if is_film(source):
+        film = Film(source, max_pixels)
+        return Found(film.paths, source.parent, [], film=film)
     if source.is_file():
         return Found([source], source.parent, [])
     if not source.is_dir():
         raise UserError(
-            f"input={printable(source)} does not exist; give an image or a folder of images"
+            f"input={printable(source)} does not exist; give an image, a video or a folder of "
+            "images"
         )
     every = walk_images(source)
     places = {place for path in every for place in path.parents if place.is_relative_to(source)}
@@ -73,15 +82,18 @@ def find_pictures(source: Path, output: Path) -> Found:
     return Found(found, source, results, others)
 
 
-def batches_of(paths: list[Path], most: int) -> Iterator[list[Path]]:
-    """Yield at most `most` paths at a time, fewer if images are large, but at least one."""
+def batches_of(paths: list[Path], most: int, film: Film | None = None) -> Iterator[list[Path]]:
+    """Yield at most `most` paths at a time, fewer if images are large, but at least one.
+
+    Args:
+        paths: Of images.
+        most: Images of a batch.
+        film: The video whose frames the images are; None asks each for its header.
+    """
     batch: list[Path] = []
     pixels = 0
     for path in paths:
-        try:
-            own = math.prod(read_header(path).size)
-        except UserError:  # reported when it is judged
-            own = 0
+        own = header_pixels(path) if film is None else film.pixels
         if batch and (len(batch) >= most or pixels + own > MOST_PIXELS):
             yield batch
             batch, pixels = [], 0
@@ -89,6 +101,14 @@ def batches_of(paths: list[Path], most: int) -> Iterator[list[Path]]:
         pixels += own
     if batch:
         yield batch
+
+
+def header_pixels(path: Path) -> int:
+    """Return height times width of a picture by its header; 0 if it cannot be read."""
+    try:
+        return math.prod(read_header(path).size)
+    except UserError:  # reported when it is judged
+        return 0
 
 
 class Judge:
@@ -102,6 +122,7 @@ class Judge:
         save_maps: Also write the maps, (H, W) float16, as `maps/<name>.npy`.
         max_pixels: Pixels of the largest picture that is read; None sets no limit.
         before: Earlier frames of the images, in order of time, for a method that reads clips.
+        film: The video whose frames the images are; None reads pictures.
 
     Attributes:
         scores: Of the images that were judged, in that order.
@@ -116,6 +137,7 @@ class Judge:
         save_maps: bool = False,
         max_pixels: int | None = MAX_PIXELS,
         before: Mapping[Path, Sequence[Path]] | None = None,
+        film: Film | None = None,
     ) -> None:
         self.detector = detector
         self.root = root
@@ -127,7 +149,8 @@ class Judge:
         self.before = before
         self.scores: dict[Path, float] = {}
         longest = max(map(len, (before or {}).values()), default=0)
-        self._read = lru_cache(1 + longest)(lambda path: read_image(path, max_pixels))
+        read = (lambda path: read_image(path, max_pixels)) if film is None else film.read
+        self._read = lru_cache(1 + longest)(read)
         self.counts: dict[str, int] = {}
         self.errors: list[str] = []
 
