@@ -5,7 +5,8 @@
     python experiments/small/plan.py few FOLDER            # 20 test images of each category
 
 The methods are those with a `_small` preset that read single images. The preset is taken as it is;
-`SETTINGS` names what it needs besides.
+`SETTINGS` names what it needs besides. Methods without a pretrained backbone see images of 128 x
+128, which gives them four times the steps; all others of 256 x 256, or what `SETTINGS` says.
 
 A run has as many steps as `SECONDS` of one core allow, by the mean CPU time of a step on the first
 category, batches of 8 and features in the cache, and rounded down to a number of `ROUND` times a
@@ -27,10 +28,11 @@ from typing import Any
 
 SECONDS = 60
 ROUND = (1, 1.5, 2, 3, 5, 7)
-TRIAL, WARM_UP = 10, 2  # steps that are measured; the first ones do not count
+TRIAL, WARM_UP = 8, 2  # steps that are measured; the first ones do not count
 LOGGED = 50  # losses a run notes at most, which tell whether it was still falling
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+METHODS = ROOT / "conf" / "method"
 OPTIONS = HERE / "conf" / "experiment"
 CATEGORIES = {  # in the order of the sweep
     "toothbrush": "industrial",
@@ -41,6 +43,7 @@ CATEGORIES = {  # in the order of the sweep
 }
 FEW = 10  # normal test images, and as many with defects, of methods that take seconds an image
 VIT = {"/backbone": "vit_small_patch14_dinov2_imgfocus", "image_size": 224}
+NO_BACKBONE = 128  # side of the images
 SETTINGS: dict[str, dict[str, Any]] = {
     "dinomaly": VIT,
     "inp_former": VIT,
@@ -75,17 +78,28 @@ def main(arguments: list[str]) -> None:
 
 def methods() -> list[str]:
     """Return the methods that read single images, those without older results first."""
-    import yaml
-
     from anomaly_lit.config.build import import_target
 
     found = []
-    for file in sorted((ROOT / "conf" / "method").glob("*_small.yaml")):
+    for file in sorted(METHODS.glob("*_small.yaml")):
         name = file.stem.removesuffix("_small")
-        whole = yaml.safe_load(file.with_name(f"{name}.yaml").read_text(encoding="utf-8"))
-        if "frames" not in import_target(whole["method"]["_target_"]).needs:
+        if "frames" not in import_target(preset(name)["method"]["_target_"]).needs:
             found.append(name)
     return sorted(found, key=lambda name: ((HERE.parent / name / "results.csv").exists(), name))
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Return what the file of a method says."""
+    import yaml
+
+    return yaml.safe_load((METHODS / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """Return what a run sets besides the preset."""
+    has_backbone = any("/backbone" in key for entry in preset(name)["defaults"]
+                       if isinstance(entry, dict) for key in entry)  # fmt: skip
+    return ({} if has_backbone else {"image_size": NO_BACKBONE}) | SETTINGS.get(name, {})
 
 
 def option_of(name: str) -> Path:
@@ -137,7 +151,7 @@ def composed(name: str) -> dict[str, Any]:
     category, folder = next(iter(CATEGORIES.items()))
     own = [
         f"{key.removeprefix('/')}={value}"
-        for key, value in SETTINGS.get(name, {}).items()
+        for key, value in settings_of(name).items()
         if not str(value).startswith("$")
     ]
     overrides = [
@@ -173,7 +187,7 @@ def write_option(name: str, per_step: float) -> None:
     every = max(1, steps // LOGGED)
     trainer = {"max_steps": steps, "val_check_interval": steps, "log_every_n_steps": every}
     values: dict[str, Any] = {"trainer": trainer}
-    for key, value in SETTINGS.get(name, {}).items():
+    for key, value in settings_of(name).items():
         if key.startswith("/"):
             overrides.append({f"override {key}": value})
         else:

@@ -16,7 +16,7 @@ import io
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,26 @@ def baselines() -> list[Row]:
     return read(HERE.parent / "baselines.csv") + read(HERE / "baselines.csv")
 
 
+def longer() -> list[Row]:
+    """Return the one-class runs of `run_small.sh`, which took minutes; a mean over seeds."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for file in sorted(HERE.parent.glob("*/results.csv")):
+        rows = [row for row in read(file) if row.get("model") == "one-class"]
+        first = [row for row in rows if row["backbone"] != "mobilenetv2_100_tf2"]
+        for row in first:
+            key = (file.parent.name, row["category"])
+            groups.setdefault(key, []).append({**row, "method": file.parent.name})
+    return [mean_of_seeds(group) for group in groups.values()]
+
+
+def mean_of_seeds(group: list[Row]) -> Row:
+    """Return one row with the means of the numbers that tables show."""
+    numbers = [*METRICS, "training_cpu_seconds", "latency_seconds", "peak_memory_mb"]
+    means = {key: str(statistics.fmean(float(row[key]) for row in group)) for key in numbers}
+    seeds = ", ".join(sorted({row["seed"] for row in group}))
+    return {**group[0], **means, "seed": seeds, "training_loss_falling": ""}
+
+
 def as_csv(rows: list[Row]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -138,12 +158,22 @@ def as_csv(rows: list[Row]) -> str:
 
 
 def choosing(rows: list[Row], others: list[Row]) -> str:
-    """Return the tables of `docs/choosing_a_method.md`: all at a glance, then by category."""
-    compared = compared_categories(rows, others)
-    parts = [glance(rows, others, compared)]
-    for metric in SHOWN:
-        parts.append(f"### {METRICS[metric]}\n\n{by_category(rows, others, metric, compared)}")
-    return "\n".join([*parts, notes(rows)])
+    """Return the tables of `docs/choosing_a_method.md`: at a glance, then by category."""
+    parts = []
+    for title, own in (("Eight methods, for minutes", longer()), ("A minute of one core", rows)):
+        known, compared = on_the_same(own, others), compared_categories(own, others)
+        parts += [f"## {title}\n", glance(own, known, compared), notes(own)]
+    known, compared = on_the_same(rows, others), compared_categories(rows, others)
+    if len({row["category"] for row in rows}) > 1:
+        for metric in SHOWN:
+            parts += [f"### {METRICS[metric]}\n", by_category(rows, known, metric, compared)]
+    return "\n".join(parts)
+
+
+def on_the_same(rows: list[Row], others: list[Row]) -> list[Row]:
+    """Return those of the others that are on categories of the rows."""
+    categories = {row["category"] for row in rows}
+    return [row for row in others if row["category"] in categories]
 
 
 def compared_categories(rows: list[Row], others: list[Row]) -> list[str]:
@@ -185,7 +215,7 @@ def side_by_side(rows: list[Row], others: list[Row]) -> str:
     categories = sorted({row["category"] for row in rows})
     head = ["method", "backbone", "steps", *categories]
     lines = [line(head), rule(head, 2)]
-    for name, own in ranked(rows, others, compared):
+    for name, own in ranked(rows, on_the_same(rows, others), compared):
         by_name = {c: [row for row in own if row["category"] == c] for c in categories}
         cells = [" / ".join(cell(part, metric) for metric in SHOWN) if part else "-"
                  for part in by_name.values()]  # fmt: skip
@@ -236,7 +266,7 @@ def costs(own: list[Row]) -> list[str]:
         return [""] * 5
     falling = [float(r["training_loss_falling"] or 0) >= FALLING for r in own]
     unknown = not any(row["training_loss_falling"] for row in own)
-    told = "unknown" if unknown else "falling" if any(falling) else "level"
+    told = "-" if unknown else "falling" if any(falling) else "level"
     return [own[0]["steps"], *(mean_cost(own, key, scale) for key, scale in
             (("training_cpu_seconds", 1), ("latency_seconds", 1000), ("peak_memory_mb", 1))),
             told]  # fmt: skip
@@ -248,12 +278,12 @@ def mean_cost(own: list[Row], key: str, scale: float) -> str:
 
 def notes(rows: list[Row]) -> str:
     """Return under which conditions the numbers were measured."""
-    told: Callable[[str], str] = lambda key: ", ".join(sorted({row[key] for row in rows}))  # noqa: E731
-    few = sorted({row["method"] for row in rows if row["images/test"] == "20"})
+    told = {key: ", ".join(sorted({row.get(key) or "-" for row in rows}))
+            for key in ("category", "seed", "commit", "hardware")}  # fmt: skip
+    few = sorted({row["method"] for row in rows if row.get("images/test") == "20"})
     text = (
-        "Per cent. Weights of the last step; seed "
-        f"{told('seed')}; commit {told('commit')}; {told('hardware')}; {told('precision')}. "
-        "`experiments/small/results.csv` has all metrics, intervals and commands."
+        f"Per cent, on {told['category']}. Weights of the last step; seed {told['seed']}; commit "
+        f"{told['commit']}; {told['hardware']}."
     )
     return text + (f" On 20 test images only: {', '.join(few)}." if few else "") + "\n"
 
