@@ -11,8 +11,9 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(path.parent for path in ROOT.glob("experiments/*/runs"))
 
 
-def load_tables():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "experiments" / "tables.py")
+def load_tables(folder="."):
+    file = ROOT / "experiments" / folder / "tables.py"
+    spec = importlib.util.spec_from_file_location(f"tables_{folder}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -56,3 +57,29 @@ def test_runs_that_learned_from_test_images_are_marked_in_every_table(tmp_path):
     for text in (tables.as_markdown(tables.read_runs(folder)), tables.comparison(tmp_path)):
         assert "| one-class † |" in text
         assert "† learned from real defects of the test set" in text
+
+
+@pytest.mark.parametrize("page", ["docs/choosing_a_method.md", "experiments/README.md"])
+def test_the_pages_on_small_runs_say_what_results_csv_says(page):
+    tables = load_tables("small")
+    expected = tables.pages(tables.read(tables.RESULTS), tables.baselines())[ROOT / page]
+    written = (ROOT / page).read_text(encoding="utf-8")
+    assert written.split(tables.BEGIN)[1].split(tables.END)[0].lstrip("\n") == expected
+
+
+def test_every_small_run_carries_its_commit_seed_hardware_and_command():
+    tables = load_tables("small")
+    for row in tables.read(tables.RESULTS):
+        assert row["commit"], row
+        assert not row["commit"].endswith("+changes"), row
+        assert f"seed={row['seed']}" in row["command"]
+        assert f"experiment=small_{row['method']}" in row["command"]
+        assert row["hardware"]
+
+
+def test_a_mean_needs_every_category():
+    tables = load_tables("small")
+    own = [{"category": "a", "pixel_ap": "0.5"}, {"category": "b", "pixel_ap": "0.7"}]
+    assert tables.mean_of(own, "pixel_ap", ["a", "b"]) == pytest.approx(0.6)
+    assert tables.mean_of(own, "pixel_ap", ["a", "b", "c"]) is None
+    assert tables.mean_of([{**own[0], "pixel_ap": ""}], "pixel_ap", ["a"]) is None

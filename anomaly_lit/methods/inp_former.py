@@ -17,7 +17,7 @@ Follows the authors' code. Differs from it:
 
 Paper: Luo et al.: Exploring Intrinsic Normal Prototypes within a Single Image for Universal Anomaly
 Detection. CVPR 2025, arXiv:2503.02424.
-Status: works; tried once, small (120 steps, one category), not yet measured at the paper's size.
+Status: works; measured small (experiments/small), too short to compare.
 Note: the authors' code is MIT; written anew from its description. The parts of INP-Former++ follow
 others' descriptions, without its residual head.
 """

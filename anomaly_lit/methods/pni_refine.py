@@ -18,7 +18,7 @@ Differences:
 
 Paper: Bae, Lee, Kim: PNI: Industrial Anomaly Detection using Position and Neighborhood Information.
 ICCV 2023, arXiv:2211.12634.
-Status: works; not measured yet.
+Status: works; measured small (experiments/small), not yet at the paper's size.
 Note: a second run, upon the checkpoint of a PNI; the authors' code has no licence, written from a
 description of the paper and its behaviour.
 """

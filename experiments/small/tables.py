@@ -40,9 +40,10 @@ FACTS = (
     "latency_seconds", "peak_memory_mb", "trainable_parameters", "training_loss_falling",
     "precision", "selection", "commit", "hardware",
 )  # fmt: skip
-COLUMNS = ("method", "backbone", "category", *METRICS, "image_auroc_low", "image_auroc_high",
-           *FACTS, "command")  # fmt: skip
-FALLING = 0.05  # as in anomaly_lit.runs.fit
+COLUMNS = (
+    "method", "backbone", "image_size", "category", *METRICS, "image_auroc_low",
+    "image_auroc_high", *FACTS, "command",
+)  # fmt: skip
 OF_THIS_MACHINE = re.compile(r"(hydra\.run\.dir|output_dir)=\S+ ?")
 Row = dict[str, str]
 
@@ -85,6 +86,7 @@ def row_of(run: Any) -> Row:
     values = {
         "method": name["method"],
         "backbone": backbone_of(run.settings),
+        "image_size": run.settings["image_size"],
         "category": name["category"],
         **scores,
         **facts,
@@ -162,12 +164,16 @@ def choosing(rows: list[Row], others: list[Row]) -> str:
     parts = []
     for title, own in (("Eight methods, for minutes", longer()), ("A minute of one core", rows)):
         known, compared = on_the_same(own, others), compared_categories(own, others)
-        parts += [f"## {title}\n", glance(own, known, compared), notes(own)]
-    known, compared = on_the_same(rows, others), compared_categories(rows, others)
-    if len({row["category"] for row in rows}) > 1:
-        for metric in SHOWN:
-            parts += [f"### {METRICS[metric]}\n", by_category(rows, known, metric, compared)]
-    return "\n".join(parts)
+        means = f"Means of {', '.join(compared)}; the worst of all that were measured.\n"
+        parts += [f"## {title}\n", means, glance(own, known, compared), notes(own)]
+    return "\n".join(
+        [
+            *parts,
+            "### By category\n",
+            "Image AUROC / pixel AP / AUPRO.\n",
+            side_by_side(rows, others),
+        ]
+    )
 
 
 def on_the_same(rows: list[Row], others: list[Row]) -> list[Row]:
@@ -189,28 +195,19 @@ def compared_categories(rows: list[Row], others: list[Row]) -> list[str]:
 
 
 def glance(rows: list[Row], others: list[Row], compared: list[str]) -> str:
-    head = ["method", "backbone", *(f"{METRICS[metric]}, mean" for metric in SHOWN),
+    head = ["method", "backbone", "pixels", *(METRICS[metric] for metric in SHOWN),
             "worst image AUROC", "steps", "training, CPU s", "one image, ms", "memory, MB",
-            "loss at the end"]  # fmt: skip
+            "fall at the end, %"]  # fmt: skip
     lines = [line(head), rule(head, 2)]
     for name, own in ranked(rows, others, compared):
+        size = own[0].get("image_size") or "256"
         means = [mean_cell(own, metric, compared) for metric in SHOWN]
-        lines.append(line([name, own[0]["backbone"], *means, worst(own), *costs(own)]))
-    return "\n".join(lines) + "\n"
-
-
-def by_category(rows: list[Row], others: list[Row], metric: str, compared: list[str]) -> str:
-    categories = sorted({row["category"] for row in rows})
-    head = ["method", *categories, f"mean of {', '.join(compared)}"]
-    lines = [line(head), rule(head)]
-    for name, own in ranked(rows, others, compared):
-        cells = [cell([r for r in own if r["category"] == c], metric) for c in categories]
-        lines.append(line([name, *cells, mean_cell(own, metric, compared)]))
+        lines.append(line([name, own[0]["backbone"], size, *means, worst(own), *costs(own)]))
     return "\n".join(lines) + "\n"
 
 
 def side_by_side(rows: list[Row], others: list[Row]) -> str:
-    """Return one compact table: three metrics in a cell, a column for each category."""
+    """Return one compact table: image AUROC / pixel AP / AUPRO, a column for each category."""
     compared = compared_categories(rows, others)
     categories = sorted({row["category"] for row in rows})
     head = ["method", "backbone", "steps", *categories]
@@ -220,7 +217,7 @@ def side_by_side(rows: list[Row], others: list[Row]) -> str:
         cells = [" / ".join(cell(part, metric) for metric in SHOWN) if part else "-"
                  for part in by_name.values()]  # fmt: skip
         lines.append(line([name, own[0]["backbone"], own[0].get("steps") or "", *cells]))
-    return "\n".join([*lines, notes(rows)])
+    return "\n".join([*lines, "", notes(rows)])
 
 
 def ranked(rows: list[Row], others: list[Row], compared: list[str]) -> list[tuple[str, list[Row]]]:
@@ -264,12 +261,10 @@ def worst(own: list[Row]) -> str:
 def costs(own: list[Row]) -> list[str]:
     if "steps" not in own[0]:
         return [""] * 5
-    falling = [float(r["training_loss_falling"] or 0) >= FALLING for r in own]
-    unknown = not any(row["training_loss_falling"] for row in own)
-    told = "-" if unknown else "falling" if any(falling) else "level"
-    return [own[0]["steps"], *(mean_cost(own, key, scale) for key, scale in
-            (("training_cpu_seconds", 1), ("latency_seconds", 1000), ("peak_memory_mb", 1))),
-            told]  # fmt: skip
+    keys = ("training_cpu_seconds", 1), ("latency_seconds", 1000), ("peak_memory_mb", 1)
+    falling = [float(row["training_loss_falling"]) for row in own if row["training_loss_falling"]]
+    told = f"{100 * max(falling):.0f}" if falling else "-"
+    return [own[0]["steps"], *(mean_cost(own, key, scale) for key, scale in keys), told]
 
 
 def mean_cost(own: list[Row], key: str, scale: float) -> str:
@@ -278,8 +273,9 @@ def mean_cost(own: list[Row], key: str, scale: float) -> str:
 
 def notes(rows: list[Row]) -> str:
     """Return under which conditions the numbers were measured."""
-    told = {key: ", ".join(sorted({row.get(key) or "-" for row in rows}))
-            for key in ("category", "seed", "commit", "hardware")}  # fmt: skip
+    told = {key: ", ".join(sorted({part for row in rows for part in row[key].split(", ")}))
+            for key in ("category", "seed", "commit")}  # fmt: skip
+    told["hardware"] = " or ".join(sorted({row["hardware"] for row in rows}))
     few = sorted({row["method"] for row in rows if row.get("images/test") == "20"})
     text = (
         f"Per cent, on {told['category']}. Weights of the last step; seed {told['seed']}; commit "

@@ -21,7 +21,7 @@ Follows the authors' code. Differs from it:
 
 Paper: Guo et al.: Dinomaly: The Less Is More Philosophy in Multi-Class Unsupervised Anomaly
 Detection. CVPR 2025, arXiv:2405.14325.
-Status: works; tried once, small (120 steps, one category), not yet measured at the paper's size.
+Status: works; measured small (experiments/small), too short to compare.
 Note: the authors' code is Apache-2.0; written anew from its description. Dinomaly2's switches
 follow its preview code as others describe it.
 """

@@ -21,7 +21,7 @@ Batch normalisation in bottleneck and decoder takes statistics per device unless
 
 Paper: Deng, Li: Anomaly Detection via Reverse Distillation from One-Class Embedding. CVPR 2022,
 arXiv:2201.10703.
-Status: works; tried once, small (143 steps, one category), not yet measured at the paper's size.
+Status: works; measured small (experiments/small), not yet at the paper's size.
 Note: the authors' code is MIT; written anew from its description. `width` and other teachers than
 ResNets are ours.
 """
