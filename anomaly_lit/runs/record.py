@@ -112,9 +112,9 @@ def selection_of(config: dict[str, Any], method: Method) -> str:
     return "; ".join(text for text in texts if text)
 
 
-def seen_names(datamodule: AnomalyDataModule) -> list[str]:
-    """Return the names of the images that left the test set to be learned from."""
-    return [datamodule.name_of(sample.path) for sample in datamodule.seen_samples]
+def seen_names(datamodule: AnomalyDataModule) -> str:
+    """Return the names of the images that left the test set to be learned from, a line each."""
+    return "\n".join(datamodule.name_of(sample.path) for sample in datamodule.seen_samples)
 
 
 def latency(method: Method, datamodule: AnomalyDataModule) -> float:

@@ -160,11 +160,11 @@ def test_real_defects_leave_the_test_and_are_said(
     assert "SEEN: learned from 1 test images of each defect type" in outcome.out
     metrics = metrics_of(run)
     assert (metrics["images/seen"], metrics["images/test"]) == (2, 6)
-    assert [Path(name).parent.as_posix() for name in metrics["seen"]] == [
+    assert [Path(name).parent.as_posix() for name in metrics["seen"].splitlines()] == [
         "bolt/test/scratch", "cloth/test/scratch"
     ]  # fmt: skip
     tested = (run / "predictions.csv").read_text()
-    for name in metrics["seen"]:
+    for name in metrics["seen"].splitlines():
         assert (mvtec_folder / name).is_file()
         assert name not in tested
     checkpoint = f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}"
