@@ -16,7 +16,7 @@ Paper: Luo et al.: Clear Memory-Augmented Auto-Encoder for Surface Defect Detect
 arXiv:2208.03879.
 Status: works; measured small (experiments/cma_ae), too short to compare.
 Note: no code was published and its text was not at hand: network, losses and fusion of scales are
-ours, and said in the docstring.
+ours; the docstring says how.
 """
 
 from __future__ import annotations
