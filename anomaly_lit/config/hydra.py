@@ -21,6 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from anomaly_lit.types import UserError
 
+MOST_OPTIONS = 24  # of a group that a message lists
+
 
 def config_dir() -> str:
     """Return the folder of configurations: in an installed package, or beside it in a checkout."""
@@ -112,9 +114,13 @@ def _hydra_in_words(error: BaseException) -> str:
         options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
         group, _, name = sought[1].rpartition("/")
         near = nearest(name, options)
-        return (
-            f"could not find {sought[1]!r}: the options of {group} are {', '.join(options)}{near}"
-        )
+        what = f"the options of {group} are"
+        if len(options) > MOST_OPTIONS:
+            what = (
+                f"of the {len(options)} options of {group}, which --help shows, the most alike are"
+            )
+            options = sorted(difflib.get_close_matches(name, options, MOST_OPTIONS, cutoff=0))
+        return f"could not find {sought[1]!r}: {what} {', '.join(options)}{near}"
     there = re.match(r"Could not append to config. An item is already at '(.*?)'", text)
     if there:
         return f"{there[1]} is there already: write it without the +"
