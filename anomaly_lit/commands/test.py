@@ -56,6 +56,7 @@ def test(cfg: DictConfig) -> None:
     if not config["method"]:  # there is no validation, so nothing is corrupted
         dataset |= {"synthesis": None, "validate_on_synthesis": False}
     trust = config["trust"]
+    check_seen(trained["dataset"], dataset)
     dataset = admit(dataset, "dataset", trust)
     scoring = admit(trained["callbacks"]["evaluation"], "evaluation", trust)
     method = build_method({**trained, "method": node}, trust)
@@ -105,6 +106,27 @@ def test(cfg: DictConfig) -> None:
     }
     write_json(directory / "metrics.json", metrics)
     print_results(metrics, directory)
+
+
+def check_seen(trained: dict[str, Any], tested: dict[str, Any]) -> None:
+    """Refuse a test on images that the checkpoint learned from.
+
+    Args:
+        trained: The data set of training.
+        tested: The data set of this test.
+
+    Raises:
+        UserError: Training drew real defects from the test set, and the test would draw others.
+    """
+    keys = ("seen", "seed")
+    if trained.get("seen") and any(trained.get(key) != tested.get(key) for key in keys):
+        then, now = (
+            " and ".join(f"dataset.{key}={of.get(key)}" for key in keys) for of in (trained, tested)
+        )
+        raise UserError(
+            f"the checkpoint learned from the test images that {then} draw, and {now} would score "
+            "some of them: leave both as they were in training"
+        )
 
 
 def load_weights(method: Method, weights: dict[str, Any], changes: dict[str, Any]) -> None:

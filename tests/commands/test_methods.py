@@ -173,6 +173,11 @@ def test_real_defects_leave_the_test_and_are_said(
     assert "SEEN" in outcome.out
     assert (tmp_path / "test" / "predictions.csv").read_text() == tested
     again = metrics_of(tmp_path / "test")
+    for change in ("dataset.seen=0", "+dataset.seed=7"):
+        refused = run_here("test", checkpoint, change, f"output_dir={tmp_path / 'other'}")
+        assert refused.code == 1
+        assert "learned from the test images that dataset.seen=1 and dataset.seed=0" in refused.err
+        assert not (tmp_path / "other" / "metrics.json").exists()
     assert again["selection"] == metrics["selection"]
     assert again["seen"] == metrics["seen"]
     assert again["data_digest"] == metrics["data_digest"]

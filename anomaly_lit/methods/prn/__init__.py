@@ -14,9 +14,9 @@ reimplementation. Differs from these, or chosen where they are silent:
   has a weight for each element of a patch, and logits are scaled by the root of a token's length;
 - features and residuals have a fusion of their own each, where it shares one;
 - prototypes of all categories lie in one store, so that an image needs no category to be scored;
-- an image in two stays normal, by the synthesis; `seen_share` of the others show a real defect in
+- the synthesis leaves half of the images normal; `seen_share` of the others show a real defect in
   place of a synthetic one. The reimplementation has the same shares, but counts them out in each
-  epoch, and shows real images five times before it extends them (here `real_share`);
+  epoch, and shows each real image five times before it extends it (here `real_share`);
 - a pasted defect moves as a whole, where it moves each connected part: to find the parts, a GPU
   would have to wait;
 - the last weights are tested; the reimplementation takes the best on the test set.
@@ -26,7 +26,10 @@ With ResNet-18 there are 55.70 million trainable parameters, 50.63 million of th
 
 Paper: Zhang, Wu, Wang, Chen, Jiang: Prototypical Residual Networks for Anomaly Detection and
 Localization. CVPR 2023, arXiv:2212.02031.
-Status: works; not measured yet.
+Status: works; measured small, 150 steps of 4 images on toothbrush at 256 x 256 (about 250 CPU
+seconds, commit 115f69e). Synthetic anomalies alone: image AUROC 97.8, pixel AUROC 97.5, pixel AP
+49.2. With `dataset.seen=3`, on the 39 test images that are left: 98.8, 97.2 and 48.5, where the
+former run has 97.8, 97.4 and 46.7. One seed; not yet at the paper's size.
 Note: the authors published no code. By default it sees no real defect, where the paper has 10 of
 each category; `dataset.seen=k` draws k of each type from the test set, which lacks them then.
 """
