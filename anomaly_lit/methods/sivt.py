@@ -23,7 +23,7 @@ encoder and decoder these are the 14.59 million of PSA-VT.
 
 Paper: Yao et al.: Generalizable Industrial Visual Anomaly Detection with Self-Induction Vision
 Transformer. arXiv:2211.12311.
-Status: works; not measured yet.
+Status: works; measured small (experiments/small), too short to compare.
 Note: no code was published; what the abstract leaves open follows PSA-VT (IEEE TIM 73, 2024), whose
 code has no licence; written anew from a description of both.
 """

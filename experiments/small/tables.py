@@ -4,9 +4,9 @@
     python experiments/small/tables.py write               # writes the tables again
 
 `collect` puts the finished runs below OUTPUT_DIR into `results.csv` beside this file, in place of
-older ones of the same method and category. The tables stand in `docs/choosing_a_method.md` and in
-`experiments/README.md`, between marks. `baselines.csv`, here and one folder up, holds what another
-library's methods gave on the same images.
+older ones of the same method, category and number of steps. The tables stand in
+`docs/choosing_a_method.md` and in `experiments/README.md`, between marks. `baselines.csv`, here and
+one folder up, holds what another library's methods gave on the same images.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def main(arguments: list[str]) -> None:
 
 def pages(rows: list[Row], others: list[Row]) -> dict[Path, str]:
     """Return what stands between the marks of each page."""
-    return {CHOOSING: choosing(rows, others), SIDE_BY_SIDE: side_by_side(rows, others)}
+    minute = [row for row in rows if not is_longer(row)]
+    return {CHOOSING: choosing(rows, others), SIDE_BY_SIDE: side_by_side(minute, others)}
 
 
 # -------------------------------------------------------------------------------------- reading
@@ -112,8 +113,8 @@ def command_of(typed: str) -> str:
 
 
 def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
-    """Return all rows by method and category; a new one takes the place of an old one."""
-    rows = {(row["method"], row["category"]): row for row in (*old, *new)}
+    """Return all rows by method, category and steps; a new one takes the place of an old one."""
+    rows = {(row["method"], row["category"], int(row["steps"])): row for row in (*old, *new)}
     return [rows[key] for key in sorted(rows)]
 
 
@@ -161,19 +162,38 @@ def as_csv(rows: list[Row]) -> str:
 
 def choosing(rows: list[Row], others: list[Row]) -> str:
     """Return the tables of `docs/choosing_a_method.md`: at a glance, then by category."""
+    minute = [row for row in rows if not is_longer(row)]
     parts = []
-    for title, own in (("Eight methods, for minutes", longer()), ("A minute of one core", rows)):
+    for title, own in (("Four categories", on_all_four(rows)), ("A minute of one core", minute)):
         known, compared = on_the_same(own, others), compared_categories(own, others)
         means = f"Means of {', '.join(compared)}; the worst of all that were measured.\n"
         parts += [f"## {title}\n", means, glance(own, known, compared), notes(own)]
-    return "\n".join(
-        [
-            *parts,
-            "### By category\n",
-            "Image AUROC / pixel AP / AUPRO.\n",
-            side_by_side(rows, others),
-        ]
-    )
+    text = "### By category\n\nImage AUROC / pixel AP / AUPRO.\n"
+    return "\n".join([*parts, text, side_by_side(minute, others)])
+
+
+def is_longer(row: Row) -> bool:
+    """Return whether a run had more steps than its option says."""
+    return "trainer.max_steps=" in row["command"]
+
+
+def on_all_four(rows: list[Row]) -> list[Row]:
+    """Return the longer runs, and those of other methods on the same four categories."""
+    older = longer()
+    categories = {row["category"] for row in older}
+    found = []
+    for group in grouped([row for row in rows if row["category"] in categories]):
+        if {row["category"] for row in group} == categories:
+            found += group
+    return older + found
+
+
+def grouped(rows: Iterable[Row]) -> list[list[Row]]:
+    """Return the rows of each method and number of steps."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row.get("steps", "")), []).append(row)
+    return list(groups.values())
 
 
 def on_the_same(rows: list[Row], others: list[Row]) -> list[Row]:
@@ -222,18 +242,22 @@ def side_by_side(rows: list[Row], others: list[Row]) -> str:
 
 def ranked(rows: list[Row], others: list[Row], compared: list[str]) -> list[tuple[str, list[Row]]]:
     """Return the rows of each method, the best mean image AUROC first; without a mean last."""
-    groups: dict[str, list[Row]] = {}
-    for row in (*rows, *others):
-        groups.setdefault(row["method"], []).append(row)
     known = {row["method"] for row in others}
 
     def place(item: tuple[str, list[Row]]) -> tuple[float, str]:
         mean = mean_of(item[1], "image_auroc", compared)
         return (1.0 if mean is None else -mean, item[0])
 
-    named = {f"*{name}*" if name in known else f"`{name}_small`": own
-             for name, own in groups.items()}  # fmt: skip
-    return sorted(named.items(), key=place)
+    named = []
+    for own in grouped((*rows, *others)):
+        name = own[0]["method"]
+        named.append((f"*{name}*" if name in known else f"`{name}_small`{mark(own)}", own))
+    return sorted(named, key=place)
+
+
+def mark(own: list[Row]) -> str:
+    """Return the mark of a method that took something from the test set."""
+    return " †" if any(re.search("SEEN|ORACLE", row["selection"]) for row in own) else ""
 
 
 def mean_of(own: list[Row], metric: str, categories: list[str]) -> float | None:
@@ -281,7 +305,11 @@ def notes(rows: list[Row]) -> str:
         f"Per cent, on {told['category']}. Weights of the last step; seed {told['seed']}; commit "
         f"{told['commit']}; {told['hardware']}."
     )
-    return text + (f" On 20 test images only: {', '.join(few)}." if few else "") + "\n"
+    if few:
+        text += f" On 20 test images only: {', '.join(few)}."
+    if any(mark([row]) for row in rows):
+        text += " † took something from the test set: no fair comparison."
+    return text + "\n"
 
 
 def line(cells: Iterable[str]) -> str:
