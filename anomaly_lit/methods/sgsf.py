@@ -22,7 +22,7 @@ trainable parameters.
 
 Paper: Xing, Sun, Li: Self-Supervised Guided Segmentation Framework for Unsupervised Anomaly
 Detection. arXiv:2209.12440.
-Status: works; not measured yet.
+Status: works; measured small (experiments/small), too short to compare.
 Note: no code was published; what the abstract leaves open follows the authors' NIGSF. Set
 `dataset.synthesis.saliency=none` for textures.
 """
