@@ -12,7 +12,7 @@ from scipy import optimize, special
 from torch import Tensor
 
 CONFIDENCE = 0.95  # of the intervals in a promise
-LEAST_RISE = 1e-9  # covers the rounding of count * fpr
+LEAST_RISE = 1e-9  # tolerance for rounding errors in count * fpr
 
 
 def threshold_at(scores: Tensor, fpr: float) -> tuple[float, str]:
@@ -21,8 +21,9 @@ def threshold_at(scores: Tensor, fpr: float) -> tuple[float, str]:
     - `quantile`: with at least 1 / fpr scores, the lowest score that at most `fpr` of them exceed.
     - `prediction limit`: fewer scores cannot resolve the rate, and a new image of the same kind
       easily exceeds the largest of a few. The threshold is then the one-sided limit for one more
-      draw from a normal distribution with their mean and deviation, mean + t * s * sqrt(1 + 1 / n)
-      with Student's t of n - 1 degrees of freedom, or the largest score if that is higher.
+      draw from a normal distribution with their mean and standard deviation s, which is
+      mean + t * s * sqrt(1 + 1 / n) with Student's t of n - 1 degrees of freedom, or the largest
+      score if that is higher.
     - `maximum`: a single score is its own threshold.
 
     Args:
@@ -89,11 +90,11 @@ def promise(count: int, fpr: float) -> dict[str, Any]:
 
     Returns:
         `count`, `fpr`, `rule`; `resolved`: whether there are enough images to show a rate of `fpr`
-        without assuming a distribution of the scores; `needed`: the number of images from which
-        there are; `low` and `high`: the interval, as shares; `high_free`: with 95 % confidence the
-        rate is at most this, whatever the distribution of the scores; `needed_for_double`: the
-        number of images from which the interval ends below twice `fpr`. Without images the rule is
-        `none` and the interval contains all rates.
+        without assuming a distribution of the scores; `needed`: the least number of images for
+        that; `low` and `high`: the interval, as shares; `high_free`: with 95 % confidence the rate
+        is at most this, whatever the distribution of the scores; `needed_for_double`: the least
+        number of images with which the interval ends at or below twice `fpr`. Without images the
+        rule is `none` and the interval contains all rates.
     """
     found: dict[str, Any] = {
         "count": count,
@@ -148,7 +149,7 @@ def _rate_of_limit(count: int, fpr: float, share: float) -> float:
 
 @cache
 def _needed_for_double(fpr: float) -> int:
-    """Return the number of images from which the interval of a quantile ends below 2 fpr."""
+    """Return the least number of images with which a quantile's interval ends at or below 2 fpr."""
     above = 1
     while True:  # the rate is least certain with the fewest images that allow this many above
         count = math.ceil(above / fpr - LEAST_RISE)
@@ -206,7 +207,7 @@ def _percent(share: float) -> str:
 
 
 def verdict(score: float, threshold: float) -> dict[str, Any]:
-    """Return threshold and verdict of one image; `unknown` without a threshold or finite score."""
+    """Return threshold and verdict of an image; `unknown` without a threshold or a finite score."""
     if math.isnan(threshold):
         return {"threshold": None, "verdict": "unknown"}
     if not math.isfinite(score):
@@ -215,7 +216,7 @@ def verdict(score: float, threshold: float) -> dict[str, Any]:
 
 
 def limits_of(calibration: dict[str, Any], category: str | None) -> dict[str, Any]:
-    """Return a category's calibration; if unknown, that of all images; empty if there is none."""
+    """Return a category's calibration; for an unknown one, that of all images; {} if none."""
     if not calibration:
         return {}
     return calibration["categories"].get(category, calibration["all"])
@@ -237,9 +238,10 @@ def colour_range(limits: dict[str, Any], anomaly_map: np.ndarray) -> tuple[float
 
 
 def outline_of(verdict: str, anomaly_map: np.ndarray, limits: dict[str, Any]) -> np.ndarray | None:
-    """Return where a defect is, (H, W) bool: values three times as far out as normal maps reach.
+    """Return where a defect is, (H, W) bool, or None if there is nothing to outline.
 
-    None if there is no defect, or no such value.
+    The region lies more than three times as far above the median of normal maps as their high end
+    (99.9 %). None if the verdict is not `defect`, no map was held out, or no value is that high.
     """
     if verdict != "defect" or "map_median" not in limits:
         return None

@@ -27,7 +27,9 @@ PACKAGES = ("anomaly-lit", "torch", "timm", "pytorch-lightning", "hydra-core", "
 
 
 def lock(file: IO[Any], shared: bool = False) -> bool:
-    """Lock an open file until it is closed, in every process that holds it.
+    """Try to lock an open file, without waiting.
+
+    The lock lasts until every process that holds the file has closed it.
 
     Args:
         file: Any open file.
@@ -100,7 +102,7 @@ def runs_below(folder: Path) -> list[Path]:
 def environment() -> dict[str, Any]:
     """Return what results depend on besides the configuration.
 
-    These are versions, commit, machine and command.
+    It consists of versions, commit, machine and command.
     """
     import torch
 

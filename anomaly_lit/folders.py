@@ -1,10 +1,10 @@
 """Which files of a folder are pictures: one rule for training, checks of data and prediction.
 
-A picture is a file with a suffix in `suffixes()`. Passed over are hidden files and folders (macOS
-writes `._000.png` beside `000.png`, notebooks `.ipynb_checkpoints`), files with other suffixes, and
-what is no regular file. A folder called `x.png` is a folder. Links to files and folders are
-followed, and each folder is read once, so that a loop of links ends. A link that leads nowhere is a
-picture that cannot be read: whoever reads it says so, and nothing is lost in silence.
+A picture is a file with a suffix in `suffixes()`. These are passed over: hidden files and folders
+(macOS writes `._000.png` beside `000.png`, Jupyter writes `.ipynb_checkpoints`), files with other
+suffixes, and special files such as pipes. A folder called `x.png` is a folder. Links to files and
+folders are followed, and each folder is read once, so that a loop of links ends. A link that leads
+nowhere counts as a picture: reading it then gives an error, and no picture is lost silently.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NOUNS = (
     "repeated link",
     "special file",
     "unused picture",
-)  # others have no plural
+)  # the other kinds, such as `.txt`, take no plural s
 
 NOT_READ = {  # formats that Pillow names, and why they are left out
     "BLP": "a texture of games",
@@ -56,13 +56,13 @@ def formats() -> tuple[str, ...]:
 @cache
 def suffixes() -> frozenset[str]:
     """Return the suffixes of pictures, in lower case: what Pillow opens, without `NOT_READ`."""
-    known = {*formats(), "MPO"}  # which the reader of JPEG opens
+    known = {*formats(), "MPO"}  # MPO is opened by the reader of JPEG
     registered = Image.registered_extensions().items()
     return frozenset(suffix for suffix, name in registered if name in known)
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the pictures directly in a folder by name; empty where there is no such folder.
+    """Return the pictures directly in a folder, sorted by name; empty if there is no folder.
 
     Raises:
         UserError: The folder may not be read.
@@ -73,7 +73,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def list_folders(folder: Path) -> list[Path]:
-    """Return the sub-folders by name, without hidden ones; empty where there is no such folder.
+    """Return the sub-folders that are not hidden, sorted by name; empty if there is no folder.
 
     Raises:
         UserError: The folder may not be read.
@@ -84,7 +84,7 @@ def list_folders(folder: Path) -> list[Path]:
 
 
 def in_time(paths: Iterable[Path]) -> list[Path]:
-    """Return frames by the numbers in their names, so that `10.png` comes after `9.png`."""
+    """Sort frames by the numbers in their names, so that `10.png` comes after `9.png`."""
 
     def key(path: Path) -> list[tuple[bool, int, str]]:
         parts = re.split(r"([0-9]+)", path.stem)
@@ -94,7 +94,7 @@ def in_time(paths: Iterable[Path]) -> list[Path]:
 
 
 def walk_images(folder: Path) -> list[Path]:
-    """Return the pictures at any depth below a folder by path; empty where there is no folder.
+    """Return the pictures at any depth below a folder, sorted by path; empty without a folder.
 
     Raises:
         UserError: A folder may not be read.
@@ -103,7 +103,7 @@ def walk_images(folder: Path) -> list[Path]:
 
 
 def passed_over(folders: Iterable[Path], used: Collection[str] = ()) -> dict[str, int]:
-    """Count by kind what lies below some folders and is not read, most frequent first.
+    """Count what is not read below some folders, by kind; the most frequent kind comes first.
 
     Args:
         folders: Walked to any depth.
@@ -122,7 +122,7 @@ def passed_over(folders: Iterable[Path], used: Collection[str] = ()) -> dict[str
 def told(counts: dict[str, int]) -> str:
     """Return what was passed over in words, such as `3 files were passed over: 2 .txt, 1 hidden`.
 
-    Empty where nothing was.
+    Empty if nothing was passed over.
     """
     total = sum(counts.values())
     if not total:
@@ -135,7 +135,7 @@ def told(counts: dict[str, int]) -> str:
 
 
 def _walk(folders: Iterable[Path]) -> tuple[list[Path], Counter[str]]:
-    """Find pictures; folders themselves are read before links to them, so that names stay."""
+    """Find pictures; read folders before links to them, so that a picture keeps its real path."""
     pictures: list[Path] = []
     counts: Counter[str] = Counter()
     seen: set[tuple[int, int]] = set()
@@ -171,7 +171,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 def _kind(entry: os.DirEntry[str]) -> str:
     """Return `picture`, `folder`, or why an entry is passed over."""
     linked = entry.is_symlink()
-    is_folder = os.path.isdir(entry.path) if linked else entry.is_dir()  # no error from a loop
+    is_folder = os.path.isdir(entry.path) if linked else entry.is_dir()  # false for a loop
     if entry.name.startswith("."):
         return "hidden folder" if is_folder else "hidden"
     if is_folder:

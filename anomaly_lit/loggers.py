@@ -89,7 +89,7 @@ class MLflowRun(MLFlowLogger):
         artifact_location: Where a new experiment stores its figures if no server decides; None
             takes `directory/mlflow`.
         group: The tag `group`; None takes the name of the sweep's folder, if there is one.
-        name: Name shown in MLflow; None as in wandb.
+        name: Name shown in MLflow; None as in `WandbRun`.
         send_checkpoint: Also send the tested checkpoint.
     """
 
@@ -124,7 +124,7 @@ class MLflowRun(MLFlowLogger):
         self.send_checkpoint = send_checkpoint
 
     def describe(self, config: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Record the configuration, which MLflow then keeps fixed, and the facts as tags."""
+        """Record the configuration as parameters, which MLflow never changes, and facts as tags."""
         write_ids(self.folder, {"mlflow": self.run_id})
         known = self.experiment.get_run(self.run_id).data.params
         self.log_hyperparams({k: v for k, v in _flatten_dict(config).items() if k not in known})
@@ -134,7 +134,7 @@ class MLflowRun(MLFlowLogger):
 
 @contextmanager
 def in_turn(tracking_uri: str) -> Iterator[None]:
-    """Let one process after the other open an SQLite file: MLflow creates its tables in steps."""
+    """Let processes open an SQLite file one by one: MLflow creates its tables in several steps."""
     if not tracking_uri.startswith("sqlite:///"):
         yield
         return
@@ -150,7 +150,7 @@ def remedy(name: str, error: BaseException) -> str:
 
     Args:
         name: Option of the group `logger`.
-        error: Why it does not start, with its causes.
+        error: The error that it raised; its causes are looked at as well.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -184,7 +184,7 @@ def describe(logger: Logger, config: dict[str, Any], facts: dict[str, Any]) -> N
 
 
 def finish(logger: Logger, exit_code: int, stopped: bool) -> None:
-    """Close a run, or a later job of the same process would write into it (wandb)."""
+    """Close a wandb run; otherwise a later job of the same process would write into it."""
     if isinstance(logger, WandbLogger) and logger._experiment is not None:
         if stopped:
             logger.experiment.mark_preempting()
@@ -194,8 +194,9 @@ def finish(logger: Logger, exit_code: int, stopped: bool) -> None:
 def sweep_and_name(directory: Path) -> tuple[str | None, str]:
     """Return the names of the sweep and of the run.
 
-    The sweep's is the name of its folder, None for a run outside a sweep; the run's are the
-    overrides that tell it from the others, or else its path below that folder.
+    The sweep's name is that of its folder; None outside a sweep. The run's name consists of the
+    overrides that tell it from the other jobs or, if there are none, is its path below the sweep's
+    folder. Outside a sweep it is the name of the run's folder.
     """
     directory = directory.resolve()
     for folder in list(directory.parents)[:3]:

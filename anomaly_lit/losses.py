@@ -63,7 +63,7 @@ class CosineLoss(nn.Module):
 class FlatCosineLoss(nn.Module):
     """Mean over images of one minus the cosine between whole maps, as one vector each (RD4AD).
 
-    Unlike in `CosineLoss`, positions count by the norm of their vectors.
+    Unlike in `CosineLoss`, positions with longer vectors count for more.
     """
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def scale_gradient(values: Tensor, factor: Tensor | float) -> Tensor:
 
     Args:
         values: Any shape.
-        factor: Of a shape that expands to that of the values; takes no gradient.
+        factor: Broadcast to the shape of the values; its own gradient is zero.
     """
     kept = values.detach()
     return kept + factor * (values - kept)
@@ -142,8 +142,8 @@ class HybridLoss(SumOfTerms):
     Args:
         structure_weight: Weight of the structural term.
         window: See `SSIMLoss`.
-        sigma: See there.
-        data_range: See there.
+        sigma: See `SSIMLoss`.
+        data_range: See `SSIMLoss`.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ def ssim_map(
     Returns:
         (B, C, H, W) float32 in [-1, 1].
     """
-    with torch.autocast(prediction.device.type, enabled=False):  # subtracts large numbers
+    with torch.autocast(prediction.device.type, enabled=False):  # has differences of large numbers
         x, y = prediction.float(), target.float()
         rows = _gaussian_band(x.shape[-2], window, sigma, x.device)
         columns = _gaussian_band(x.shape[-1], window, sigma, x.device)
@@ -321,8 +321,8 @@ def focal_loss(
         logits: (B, 1, H, W), of the class 1.
         target: (B, 1, H, W) in {0, 1}.
         gamma: 0 is plain cross entropy.
-        smooth: Takes this share of the true class for the other one, and adds as much to the
-            result, so that the loss of a confident wrong answer is bounded (DSR).
+        smooth: Replaces the probability p of the true class by (1 - s) p + s (1 - p) + s, where s
+            is `smooth`, so that the loss of a confident wrong answer is bounded (DSR).
         alpha: Weight of the class 1; the class 0 has 1 - alpha. None gives both a weight of 1.
     """
     if smooth:

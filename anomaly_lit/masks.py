@@ -23,7 +23,7 @@ class Mask:
         raise NotImplementedError
 
     def for_scoring(self, height: int, width: int, generator: torch.Generator) -> list[Tensor]:
-        """Return sets (n, 1, h, w) for any image; a score is the mean over this list."""
+        """Return masks (n, 1, h, w) to score any image; its score is the mean over this list."""
         return [self(1, height, width, generator)]
 
 
@@ -46,7 +46,7 @@ class RandomMask(Mask):
         high: Largest share, in [low, 1].
 
     Raises:
-        UserError: The shares are out of order or range.
+        UserError: The shares are not in order, or not in [0, 1].
     """
 
     def __init__(self, low: float = 0.0, high: float = 1.0) -> None:

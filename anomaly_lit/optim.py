@@ -16,19 +16,19 @@ from anomaly_lit.types import check_range
 class StableAdamW(Optimizer):
     """AdamW with a smaller step where the gradients of a tensor outgrow their history.
 
-    The step of each tensor is divided by the root mean square of its gradients over their running
-    deviation if that exceeds `clip`: a sudden large gradient then moves the weights no further than
-    a usual one (Wortsman et al., 2023, arXiv:2304.13013). As in Dinomaly's code, the ratio takes
-    the current gradient, and the deviation is the largest so far (`amsgrad`).
+    Let r be the root mean square of a tensor's gradients over their running deviation. If r exceeds
+    `clip`, the tensor's step is divided by r / clip: a sudden large gradient then moves the weights
+    no further than a usual one (Wortsman et al., 2023, arXiv:2304.13013). As in Dinomaly's code, r
+    takes the gradient of the current step and, with `amsgrad`, the largest deviation so far.
 
     Args:
         params: Parameters, or groups of them.
         lr: Learning rate.
         betas: Shares of the running mean and of the running square that a step keeps.
         eps: Added to the deviation.
-        weight_decay: Share of a weight, times the rate, that is taken off before the step.
+        weight_decay: Each weight first shrinks by the share `lr * weight_decay` of its value.
         amsgrad: Divide by the largest deviation so far rather than by the current one.
-        clip: Largest root mean square of gradient over deviation that is not slowed down.
+        clip: Largest r at which the step is not made smaller.
 
     Raises:
         UserError: A number is out of range.

@@ -41,7 +41,7 @@ class Step:
     """Rises linearly over `warmup`, stays constant, then drops once or several times.
 
     Args:
-        at: Share of training after which the rate drops, in [0, 1], or one for each drop.
+        at: Share of training after which the rate drops, in [0, 1], or a list of one for each drop.
         factor: Factor of the rate at each drop.
         warmup: Share of training, at most the smallest of `at`.
 
@@ -67,7 +67,7 @@ class Step:
 
 
 class Decay:
-    """Drops several times by the same factor, at equal distances.
+    """Drops several times by the same factor, at equal intervals.
 
     Args:
         factor: Factor of each drop.
@@ -90,7 +90,7 @@ class Decay:
 
 
 class Ramp:
-    """Goes linearly from `first` to `last`, then stays: for the weight of a loss.
+    """Goes linearly from `first` to `last`, then stays there. It is for the weight of a loss.
 
     Args:
         over: Share of training until `last` is reached, in [0, 1]; 0 starts there.

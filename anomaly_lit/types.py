@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 if TYPE_CHECKING:
     from torch import Tensor
 
-RUN_AGAIN = 75  # exit code of what a signal stopped: EX_TEMPFAIL of sysexits.h
+RUN_AGAIN = 75  # exit code of a run that a signal stopped: EX_TEMPFAIL in sysexits.h
 STOPPING = ("SIGTERM", "SIGUSR1", "SIGUSR2")  # what schedulers send; Windows lacks the last two
 
 
@@ -23,7 +23,7 @@ class UserError(ValueError):
 
 
 def check_range(section: str, interval: str, **values: float | Sequence[float] | None) -> None:
-    """Refuse numbers outside an interval, all at once; NaN lies in none.
+    """Refuse numbers outside an interval, all of them in one error; NaN is always refused.
 
     Args:
         section: Where the values are set, such as `method`.
@@ -56,7 +56,7 @@ def check_range(section: str, interval: str, **values: float | Sequence[float] |
 
 
 def check_choice(section: str, known: Collection[Any], **values: Any) -> None:
-    """Refuse values that are not among the known ones, all at once.
+    """Refuse values that are not among the known ones, all of them in one error.
 
     Args:
         section: Where the values are set, such as `method`.
@@ -133,7 +133,7 @@ class Prediction(NamedTuple):
 class FramePrediction(NamedTuple):
     """What `test_step` returns for frames of clips, if their score is a sum of several parts.
 
-    In a test of clips each part is brought to [0, 1] within each clip, before they are added with
+    In a test of clips each part is scaled to [0, 1] within each clip. Then the parts are added with
     the weights in the method's `part_weights`.
     """
 

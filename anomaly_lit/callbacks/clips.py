@@ -21,11 +21,11 @@ from anomaly_lit.metrics import auroc
 class ClipScores(pl.Callback):
     """Score the frames of clips as papers on video do; without clips it does nothing.
 
-    The scores of each clip, or each part of them (`FramePrediction`), are brought to [0, 1], which
-    needs the whole clip. `test/frame_auroc` is that of all frames together. `test/clip_auroc` is
-    the mean over the clips that have normal and anomalous frames, where it is defined; what is left
-    out is printed and counted as `test/clips_undefined`. `test/image_auroc` of `Evaluation` takes
-    the scores as they are, as one has to while a clip is still running.
+    Within each clip the scores, or each part of them (`FramePrediction`), are scaled to [0, 1].
+    This needs the whole clip. `test/frame_auroc` is the AUROC of all frames together.
+    `test/clip_auroc` is the mean AUROC of the clips that have both normal and anomalous frames; the
+    others are printed and counted as `test/clips_undefined`. `test/image_auroc` of `Evaluation`
+    takes the scores as they are, as one has to while a clip is still running.
 
     Args:
         directory: Where `clips.csv`, `frames.csv` and `timeline.png` are written.
@@ -94,7 +94,7 @@ class ClipScores(pl.Callback):
 
 
 def has_clips(trainer: pl.Trainer) -> bool:
-    """Whether the images of a test are frames of clips."""
+    """Return whether the images of a test are frames of clips."""
     layout = getattr(getattr(trainer, "datamodule", None), "layout", None)
     return bool(getattr(layout, "frames", 0))
 
@@ -112,8 +112,8 @@ def timelines(samples: Any, parts: Tensor, weights: Tensor) -> list[Timeline]:
 
     Args:
         samples: N frames, in order.
-        parts: (N, K), what is brought to [0, 1] within each clip.
-        weights: (K), of the sum.
+        parts: (N, K), the parts of the scores, which are scaled to [0, 1] within each clip.
+        weights: (K,), the weight of each part in the sum.
     """
     rows: dict[str, list[int]] = {}
     for row, sample in enumerate(samples):

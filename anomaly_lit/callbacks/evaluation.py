@@ -55,7 +55,7 @@ class Evaluation(pl.Callback):
             `drawing.curves.save_curves`.
 
     Raises:
-        UserError: A share or limit is outside (0, 1), or a crop is not positive.
+        UserError: A share is outside (0, 1), a limit is outside (0, 1], or a crop is not positive.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Evaluation(pl.Callback):
         split = self._split_of[dataloader_idx]
         if split == "holdout":
             self._normal.add(batch, outputs)
-            if "synthetic" in self._scored:  # whose own images all have a defect
+            if "synthetic" in self._scored:  # its own images all have a defect
                 self._scored["synthetic"].add(batch, outputs)
         else:
             self._scored[split].add(batch, outputs)
@@ -203,7 +203,7 @@ class Evaluation(pl.Callback):
         return float(limits["threshold"]) if limits else math.nan
 
     def limits_of(self, category: str) -> dict[str, Any]:
-        """Return a category's calibration, or that of all if unknown; empty if none was made."""
+        """Return a category's calibration; for an unknown one, that of all images; {} if none."""
         return limits_of(self.calibration, category)
 
     def _new_records(
@@ -224,7 +224,7 @@ class Evaluation(pl.Callback):
         has_masks = getattr(getattr(trainer, "datamodule", None), "has_masks", True)
         if not _localises(pl_module) or (split == "test" and not has_masks):
             return Records()
-        known = self.calibration  # kept, since a rank without images makes its metrics later
+        known = self.calibration  # for `new_metrics`, which a rank without images calls later
 
         def new_metrics(category: str) -> MapMetrics:
             center = limits_of(known, category).get("map_median", 0.0)
@@ -300,7 +300,10 @@ def mean_over_categories(per_category: dict[str, dict[str, float]]) -> dict[str,
 
 
 def _validation_names(trainer: pl.Trainer) -> list[str]:
-    """Return what each validation loader holds; without our data module, normals, then a test."""
+    """Return what each validation loader holds.
+
+    Without our data module the first holds normal images and a second one, if any, test images.
+    """
     names = getattr(getattr(trainer, "datamodule", None), "validation_names", None)
     if names is not None:
         return names()

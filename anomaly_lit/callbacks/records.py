@@ -61,8 +61,8 @@ class Records:
     def joined(self) -> tuple[Tensor, list[dict[str, Any]]]:
         """Return scores and samples of all ranks, on the CPU, in the order of the data set.
 
-        Every rank has to call this, and every rank gets everything: do not sum or gather what is
-        computed from it over ranks again.
+        Every rank has to call this, and every rank gets everything. What is computed from it must
+        therefore not be summed or gathered over ranks again.
         """
         scores = torch.cat(self.score).tolist() if self.score else []
         parts = gathered((scores, self.samples))
@@ -184,8 +184,8 @@ class NormalPixels(NamedTuple):
 class NormalMaps:
     """Statistics of the maps of held-out normal images, by category.
 
-    Only the highest pixels are kept, as many as can end up above the threshold. It is therefore
-    exact and needs little memory: 65,536 pixels x 400 images x 0.001 take 100 kB.
+    Only the highest pixels are kept, as many as can end up above the threshold. The threshold is
+    therefore exact and needs little memory: 65,536 pixels x 400 images x 0.001 take 100 kB.
 
     Args:
         share: Share of pixels that exceed the pixel threshold, in (0, 1).

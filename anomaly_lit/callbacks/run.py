@@ -150,7 +150,10 @@ class ResumeCheckpoint(Checkpoint):
 
 
 def _log_step(trainer: pl.Trainer) -> None:
-    """Log the losses of a run's last step now: Lightning does so after this hook, which ends it."""
+    """Log the losses of the last step now.
+
+    Lightning would do so after this hook, but the hook ends the run.
+    """
     trainer._logger_connector.on_batch_end()
     trainer._logger_connector.update_train_step_metrics()
 
@@ -189,8 +192,8 @@ class StopAtNaN(pl.Callback):
     """End training with a clear error when a loss is no longer finite.
 
     Args:
-        every_steps: Batches between two checks; each check waits for the device. There is also a
-            check before each validation and at the end.
+        every_steps: Optimiser steps between two checks; each check waits for the device. There is
+            also a check before each validation and at the end.
     """
 
     def __init__(self, every_steps: int = 10) -> None:
@@ -261,7 +264,7 @@ class RanksAgree(pl.Callback):
 
 
 class FillFeatureCache(pl.Callback):
-    """Compute frozen backbones' features once, before the first step, in training's precision."""
+    """Compute the features of frozen backbones once, before training, in its precision."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fill the data module's feature cache, if it has one."""

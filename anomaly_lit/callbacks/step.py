@@ -191,7 +191,7 @@ def compile_error(error: BaseException) -> str | None:
 
 
 def fuse(optimizer: Optimizer, fused: bool, trainer: pl.Trainer) -> None:
-    """Switch an optimiser's update of all parameters in one loop over memory on or off.
+    """Turn an optimiser's fused form, which updates all parameters in one loop, on or off.
 
     Raises:
         UserError: It has no fused form, or none for its device, its other arguments or a scaler.
@@ -229,8 +229,8 @@ def why_not_fused(optimizer: Optimizer, trainer: pl.Trainer) -> str | None:
 def adapt_state(optimizer: Optimizer) -> None:
     """Adapt a checkpoint's optimiser state to this optimiser's form and the parameters' layout.
 
-    A fused step does not check them: it would read moments stored in another memory order as if
-    they were in the right one.
+    A fused step checks neither: it would read moments stored in another memory order as if they
+    were in the right one.
     """
     fused = optimizer.defaults.get("fused")
     for group in optimizer.param_groups:

@@ -20,22 +20,23 @@ from pytorch_lightning.strategies.launchers import subprocess_script
 
 from anomaly_lit.types import RUN_AGAIN, STOPPING, Stopped
 
-PATIENCE = 10.0  # seconds for a failed rank to say why, and for the others to hear of it
+PATIENCE = 10.0  # seconds that a failed rank gets to report why, and the others to notice
 LOST = re.compile(r"connection (was )?(closed|reset|refused)|gloo|nccl|broken pipe", re.IGNORECASE)
 
 
 class StopSignals(pl.Callback):
-    """Ends a run where a scheduler's signal asks for it, and during training at a saved step.
+    """End a run when a scheduler sends a signal; during training, only after saving a step.
 
-    Schedulers send `STOPPING` ahead of a time limit or to make room, often to every process of a
-    run: those that it has forked leave them to the run. While `waiting` a signal is only
-    noted, for `ResumeCheckpoint` to act upon after the step; at other times nothing is to be
-    saved, and it ends the run at once. Lightning's own handlers are replaced: they write
-    checkpoints in the middle of a step, and talk to the other ranks while these may be elsewhere.
+    Schedulers send the signals in `STOPPING` ahead of a time limit or to make room, often to every
+    process of a run. Forked processes ignore them, since the run itself ends those. While
+    `waiting`, a signal is only noted, and `ResumeCheckpoint` acts on it after the step. At other
+    times there is nothing to save, and the signal ends the run at once. Lightning's own handlers
+    are replaced: they write checkpoints in the middle of a step, and talk to the other ranks while
+    these may be elsewhere.
 
     Attributes:
         received: Number of the last signal; 0 without one.
-        waiting: Whether a signal waits for `leave` or for a checkpoint.
+        waiting: Whether signals have to wait for a checkpoint or for `leave`.
     """
 
     def __init__(self) -> None:
@@ -56,7 +57,7 @@ class StopSignals(pl.Callback):
     def install(self) -> None:
         """Take over the signals; Lightning takes them back at the start of each of its stages."""
         if threading.current_thread() is not threading.main_thread():
-            return  # where Python lets nobody handle signals
+            return  # Python handles signals in the main thread only
         for name in STOPPING:
             number = getattr(signal, name, None)
             if number is not None:
@@ -66,7 +67,7 @@ class StopSignals(pl.Callback):
             self.before.setdefault(signal.SIGINT, signal.signal(signal.SIGINT, self._interrupt))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here on there is something to lose."""
+        """Take over the signals; from now on they wait until the step is saved."""
         self.install()
         self.waiting = True
 
@@ -78,7 +79,7 @@ class StopSignals(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Repeats a Ctrl-C that was lost: what runs in a destructor swallows every exception.
+        """Repeat a Ctrl-C that was lost: Python swallows every exception inside a destructor.
 
         Raises:
             KeyboardInterrupt: There was one.
@@ -97,14 +98,14 @@ class StopSignals(pl.Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Tells the watch over other ranks that this one does not hang."""
+        """Tell the thread that watches other ranks that this one does not hang."""
         _ending.set()
 
     def leave(self) -> None:
-        """Says that everything is saved.
+        """Stop waiting, since everything is saved now.
 
         Raises:
-            Stopped: A signal came while it was not.
+            Stopped: A signal came before.
         """
         self.waiting = False
         if self.received:
@@ -125,12 +126,15 @@ class StopSignals(pl.Callback):
 
 
 def stop_asked(trainer: pl.Trainer, due: bool, asked: int) -> tuple[bool, int]:
-    """Agree after a step: rank 0 says whether a checkpoint is due, and any rank may be stopped.
+    """Let all ranks agree after a step: rank 0 decides on checkpoints, any rank on stopping.
 
     Args:
         trainer: The trainer; all ranks call this at the same step.
         due: Whether it is time for a checkpoint by this rank's clock.
         asked: Number of the signal that this rank got, or 0.
+
+    Returns:
+        Whether a checkpoint is due, and the number of a signal or 0: the same on all ranks.
     """
     if trainer.world_size == 1:
         return due, asked
@@ -146,9 +150,9 @@ def stop_asked(trainer: pl.Trainer, due: bool, asked: int) -> tuple[bool, int]:
 
 
 def watch_ranks(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End this process where another rank died and this one hangs, waiting for it.
+    """End this process if another rank died and this one hangs, waiting for it.
 
-    In place of Lightning's observer, which kills this process without a word.
+    This replaces Lightning's observer, which kills the process without a message.
     """
     threading.Thread(target=_watch, args=(children,), daemon=True).start()
 
@@ -161,14 +165,14 @@ def _watch(children: Sequence[subprocess.Popen[bytes]]) -> None:
     time.sleep(PATIENCE / 2)  # a rank that hears of it ends by itself, see end_ranks
     if _ending.is_set():
         return
-    stopped = any(child.poll() == RUN_AGAIN for child in children)  # before it was a rank
+    stopped = any(child.poll() == RUN_AGAIN for child in children)  # by a signal
     what = "another rank was stopped by a signal; run the same command again"
     print(what if stopped else f"error: {failed_rank(children)}", file=sys.stderr, flush=True)
     kill(children)
     os._exit(RUN_AGAIN if stopped else 1)
 
 
-_ending = threading.Event()  # the main thread has heard of it
+_ending = threading.Event()  # set once the main thread knows that the run ends
 
 
 def replace_observer() -> None:
@@ -180,7 +184,8 @@ def end_ranks(trainer: pl.Trainer, error: BaseException) -> str | None:
     """End the ranks that this one started, after its own error.
 
     Returns:
-        What to tell where the error is only that another rank is gone; None where it is real.
+        What to tell the user if the error only means that another rank is gone; None if the error
+        is this rank's own.
     """
     lost = lost_connection(error)
     children = getattr(trainer.strategy.launcher, "procs", [])
@@ -194,19 +199,19 @@ def end_ranks(trainer: pl.Trainer, error: BaseException) -> str | None:
 
 
 def lost_connection(error: BaseException) -> bool:
-    """Whether an error tells that another rank is gone."""
+    """Return whether an error means that another rank is gone."""
     if not isinstance(error, RuntimeError):
         return False
     return isinstance(error, torch.distributed.DistError) or bool(LOST.search(str(error)))
 
 
 def first_line(error: BaseException) -> str:
-    """Kind and first line of an error."""
+    """Return the kind and the first line of an error."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def failed_rank(children: Sequence[subprocess.Popen[bytes]]) -> str:
-    """Which rank failed, and how."""
+    """Return a sentence on which rank failed, and how."""
     again = "the same command with the same output_dir goes on from the last checkpoint"
     for rank, child in enumerate(children, start=1):
         code = child.poll()
@@ -226,11 +231,11 @@ def kill(children: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def die_with_parent() -> None:
-    """Have the kernel end this rank with the process that started it (Linux)."""
+    """Have the kernel kill this rank when the process that started it ends (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def signal_name(number: int) -> str:
-    """Such as SIGTERM."""
+    """Return the name of a signal, such as SIGTERM."""
     return signal.Signals(number).name

@@ -97,7 +97,7 @@ class LossCurves(pl.Callback):
 
     @property
     def falling(self) -> float | None:
-        """By how much the training loss still fell at the end; see `still_falling`."""
+        """How much the training loss still fell at the end; see `still_falling`."""
         terms = [line for key, line in self.history.items() if key.startswith("train/")]
         last = max((line[-1][0] for line in terms), default=0)
         stage = max((line[0][0] for line in terms if line[-1][0] == last), default=0)

@@ -1,7 +1,8 @@
 """What a person types: parse, call, print.
 
-Python imports this before any command's module, and a command then imports for seconds: a
-scheduler's signals are taken here, since a process that dies of one would not be run again.
+Python imports this before the module of a command, whose imports then take seconds. The signals of
+a scheduler are therefore handled from here on: a process that one of them killed would not be run
+again.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from anomaly_lit.types import RUN_AGAIN, STOPPING
 
 
 def take_signals() -> None:
-    """Have this process end with `RUN_AGAIN` at a scheduler's signal, while nothing is to be saved.
+    """Exit with `RUN_AGAIN` at a scheduler's signal, as long as there is nothing to save.
 
     A run takes the signals over when it starts, and gives them back at its end. A signal that has
-    another handler keeps it, and so does a thread, where Python lets nobody handle signals.
+    another handler keeps it. Outside the main thread, where Python handles no signals, nothing is
+    done.
     """
     owner = os.getpid()
 
@@ -40,7 +42,7 @@ def take_signals() -> None:
 
 
 def is_command() -> bool:
-    """Whether this process is a command, and not a program that imports one.
+    """Return whether this process is a command, and not a program that imports one.
 
     While `python -m anomaly_lit.commands.train` looks for its module, the first word is `-m`.
     """

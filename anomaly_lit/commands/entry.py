@@ -29,13 +29,13 @@ from anomaly_lit.types import RUN_AGAIN, Stopped, UserError
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as in a shell
 GOES_ON = "the same command with the same output_dir goes on from here"
-STRANGE = re.compile(r"[^\w\s/\\+.$%*@?|:,=()\[\]{}'\"-]", re.ASCII)  # no word of Hydra's
+STRANGE = re.compile(r"[^\w\s/\\+.$%*@?|:,=()\[\]{}'\"-]", re.ASCII)  # not in Hydra's grammar
 
 
 def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code: int = 1) -> None:
-    """Run a task under Hydra; what the user can mend is shown in a line, without a traceback.
+    """Run a task under Hydra; print errors that the user can fix without a traceback.
 
-    `HYDRA_FULL_ERROR=1` shows the traceback of every error. The exit code is `RUN_AGAIN` where a
+    `HYDRA_FULL_ERROR=1` shows the traceback of every error. The exit code is `RUN_AGAIN` if a
     scheduler's signal ended the task, `INTERRUPTED` after Ctrl-C, and `error_code` after any error.
     """
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -58,12 +58,12 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
             if in_words and not full and not in_sweep():  # the other jobs of a sweep go on
                 fail(error)
             if in_sweep() and not in_words:
-                # the launcher tells the error alone, and from another process
+                # the launcher prints the error without a traceback, from another process
                 logging.getLogger(__name__).exception("this job of the sweep failed")
             raise
 
     guarded.__module__ = task.__module__  # Hydra names the job after it
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of exiting
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors, not exit
     named = [a.partition("=")[2] for a in sys.argv[1:] if a.startswith("output_dir=")]
     existed = bool(named) and Path(named[-1].strip("'\"")).exists()
     sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
@@ -81,9 +81,9 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
     except SystemExit as end:
         if started or not end.code:
             raise
-        sys.exit(error_code)  # the command line's own parser, which has told what is wrong
+        sys.exit(error_code)  # argparse, which has already said what is wrong
     except Exception as error:
-        of_hydra = (CompactHydraException, OmegaConfBaseException)  # before: such as a null group
+        of_hydra = (CompactHydraException, OmegaConfBaseException)  # such as a null group
         in_words = isinstance(error, (*of_hydra, UserError, OSError)) or (
             isinstance(error, ValueError) and not started
         )
@@ -97,7 +97,7 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
 
 
 def leave_nothing(existed: bool) -> None:
-    """Take back the empty log, and the folder, that Hydra made for a task that was refused."""
+    """Remove the empty log and the new folder that Hydra made for a task that then failed."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     log = folder / f"{HydraConfig.get().job.name}.log"
     with suppress(OSError):
@@ -108,7 +108,7 @@ def leave_nothing(existed: bool) -> None:
 
 
 def register_plugins() -> None:
-    """Our launchers and our sweeper, and our presets in place of others of the same name."""
+    """Register our launchers and sweeper; let our presets replace others of the same name."""
     from hydra_plugins.anomaly_lit_launcher import ProcessLauncher, SlurmLauncher
     from hydra_plugins.anomaly_lit_launcher.others import OtherLauncher
     from hydra_plugins.anomaly_lit_launcher.ray import RayLauncher
@@ -141,6 +141,6 @@ def quoted(argument: str) -> str:
         return f"{key}='{value}'"
     if not equals or not strange or value[0] in "'\"[{$" or "," in value or "${" in value:
         return argument
-    # Hydra reads backslashes as themselves, save before a quote
+    # Hydra reads backslashes as themselves, except before a quote
     escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
     return f"{key}='{escaped}'"

@@ -21,16 +21,16 @@ STATES = ("done", "pruned", "running", "failed", "waiting")
 
 
 class JobStatus(NamedTuple):
-    """What a job's folder tells of it."""
+    """The state of a job, as read from its folder."""
 
-    name: str  # the overrides that tell it from the others
-    state: str  # of STATES
-    seconds: float | None  # it took, or has run for
-    line: str  # last line of its log, or of its error
+    name: str  # the overrides that tell it from the other jobs, or its path
+    state: str  # one of STATES
+    seconds: float | None  # that it took, or has run for so far; None if unknown
+    line: str  # its error, or the last line of its log
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; exit with 2 while jobs are left, then with 1 if any failed, else 0."""
+    """Run the command; exit with 2 if jobs are left, else with 1 if any failed, else with 0."""
     parser = argparse.ArgumentParser(
         prog="anomaly-status", description="How far a sweep is, and why jobs failed."
     )
@@ -113,10 +113,10 @@ def _job_status(name: str, folder: Path) -> JobStatus:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Read a file of keys and values.
+    """Read a JSON file of keys and values.
 
     Raises:
-        UserError: It is not such a file.
+        UserError: It cannot be read, or holds something else.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -128,9 +128,10 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def is_running(folder: Path, log: Path | None, facts: dict[str, Any]) -> bool:
-    """Return whether a run holds the folder, or its process is about to.
+    """Return whether a run holds the folder, or is just starting.
 
-    A launcher's own process holds its log, a job of SLURM has just written to it.
+    The log shows that a job is starting: a launcher's process holds the lock of the log, and a job
+    of SLURM or without a launcher has written to it within the last minute.
     """
     if holder(folder) is not None:
         return True
@@ -142,7 +143,7 @@ def is_running(folder: Path, log: Path | None, facts: dict[str, Any]) -> bool:
 
 
 def is_held(file: Path) -> bool:
-    """Return whether a running job holds the lock of its log; never where there are no locks."""
+    """Return whether a running job holds the lock of its log; false on systems without locks."""
     with file.open("rb") as log:
         return not lock(log, shared=True)
 

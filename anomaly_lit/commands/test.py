@@ -61,9 +61,9 @@ def test(cfg: DictConfig) -> None:
     scoring = admit(trained["callbacks"]["evaluation"], "evaluation", trust)
     method = build_method({**trained, "method": node}, trust)
     load_weights(method, checkpoint["state_dict"], config["method"])
-    needs = sorted(method.needs & {"frames"})  # of what a test reads
+    needs = sorted(method.needs & {"frames"})  # what a test reads
     datamodule = instantiate({**dataset, "needs": needs}, "dataset")
-    if trust or config["dataset"]["root"] is not None:  # it may write, so only if the user says so
+    if trust or config["dataset"]["root"] is not None:  # may write, so only if the user allows it
         datamodule.prepare_data()
     datamodule.setup("test")
     calibration = checkpoint["anomaly_lit"].get("calibration", {})
@@ -130,10 +130,10 @@ def check_seen(trained: dict[str, Any], tested: dict[str, Any]) -> None:
 
 
 def load_weights(method: Method, weights: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Load weights into a method some of whose values differ from training.
+    """Load weights into a method whose configuration may differ from that of training.
 
     Raises:
-        UserError: The values do not fit the weights.
+        UserError: The changes do not fit the weights.
     """
     try:
         method.load_state_dict(weights)

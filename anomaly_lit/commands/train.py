@@ -25,7 +25,7 @@ from anomaly_lit.runs.ranks import check_tasks, told_once
 
 
 def main() -> None:
-    """Enter the command."""
+    """Run the command."""
     run_command(train, "train")
 
 
@@ -54,7 +54,7 @@ def run_or_show(
     pruning: dict[str, Any] | None,
     when_changed: Literal["rerun", "keep"],
 ) -> float | None:
-    """Train in a folder that is ours, or show what a finished run has left there."""
+    """Train in a folder that this process has claimed, or show the results of a finished run."""
     state = state_of(directory, config)
     if state == "finished" and not is_current(directory, config, when_changed):
         put_aside(directory)

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from anomaly_lit.types import UserError
 
-MOST_OPTIONS = 24  # of a group that a message lists
+MOST_OPTIONS = 24  # most options of a group that a message lists
 
 
 def config_dir() -> str:
@@ -92,7 +92,7 @@ def message_of(error: BaseException) -> str:
 
 
 def _hydra_in_words(error: BaseException) -> str:
-    """Say in one sentence what Hydra says in several lines; empty where it is one already."""
+    """Say in one sentence what Hydra says in several lines; empty for any other error."""
     text = str(error)
     if isinstance(error, OverrideParseException):
         reason = error.message.partition("See https://")[0].splitlines()[-1]
@@ -134,7 +134,7 @@ def _hydra_in_words(error: BaseException) -> str:
 
 
 def nearest(key: str, known: Collection[str]) -> str:
-    """Return words that name the most similar of several names, if one is similar."""
+    """Return `; did you mean 'NAME'?` with the most similar of several names, or nothing."""
     near = difflib.get_close_matches(key, sorted(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -145,10 +145,10 @@ def in_sweep() -> bool:
 
 
 def overrides_of_job(typed: list[str]) -> list[str]:
-    """Return what this job of a multirun was told and its others were not.
+    """Return the overrides of this job of a multirun that its jobs do not share.
 
     Args:
-        typed: The command's overrides, in which what varies has several values.
+        typed: The overrides as typed, where those that vary have several values.
     """
     if not in_sweep():
         return []

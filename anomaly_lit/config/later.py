@@ -1,4 +1,4 @@
-"""What a configuration lacks that an earlier version has stored: keys that came later."""
+"""Keys that a stored configuration lacks because a later version of the code added them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from anomaly_lit.config.validate import HINTS
 
 
 def with_later_keys(stored: Any, now: Any) -> dict[str, Any]:
-    """Return a run's stored configuration with the keys that `now` alone has, if they mean nothing.
+    """Return a run's stored configuration, completed by later keys that change nothing.
 
-    A key means nothing if the code does without it what its value asks for: the value is the
-    default of the parameter of its `_target_` or, for a key of the command itself, which nobody can
-    take out, that of `conf/train.yaml`. All else stays as stored, and so is seen as a difference.
+    Such a key is in `now` alone, and its value is what the code does without it: the default of a
+    parameter of its `_target_` or, for a key of the command itself, the value in `conf/train.yaml`.
+    Everything else stays as stored, and so counts as a difference.
 
     Args:
         stored: Plain data, as in the run's `config.yaml`.
@@ -40,7 +40,7 @@ def with_later_keys(stored: Any, now: Any) -> dict[str, Any]:
 
 
 def _with_parameters(stored: Any, now: Any) -> Any:
-    """Fill in the parameters of all nodes that are of the same class in both."""
+    """Add later parameters that change nothing to all nodes that are of the same class in both."""
     if isinstance(stored, list) and isinstance(now, list) and len(stored) == len(now):
         return [_with_parameters(*pair) for pair in zip(stored, now, strict=True)]
     if not isinstance(stored, Mapping) or not isinstance(now, Mapping):
@@ -54,7 +54,7 @@ def _with_parameters(stored: Any, now: Any) -> Any:
 
 
 def _defaults(target: str) -> Iterator[tuple[str, Any]]:
-    """Yield the parameters of a class or function that have a default, with it."""
+    """Yield name and default of each parameter that has a default."""
     try:
         parameters = inspect.signature(import_target(target)).parameters.values()
     except ValueError:  # a builtin without a signature
@@ -66,8 +66,8 @@ _NONE = object()
 
 
 def _same(value: Any, default: Any) -> bool:
-    """Return whether a value is this default in all respects; `1`, `1.0` and `true` are three."""
+    """Return whether a value is exactly this default; `1`, `1.0` and `true` all differ."""
     try:
         return json.dumps(value) == json.dumps(default)
-    except TypeError:  # the default is no plain data
+    except TypeError:  # the default is not plain data
         return False

@@ -243,7 +243,7 @@ def _foreign_classes(path: str, node: Mapping[str, Any], part: Part) -> Iterator
 
 
 def _misnamed(path: str, node: Mapping[str, Any], kinds: tuple[Kind, ...]) -> Iterator[str]:
-    """Yield what is wrong where a class is of none of these kinds, or is to be called wrongly."""
+    """Yield why a node is refused: its class is of none of these kinds, or its call not allowed."""
     target, waiting = node["_target_"], tuple(kind for kind in kinds if kind.waits)
     found = found_class(target, kinds)
     if found is None:
@@ -259,7 +259,7 @@ def _misnamed(path: str, node: Mapping[str, Any], kinds: tuple[Kind, ...]) -> It
 
 
 def _misplaced(path: str, node: Mapping[str, Any], found: type, part: Part) -> Iterator[str]:
-    """Yield the arguments that hold classes not meant for their parameter."""
+    """Yield unknown arguments, and those that hold a class not meant for their parameter."""
     hints = typing.get_type_hints(found.__init__)  # type: ignore[misc]
     parameters = inspect.signature(found).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # as nn.Module does
@@ -295,7 +295,7 @@ def _alternatives(hint: Any) -> list[Any]:
 
 
 def _types_within(options: list[Any]) -> tuple[Any, ...]:
-    """Return the types of the values in lists and mappings."""
+    """Return the types of the values inside lists and mappings of these types."""
     inner: list[Any] = []
     for option in options:
         origin, arguments = typing.get_origin(option), typing.get_args(option)

@@ -69,7 +69,7 @@ HINTS: dict[Command, dict[str, Any]] = {  # types of keys that belong to no node
 
 SHARE = Annotated[float, 0, 1]
 LIMIT = COUNT | SHARE | None  # batches, or a share of them
-RANGES: dict[Command, dict[str, Any]] = {  # of keys whose nodes state a type alone
+RANGES: dict[Command, dict[str, Any]] = {  # limits of keys whose signatures state a type alone
     "train": {
         "trainer.max_steps": COUNT | Literal[-1] | None,
         "trainer.max_epochs": COUNT | Literal[-1] | None,
@@ -120,7 +120,7 @@ def validate(config: Mapping[str, Any], command: Command | None = "train") -> No
         for path, node in nodes(config)
         if f"{path}._target_" not in hints  # else the checkpoint completes the node
         for problem in _misfits(path, node)
-        if problem.partition(":")[0] not in ranges  # told below
+        if problem.partition(":")[0] not in ranges  # reported below
     ]
     problems += [*_endless(config)] if command == "train" else []
     for path, hint in (hints | ranges).items():
@@ -134,7 +134,7 @@ def validate(config: Mapping[str, Any], command: Command | None = "train") -> No
 
 
 def _strangers(config: Mapping[str, Any], command: Command) -> Iterator[str]:
-    """Yield the keys that nothing reads: Hydra adds any key with `+KEY=VALUE`."""
+    """Yield a problem for each key that nothing reads; Hydra adds any with `+KEY=VALUE`."""
     hints = HINTS[command]
     sections = {path.rpartition(".")[0] for path in hints if "." in path}
     known = {path.partition(".")[0] for path in hints} | {*NODES[command]}
@@ -152,7 +152,7 @@ def _strangers(config: Mapping[str, Any], command: Command) -> Iterator[str]:
 
 
 def _absent(config: Mapping[str, Any], command: Command) -> Iterator[str]:
-    """Say which keys were taken out: Hydra takes any with `~KEY`."""
+    """Yield a problem for each key that is missing or no node; Hydra removes any with `~KEY`."""
     for path in (*HINTS[command], *NODES[command]):
         section, _, key = path.rpartition(".")
         values = config.get(section) if section else config
@@ -165,7 +165,7 @@ def _absent(config: Mapping[str, Any], command: Command) -> Iterator[str]:
 
 
 def _endless(config: Mapping[str, Any]) -> Iterator[str]:
-    """Say where nothing ends training, or a validation would never come."""
+    """Yield a problem if training never ends, or if training, validation or test is left out."""
     trainer = config.get("trainer")
     trainer = trainer if isinstance(trainer, Mapping) else {}
     bounds = [trainer.get(name) for name in ("max_steps", "max_epochs", "max_time")]

@@ -183,7 +183,7 @@ def _usable(line: Line | None, kind: str) -> Line | None:
 
 
 def _step(grid: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the precision at the first recall reached, as average precision does."""
+    """Return the precision where each recall of the grid is first reached, as in AP."""
     return y[np.searchsorted(x, grid, side="left").clip(max=len(x) - 1)]
 
 

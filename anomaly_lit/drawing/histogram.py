@@ -93,7 +93,7 @@ def _pool_scores(
 
 
 def _histogram_range(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Return a range without far outliers (three quartile distances, by class); never empty."""
+    """Return a range without each class's far outliers (three quartile distances); never empty."""
     low, high = math.inf, -math.inf
     for part in (scores[labels], scores[~labels]):
         if len(part):

@@ -1,4 +1,4 @@
-"""Load a detector from a checkpoint, without Hydra, a hub or files of the training machine."""
+"""Load a detector from a checkpoint, without Hydra, a model hub or the training machine's files."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Film:
         max_pixels: Larger frames are refused; None sets no limit.
 
     Attributes:
-        paths: Those of all frames, in order.
+        paths: The paths of all frames, in order.
         pixels: Height times width of a frame.
 
     Raises:
@@ -60,7 +60,7 @@ class Film:
     def read(self, path: Path) -> Pixels:
         """Return a frame as 8-bit RGB, (H, W, 3), upright as a player shows it.
 
-        Frames are asked for in rising order; those between are passed over.
+        Ask for frames in rising order; those in between are skipped.
 
         Raises:
             UserError: The video cannot be decoded as far as this.
@@ -81,7 +81,7 @@ class Film:
         raise UserError(f"{path}: {self._error}")
 
     def _open_and_count(self) -> int:
-        """Open the video; return the number of its frames, for which nothing is decoded."""
+        """Open the video and count its frames, without decoding them."""
         import av
 
         self._container: Any = av.open(str(self.path))
@@ -101,5 +101,5 @@ class Film:
 
 
 def upright(pixels: Pixels, rotation: int) -> Pixels:
-    """Turn a frame by what the file says, in degrees against the clock; a quarter at a time."""
+    """Turn a frame by the file's rotation, in degrees anticlockwise, rounded to quarter turns."""
     return np.ascontiguousarray(np.rot90(pixels, round(rotation / 90)))

@@ -40,7 +40,7 @@ class Found(NamedTuple):
     root: Path
     results: list[Path]  # folders of earlier results, which were skipped
     others: str = ""  # how many other files were skipped, in words
-    film: Film | None = None  # whose frames the images are
+    film: Film | None = None  # the video whose frames the images are
 
 
 def find_pictures(source: Path, output: Path, max_pixels: int | None = MAX_PIXELS) -> Found:
@@ -86,9 +86,9 @@ def batches_of(paths: list[Path], most: int, film: Film | None = None) -> Iterat
     """Yield at most `most` paths at a time, fewer if images are large, but at least one.
 
     Args:
-        paths: Of images.
-        most: Images of a batch.
-        film: The video whose frames the images are; None asks each for its header.
+        paths: Paths of the images.
+        most: Most images in a batch.
+        film: The video whose frames the images are; None reads the header of each picture.
     """
     batch: list[Path] = []
     pixels = 0
@@ -118,14 +118,15 @@ class Judge:
         detector: Scores the images.
         root: Folder that the names of overlays and maps are relative to.
         directory: Where `predictions.csv`, `overlays` and `maps` are written.
-        category: Whose threshold to use; None takes the only one, else that of all together.
+        category: The one whose threshold to use; None takes the only one, else that of all
+            together.
         save_maps: Also write the maps, (H, W) float16, as `maps/<name>.npy`.
         max_pixels: Pixels of the largest picture that is read; None sets no limit.
         before: Earlier frames of the images, in order of time, for a method that reads clips.
         film: The video whose frames the images are; None reads pictures.
 
     Attributes:
-        scores: Of the images that were judged, in that order.
+        scores: Scores of the judged images by path, in the order in which they were judged.
     """
 
     def __init__(
@@ -235,9 +236,10 @@ class Judge:
 
 
 def name_of(path: Path) -> Path:
-    """Return the name for what is written about an image: its own, mirrored in another folder.
+    """Return the path of what is written about an image, below the folder for results.
 
-    A name that would be too long with its new ending is cut and gets a hash of the full name.
+    It is the image's own path. A name that would be too long with its new ending is cut and gets a
+    hash of the full name.
 
     Args:
         path: The image's path, relative to the folder that is judged.

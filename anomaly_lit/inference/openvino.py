@@ -25,7 +25,7 @@ from anomaly_lit.methods.base import Method
 from anomaly_lit.types import Batch, Prediction, UserError
 
 NEEDED = ("openvino", "onnx", "onnxscript")
-FURTHEST = 1e-3  # of a map's range; a threshold is not more precise than this
+FURTHEST = 1e-3  # largest difference, as a share of a map's range; thresholds are no finer
 
 
 class OpenVINO:
@@ -143,7 +143,7 @@ def export(scoring: Scoring, image: Tensor, file: Path) -> None:
 
 @contextmanager
 def fixed_positions(scoring: Scoring, image: Tensor) -> Iterator[None]:
-    """Have transformers take resized position codes from one forward pass, as constants.
+    """Make vision transformers reuse the resized position embeddings of one forward pass.
 
     timm resizes them with anti-aliasing in every forward pass. OpenVINO 2026.4 reads that flag and
     ignores it, which changed Dinomaly's maps on DINOv2 by 14 % of their range.

@@ -118,7 +118,7 @@ def f1_max(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def aupro(anomaly_map: Tensor, gt_mask: Tensor, limit: float = 0.3) -> Tensor:
-    """Return the area under the per-region overlap up to a false positive rate, over that rate.
+    """Return the area under per-region overlap up to a false positive rate, divided by that rate.
 
     The conventions are those of the official MVTec evaluation: regions are the 8-connected
     components of each mask at the given resolution, every region has the same weight, false

@@ -61,7 +61,7 @@ def _resample(labels: Tensor, last: Tensor, size: int, generator: torch.Generato
 
 
 def _draw(chosen: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Return how often each chosen item is drawn in as many draws as items: (size, N) float64."""
+    """Return how often each chosen item is drawn, one draw per chosen item: (size, N) float64."""
     places = chosen.nonzero().squeeze(1)
     drawn = torch.randint(len(places), (size, len(places)), generator=generator)
     count = torch.zeros(size, len(chosen), dtype=torch.float64)

@@ -208,7 +208,7 @@ def ranking_f1_max(ranking: Ranking) -> tuple[Estimate, Tensor]:
 
 
 def ranking_aupro(ranking: Ranking, limit: float = 0.3) -> Estimate:
-    """Return the area under per-region overlap for false positive rates in [0, limit], over limit.
+    """Return the area under per-region overlap up to a false positive rate, divided by that rate.
 
     Bergmann et al., The MVTec Anomaly Detection Dataset, IJCV 2021, section 4.2, with the
     conventions of the official evaluation code: see `aupro`. Within a bin the curve stays in the

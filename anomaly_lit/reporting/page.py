@@ -39,8 +39,8 @@ def as_page(rows: Sequence[Row], folder: Path, pictures: int, warn: Warn = print
     """Return one page with everything, figures included.
 
     Args:
-        rows: Of the tables.
-        folder: That the runs lie in.
+        rows: The rows of the tables.
+        folder: The folder that the runs lie in.
         pictures: Most images of each category in the gallery.
         warn: Called with a sentence about each file that cannot be read; it is left out.
     """
@@ -104,11 +104,11 @@ def _accuracy_at(
 def cells(
     lines: Sequence[Sequence[str]], shaded: bool = False
 ) -> list[list[tuple[str, int | None]]]:
-    """Give each cell below a table's head a hue, from red for its column's least number to green.
+    """Give each cell below a table's head a hue: red for its column's lowest number, up to green.
 
     Args:
         lines: Texts of the cells; the first line is the head.
-        shaded: False gives no hue to any.
+        shaded: Whether to shade; false gives no cell a hue.
     """
     hues = [
         _hues(column) if shaded else [None] * len(column) for column in zip(*lines[1:], strict=True)

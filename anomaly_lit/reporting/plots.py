@@ -1,8 +1,8 @@
 """Geometry of the page's plots; the template draws them as SVG.
 
-matplotlib's SVG is not used: it takes 36 ms a plot (1.4 ms here) and half a second to
-import, a report may have a plot for each of hundreds of rows, and its points show no names when the
-pointer rests on them.
+matplotlib's SVG is not used. It takes 36 ms a plot (1.4 ms here) and half a second to import, and a
+report may have a plot for each of hundreds of rows. Its points also show no names when the pointer
+rests on them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A test's predictions as rows: as a file, as a line of text, and which deserve a look."""
+"""Rows of a test's predictions: write them to a file, put one into words, choose some to show."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ COSTS = {
 }
 SEEN = "SEEN"  # in the selection of a run that learned from test images, which it was not tested on
 Value = str | int | float | bool | None
-LONGEST, DEEPEST = 1_000_000, 100  # letters and levels of a config.yaml; a run's has 5,000 and 10
+LONGEST, DEEPEST = 1_000_000, 100  # characters, levels of a config.yaml; a run's: 5,000, 10
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Run:
 
     @property
     def has_seen(self) -> bool:
-        """Whether it learned from some test images, and was tested on the others."""
+        """Whether the run learned from some test images, and was tested on the others."""
         return SEEN in str(self.metrics.get("selection"))
 
     @property
@@ -103,19 +103,19 @@ def _read(file: Path, parse: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
 def _parse_settings(text: str) -> dict[str, Value]:
     import yaml
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader is ten times as fast
     _check_size(text, loader)
     config = yaml.load(text, Loader=loader)
     if not isinstance(config, dict):
         raise ValueError(f"expected keys with values, found {type(config).__name__}")
     trainer = config.get("trainer")
-    if isinstance(trainer, dict):  # older runs did not note the one node that they had
+    if isinstance(trainer, dict):  # older runs had one node and did not record it
         trainer.setdefault("num_nodes", 1)
     return flat(config)
 
 
 def _check_size(text: str, loader: Any) -> None:
-    """Check that a YAML text stays small once its aliases are filled in, without doing that.
+    """Check, without filling in the aliases of a YAML text, that it would stay small with them.
 
     A few lines of nested aliases can stand for billions of values, and a text that is nested deeply
     enough makes the C loader overflow its stack.

@@ -62,7 +62,7 @@ def rows_of(runs: Iterable[Run]) -> list[Row]:
 
 
 def name_groups(settings: Sequence[Mapping[str, Value]]) -> list[str]:
-    """Return a name for each: its method, and the settings in which runs of that method differ."""
+    """Name each group by its method, and by the settings in which runs of that method differ."""
     names = []
     for own in settings:
         method = method_of(own)
@@ -82,7 +82,7 @@ def name_groups(settings: Sequence[Mapping[str, Value]]) -> list[str]:
 
 
 def telling(keys: Iterable[str]) -> list[str]:
-    """Of several keys of one node that differ together, keep the one that names the node."""
+    """Keep, of several keys of one node that differ together, the one that names the node."""
     keys = set(keys)
     nodes = {k.rpartition(".")[0] for k in keys if k.endswith(("._target_", "backbone.name"))}
     named = {k for k in keys if k.endswith(("._target_", "backbone.name"))}

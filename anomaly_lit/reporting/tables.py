@@ -1,7 +1,7 @@
 """Tables of rows: as lists of texts, and as CSV, Markdown and LaTeX.
 
-Without pandas: its import takes 0.4 s, where the whole report of 1,000 runs takes 1 s. It would not
-shorten what is long here either, which is to find the runs that belong in a cell.
+pandas is not used: its import takes 0.4 s, while the whole report of 1,000 runs takes 1 s. It would
+not make the code shorter either, most of which finds the runs that belong in a cell.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def results_table(results: Mapping[str, float], selection: str) -> Table:
 
 
 def print_table(table: Table) -> None:
-    """Print a table, 160 letters wide where the output goes to a file."""
+    """Print a table; it is 160 characters wide if the output goes to a file."""
     from rich.console import Console
 
     console = Console()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def check_parts(config: dict[str, Any], datamodule: AnomalyDataModule, method: Method) -> None:
-    """Check everything below.
+    """Check the method's optimiser, its images and their size, and the crop of pixel metrics.
 
     Raises:
         UserError: Two parts do not fit.
@@ -48,7 +48,7 @@ def check_synthesis(datamodule: AnomalyDataModule, method: Method) -> None:
 
 
 def check_companions(datamodule: AnomalyDataModule, method: Method) -> None:
-    """Refuse a folder of companions, or real defects, that the method would never look at.
+    """Refuse companions (prompts, outliers) or real defects that the method would never read.
 
     Raises:
         UserError: `dataset.<name>_dir` or `dataset.seen` is set, and the method does not need it.
@@ -89,7 +89,7 @@ def check_crop(datamodule: AnomalyDataModule, config: dict[str, Any]) -> None:
     """Refuse a crop for pixel metrics that is larger than the images, before anything is trained.
 
     Raises:
-        UserError: It is.
+        UserError: It is larger, or is not made of positive whole numbers.
     """
     import torch
 

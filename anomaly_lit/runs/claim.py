@@ -18,15 +18,15 @@ from anomaly_lit.runs.ranks import uses_slurm
 from anomaly_lit.types import UserError
 
 NAME = ".lock"
-BEAT = 30.0  # seconds between two signs of life, as the file's time of change
+BEAT = 30.0  # seconds between two signs of life, each a new modification time of the file
 SILENCE = 3 * BEAT  # seconds without one after which a run on another machine counts as dead
-PATIENCE = 2.0  # seconds in which a run that is ending may let go
+PATIENCE = 2.0  # seconds to wait for a run that is ending to let go
 
 _held: list[IO[str]] = []
 
 
 def _let_go() -> None:
-    """Put `/dev/null` in place of a forked worker's copies: it must not hold the folder."""
+    """Replace a forked worker's copies of the lock by `/dev/null`: it must not hold the folder."""
     for file in _held:
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, file.fileno())
@@ -39,10 +39,10 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, as the first of the run's processes; the others only go along.
+    """Hold a run's folder in the first of the run's processes; do nothing in the others.
 
     The lock of the file ends with its process, however that ends. A file system may have no locks
-    between machines; there the file's time of change tells whether its writer lives.
+    between machines; there the file's modification time shows whether its writer is alive.
 
     Raises:
         UserError: Another run is being trained there.
@@ -87,7 +87,7 @@ def _take(folder: Path) -> IO[str]:
 
 
 def _is_there(file: IO[str]) -> bool:
-    """Return whether a run that ended just now has not removed the file."""
+    """Return whether the file still exists: a run that ended just now may have removed it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
     except FileNotFoundError:
@@ -103,7 +103,7 @@ def _is_free(file: IO[str]) -> bool:
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
-    """Return what the run that is being trained in a folder noted of itself; None without one."""
+    """Return what the run that is training in a folder wrote about itself, or None."""
     try:
         file = (folder / NAME).open(encoding="utf-8")
     except FileNotFoundError:
@@ -118,12 +118,12 @@ def holder(folder: Path) -> dict[str, Any] | None:
 
 
 def _lives_elsewhere(facts: dict[str, Any], file: IO[str]) -> bool:
-    """Return whether a run on another machine showed signs of life."""
+    """Return whether a run on another machine has shown a sign of life recently."""
     own = _this_process()
     if not facts or facts.get("host") == own["host"]:
         return False
     if facts.get("job") and facts["job"] == own["job"] and facts.get("restart") != own["restart"]:
-        return False  # SLURM has moved this very job
+        return False  # SLURM has restarted this same job on another machine
     return time.time() - os.fstat(file.fileno()).st_mtime < SILENCE
 
 
@@ -138,7 +138,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def slurm_job() -> str | None:
-    """Return the job of SLURM that this process is in, as squeue names it."""
+    """Return the job of SLURM that this process is in, as squeue names it; None outside one."""
     array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 

@@ -164,7 +164,7 @@ def tree_digest(file: Path) -> str:
 
 @cache
 def _read(file: Path, changed: int) -> _Read:
-    """Read a file; once for each time of change, `changed`."""
+    """Read a file, and again only if `changed`, its modification time, has changed."""
     tree = ast.parse(file.read_bytes())
     imports: list[tuple[int, str, tuple[str, ...]]] = []
     for node in _run_time(tree):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def worker_failure(error: RuntimeError) -> str | None:
-    """Return what happened to a process that reads images, and the way out; None if nothing did."""
+    """Return what happened to a process that reads images, and what to do; None if nothing did."""
     from anomaly_lit.data.workers import PATIENCE
 
     if str(error).startswith("DataLoader timed out"):
@@ -37,7 +37,7 @@ def worker_failure(error: RuntimeError) -> str | None:
 def report_failures() -> Iterator[None]:
     """Have one of several ranks say what failed and end at once.
 
-    Python's own way out waits for connections to ranks that are gone, sometimes forever.
+    Python's normal exit waits for connections to ranks that are gone, sometimes forever.
     """
     rank = int(os.environ.get("LOCAL_RANK", 0))
     if rank:
@@ -63,7 +63,7 @@ def report_failures() -> Iterator[None]:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether the device or the machine had no memory left."""
+    """Return whether the device or the machine had no memory left."""
     import torch
 
     texts = ("out of memory", "can't allocate memory", "not enough memory")
@@ -71,7 +71,7 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def finish_loggers(trainer: pl.Trainer, error: BaseException | None) -> None:
-    """Close the runs in services, with what became of them."""
+    """Close the runs in logging services, and tell these how the run ended."""
     from anomaly_lit.loggers import finish
 
     for logger in trainer.loggers:

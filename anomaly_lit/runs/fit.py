@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from anomaly_lit.data.datamodule import AnomalyDataModule
     from anomaly_lit.methods.base import Method
 
-FALLING = 0.05  # share of the loss's fall in the last fifth from which a run says so
+FALLING = 0.05  # share of the loss's fall in the last fifth of training worth a hint
 
 
 def run(
@@ -106,7 +106,7 @@ def note_configuration(config: dict[str, Any], directory: Path) -> None:
 
 
 def falling_words(trainer: pl.Trainer, falling: float | None) -> str | None:
-    """Return that the loss was still falling when training ended, and how to go on; None if not."""
+    """Return a hint on how to go on if the loss was still falling at the end, else None."""
     if falling is None or falling < FALLING:
         return None
     by_steps = trainer.max_steps is not None and trainer.max_steps > 0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from anomaly_lit.data.datamodule import AnomalyDataModule
     from anomaly_lit.runs.storage import Start
 
-# what a run writes into its folder, but for the logs that the present command writes to
+# what a run writes into its folder, except the logs that the current command writes to
 WRITTEN = frozenset(
     {
         "checkpoints", "config.yaml", "curves.png", "images", "logs", "loss.png", "metrics.json",
@@ -48,7 +48,7 @@ def state_of(directory: Path, config: dict[str, Any]) -> str:
             )
         return "new"
     before = moved(yaml.safe_load(noted.read_text("utf-8")), str(directory))
-    step = before.pop("step", None)  # how fast a step is: a run may go on with another
+    step = before.pop("step", None)  # it affects speed only, so a run may resume with another
     told = without_secrets({k: v for k, v in config.items() if k != "step"})
     changes = differences(before, told) and differences(with_later_keys(before, told), told)
     finished = (directory / "metrics.json").is_file()
@@ -77,12 +77,12 @@ def state_of(directory: Path, config: dict[str, Any]) -> str:
 def is_current(
     folder: Path, config: dict[str, Any], when_changed: Literal["rerun", "keep"] = "rerun"
 ) -> bool:
-    """Whether a finished run's results may stand; warns where images or code changed since.
+    """Return whether a finished run's results may stay; warn if images or code have changed.
 
     Args:
         folder: Of the run.
         config: Its composed configuration.
-        when_changed: `keep` lets results of older code stand, though never those of other images.
+        when_changed: `keep` accepts results of older code, but never those of other images.
     """
     metrics = read_metrics(folder)
     images, code = images_changed(metrics, config), code_changed(metrics, config)
@@ -101,7 +101,7 @@ def is_current(
 
 
 def images_changed(metrics: dict[str, Any], config: dict[str, Any]) -> bool:
-    """Whether the images are others than those of these results; images that are gone are not."""
+    """Return whether the images differ from those of these results; false if they are gone."""
     data = {**config["dataset"], "cache": None, "feature_cache": None}
     datamodule = instantiate(data)
     try:
@@ -112,7 +112,7 @@ def images_changed(metrics: dict[str, Any], config: dict[str, Any]) -> bool:
 
 
 def code_changed(metrics: dict[str, Any], config: dict[str, Any]) -> bool:
-    """Whether the code that makes such a run's numbers is other than that of these results."""
+    """Return whether the code behind a run's numbers differs from that of these results."""
     digest = code_digest(config)
     return metrics.get("code_digest", digest) != digest
 
@@ -120,7 +120,7 @@ def code_changed(metrics: dict[str, Any], config: dict[str, Any]) -> bool:
 def put_aside(folder: Path) -> None:
     """Move what a run has written to `.earlier/N` in its folder, where reports do not look.
 
-    What else lies there stays.
+    Other files there stay.
     """
     if not is_first_process():
         return
@@ -133,10 +133,10 @@ def put_aside(folder: Path) -> None:
 
 
 def check_holds_no_data(directory: Path, config: dict[str, Any]) -> None:
-    """Refuse a run's folder that is empty of a name, or that the data set lies in.
+    """Refuse a run's folder that has no name, or that contains the data set.
 
     Raises:
-        UserError: Results would be written among the images.
+        UserError: The name is empty, or results would be written among the images.
     """
     if not str(config["output_dir"]).strip():
         raise UserError("output_dir is empty: name the folder of the run with output_dir=DIR")

@@ -27,10 +27,10 @@ def given_length(settings: Mapping[str, Any]) -> dict[str, int]:
 
 
 def steps_for(trainer: pl.Trainer, datamodule: AnomalyDataModule) -> int:
-    """Return the steps of 40 passes over the training images, from 500 to 5000 steps.
+    """Return the number of steps of 40 passes over the training images, from 500 to 5000.
 
-    A network needs a number of steps before it says anything, and more where images differ more;
-    the upper bound keeps large sets, for which few passes are enough, from taking days.
+    The lower bound gives a network enough steps to learn anything at all. The upper bound keeps
+    large data sets, for which fewer passes are enough, from taking days.
     """
     seen = datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     steps = math.ceil(PASSES * len(datamodule.train_samples) / seen)

@@ -14,7 +14,7 @@ HIGHER_IS_BETTER = ("auroc", "ap", "f1max", "aupro", "aupimo")
 
 
 def check_objective(config: Mapping[str, Any]) -> None:
-    """Raise, before any training, if the objective cheats or if no run would have it.
+    """Raise, before any training, if the objective uses the test set or no run would log it.
 
     Args:
         config: The composed configuration of a run.

@@ -21,7 +21,7 @@ BACKWARD_SHARE = 2.0  # a backward pass costs about twice as much as its forward
 
 
 def plan_of(trainer: pl.Trainer, method: Method, datamodule: AnomalyDataModule) -> Iterator[str]:
-    """Yield lines on parameters, memory and time, which is measured on a batch without training."""
+    """Yield lines on parameters, memory, steps and, on a CPU, time, as measured on a batch."""
     trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in method.parameters()) - trainable
     state = 4 * (4 * trainable + frozen) / 2**20  # weights, gradients, two moments of AdamW
@@ -68,7 +68,8 @@ def seconds_per_step(
 ) -> float | None:
     """Compute a batch's loss twice in evaluation mode, and estimate a step from the second.
 
-    None if the loss cannot be computed yet, such as that of a method that first learns a bank.
+    None if the loss cannot be computed yet, such as that of a method that first fills a memory
+    bank.
     """
     batch = next(iter(datamodule.train_dataloader()))
     if datamodule.synthesis is not None:
@@ -90,7 +91,7 @@ def seconds_per_step(
 
 
 def _seconds(method: Method, batch: Batch) -> float | None:
-    """Time the loss of a batch; None where it raises what training would raise too, if it does."""
+    """Time the loss of a batch; None if it raises a `UserError`, which is left to training."""
     start = time.perf_counter()
     try:
         method.losses(batch)

@@ -1,4 +1,4 @@
-"""How a run finds the other processes of its training, and what it refuses of launchers."""
+"""The processes of a training: which of them writes, and which ways to start them are refused."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
     from anomaly_lit.data.datamodule import AnomalyDataModule
 
-PATIENCE = 10.0  # seconds in which the first process tells what is wrong
+PATIENCE = 10.0  # seconds that the first process gets to report what is wrong
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes: rank 0 of its node, or the only one."""
+    """Return whether this process is the first of its node, which is the one that writes there."""
     return int(os.environ.get("SLURM_LOCALID" if uses_slurm() else "LOCAL_RANK", 0)) == 0
 
 
 def uses_slurm() -> bool:
-    """Whether Lightning leaves the processes of a training to SLURM."""
+    """Return whether Lightning leaves starting the processes of a training to SLURM."""
     interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     elastic = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun within a job has precedence
     return "SLURM_NTASKS" in os.environ and not interactive and not elastic
@@ -34,16 +34,16 @@ def uses_slurm() -> bool:
 def check_tasks(devices: object, nodes: int) -> None:
     """Refuse processes of SLURM that would not train as one.
 
-    Lightning itself looks at a part of this; what is left would hang, train on fewer devices than
+    Lightning itself checks only a part of this; the rest would hang, train on fewer devices than
     it says, or write several runs into one folder.
 
     Args:
-        devices: `trainer.devices`; what is no number is counted later, by the trainer.
+        devices: `trainer.devices`; anything but a number is left to the trainer, later.
         nodes: `trainer.num_nodes`.
 
     Raises:
-        UserError: The tasks are not one for each device, were not started by srun, or cannot find
-            the first node.
+        UserError: There is not one task for each device, the tasks were not started by srun, or
+            they cannot find the first node.
     """
     if not uses_slurm():
         return
@@ -77,7 +77,7 @@ def check_tasks(devices: object, nodes: int) -> None:
 
 
 def nodes_of_slurm() -> int | None:
-    """Nodes on which SLURM runs the tasks of this step; None where it does not say."""
+    """Return on how many nodes SLURM runs the tasks of this step; None if it does not say."""
     names = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
     return next((int(os.environ[name]) for name in names if name in os.environ), None)
 
@@ -107,7 +107,7 @@ def check_first_node() -> None:
 
 @contextmanager
 def told_once() -> Iterator[None]:
-    """Have an error that all processes of a training share told by the first of them."""
+    """Let the first process alone report an error that all processes of a training share."""
     try:
         yield
     except UserError as error:
@@ -117,9 +117,9 @@ def told_once() -> Iterator[None]:
 
 
 def tells() -> bool:
-    """Whether this is the first process of those that SLURM or torchrun started.
+    """Return whether this is the first process of those that SLURM or torchrun started.
 
-    The others wait before they go on and end, since the launcher may then kill all of them.
+    The others wait here before they end, since the launcher may then kill all processes.
     """
     first = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
     if uses_slurm() and "SLURM_STEP_ID" in os.environ:
@@ -149,7 +149,7 @@ def check_launcher(trainer: pl.Trainer) -> None:
 
 
 def check_shares(datamodule: AnomalyDataModule, ranks: int) -> None:
-    """Refuse images of which some ranks would get none.
+    """Refuse a data set of which some ranks would get no images.
 
     Raises:
         UserError: There are fewer images to train on, held out or to test on than ranks.

@@ -38,7 +38,7 @@ class Timings(NamedTuple):
 
     resumed: bool
     training_seconds: float
-    training_cpu_seconds: float  # more telling on a busy machine
+    training_cpu_seconds: float  # depends less on what else the machine does
     test_seconds: float = 0.0
 
 

@@ -19,11 +19,11 @@ LAST, EARLIER = "last.ckpt", "last.earlier.ckpt"
 
 @dataclass
 class Start:
-    """The checkpoint that a run resumes from; to read it and its checksums takes time.
+    """The checkpoint that a run resumes from, with its content, since reading it takes time.
 
     Args:
         path: The file.
-        content: What it holds.
+        content: What it holds; None once it was taken.
         remark: A sentence about a newer one that is damaged; empty if there is none.
     """
 
@@ -40,9 +40,9 @@ class Start:
 class WholeFiles(TorchCheckpointIO):
     """Write a checkpoint beside its target, sync it, and only then replace the old one.
 
-    Lightning's own writer uses the folder for temporary files: if that is on another file system, a
-    kill in the middle leaves half a file. The previous `last.ckpt` is kept as `last.earlier.ckpt`,
-    so a run needs room for three checkpoints while it writes.
+    Lightning's own writer uses the system's folder for temporary files. If that is on another file
+    system, a kill in the middle leaves half a file. The previous `last.ckpt` is kept as
+    `last.earlier.ckpt`, so a run needs room for three checkpoints while it writes.
 
     Args:
         start: The checkpoint to resume from, which is not read again.
@@ -84,7 +84,7 @@ class WholeFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint as plain data, whatever else it might hold."""
+        """Read a checkpoint of plain data; one that holds anything else is refused."""
         if self.start is not None and Path(path) == self.start.path:
             return self.start.take()
         return read_checkpoint(path)
