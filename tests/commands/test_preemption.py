@@ -123,6 +123,7 @@ def assert_group_stops(
 WITH_WORKERS = ("dataset.num_workers=2", "checkpoint.every_steps=7")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_a_run_and_its_workers_saves_the_step(
     start_command: Run, run_command: Run, line: list[str], whole: Path, tmp_path: Path,

@@ -698,6 +698,7 @@ def test_predictions_come_with_overlays_at_the_original_size(
     assert all(np.isfinite(map_).all() and map_.any() for map_ in maps)
 
 
+@pytest.mark.slow
 def test_openvino_gives_the_same_verdicts(
     run_here: Run, weights: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -999,6 +1000,7 @@ def test_method_and_data_built_by_hand_train_with_a_plain_trainer(
 # -------------------------------------------------------------------------------- selection
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("selection", "text"), [("best", "held-out"), ("oracle", "ORACLE")])
 def test_selection_is_named_in_every_output(
     run_here: Run, overrides: list[str], tmp_path: Path, selection: str, text: str

@@ -176,6 +176,7 @@ def test_data_module_makes_what_it_reads(tmp_path: Path, monkeypatch: pytest.Mon
     assert again.digest == digest
 
 
+@pytest.mark.slow
 def test_two_processes_may_prepare_the_data_at_once(tmp_path: Path):
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         jobs = [pool.submit(generate_demo, tmp_path / "data", **SMALL) for _ in range(2)]

@@ -169,6 +169,7 @@ def test_push_falls_with_the_distance() -> None:
     assert push(torch.tensor([0.1]), ~everything) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anomalies", ["masks", "labels", "outliers"])
 def test_anomalies_end_farther_from_their_reconstruction_than_without(
     anomalies: str, small_method: Build, fit: Fit, make_batch: MakeBatch

@@ -176,6 +176,7 @@ def test_scoring_is_one_graph_that_engines_can_take(method: Any, make_batch: Mak
         torch.testing.assert_close(whole(batch["image"]), score(batch["image"]))
 
 
+@pytest.mark.slow
 def test_loss_falls_on_one_batch(method: Any, fit: Fit, make_batch: MakeBatch) -> None:
     batch = make_batch()
     before = loss_of(method, batch)

@@ -96,6 +96,7 @@ def test_position_codes_are_resized_as_torch_does(tmp_path: Path) -> None:
     assert np.abs(found[0] - expected).max() < 1e-4 * np.ptp(expected)
 
 
+@pytest.mark.slow
 def test_another_result_than_torchs_is_refused(
     detect: Build, pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:

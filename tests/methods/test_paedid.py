@@ -176,6 +176,7 @@ def textures(count: int) -> Tensor:
     return (image + 0.01 * torch.randn(count, 3, 64, 64)).clamp(0, 1)
 
 
+@pytest.mark.slow
 def test_a_bright_square_on_a_learned_texture_is_recovered(
     small_method: Build, fit: Build, make_batch: Build
 ) -> None:
