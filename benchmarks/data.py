@@ -1,7 +1,7 @@
 """How fast images come: decoded each time, from memory, from disk; and what a batch costs.
 
-    python benchmarks/data.py --output benchmarks/results/data.json
-    python benchmarks/data.py --table benchmarks/results/data.json >> table.md
+    python benchmarks/data.py --output experiments/benchmarks/data.json
+    python benchmarks/data.py --table experiments/benchmarks/data.json >> table.md
 
 The pictures are 1024 x 1024 PNG files that this script draws, brought to 256 x 256. A round
 measures everything once, in turns; ratios are taken within a round. The peer is anomalib's module,

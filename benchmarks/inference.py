@@ -1,8 +1,8 @@
 """From a picture's file to a verdict: what each stage takes, and what other engines would gain.
 
-    python benchmarks/inference.py --output benchmarks/results/inference.json
+    python benchmarks/inference.py --output experiments/benchmarks/inference.json
     python benchmarks/inference.py --methods fastflow_small --variants openvino compile
-    python benchmarks/inference.py --table benchmarks/results/inference.json >> table.md
+    python benchmarks/inference.py --table experiments/benchmarks/inference.json >> table.md
 
 Every method is trained for a step on 1024 x 1024 PNG files, drawn by data.py, with random weights
 in its backbones, which change no time; its checkpoint is loaded as anomaly-predict does. Images

@@ -1,6 +1,6 @@
 """What the process launcher adds to a job, and how long the report of many runs takes.
 
-    python benchmarks/launcher.py --output benchmarks/results/launcher.json
+    python benchmarks/launcher.py --output experiments/benchmarks/launcher.json
     python benchmarks/launcher.py --quick
 
 A trivial job prints a word. The launcher's overhead is its time for such a job less that of the

@@ -1,7 +1,7 @@
 """Pixel metrics side by side on the same maps: seconds, peak memory, values.
 
-    python benchmarks/metrics.py --output benchmarks/results/metrics.json
-    python benchmarks/metrics.py --table benchmarks/results/metrics.json >> table.md
+    python benchmarks/metrics.py --output experiments/benchmarks/metrics.json
+    python benchmarks/metrics.py --table experiments/benchmarks/metrics.json >> table.md
 
 scikit-learn and anomalib are measured where they are installed; nothing else needs them. Maps are
 blurred noise with bumps that a mask covers, scaled to [0, 1] so that no contender squashes them.
@@ -324,7 +324,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/metrics.json"))
+    parser.add_argument("--output", type=Path, default=Path("experiments/benchmarks/metrics.json"))
     parser.add_argument("--table", type=Path, help="print the table of an earlier run, and stop")
     arguments = parser.parse_args()
     if arguments.table:

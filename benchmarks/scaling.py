@@ -1,8 +1,8 @@
 """How cost grows: with images, resolution, tokens and categories; a power law is fitted to each.
 
-    python benchmarks/scaling.py --output benchmarks/results/scaling.json
+    python benchmarks/scaling.py --output experiments/benchmarks/scaling.json
     python benchmarks/scaling.py --only images tokens
-    python benchmarks/scaling.py --table benchmarks/results/scaling.json >> table.md
+    python benchmarks/scaling.py --table experiments/benchmarks/scaling.json >> table.md
 
 - images: a data set of 100 to 10,000 files of 64 x 64 and one category: listing and checking
   (set-up), caches, an epoch of a method that costs nothing, the test with all metrics.

@@ -1,8 +1,8 @@
 """What each switch of a training step gives: layout, fused optimiser, bfloat16, compiled networks.
 
-    python benchmarks/step.py --output benchmarks/results/step.json
+    python benchmarks/step.py --output experiments/benchmarks/step.json
     python benchmarks/step.py --methods onenip_small --switches channels_last+bf16 compile+bf16
-    python benchmarks/step.py --table benchmarks/results/step.json >> table.md
+    python benchmarks/step.py --table experiments/benchmarks/step.json >> table.md
 
 Methods train as in training.py, with the caches that are on by default (`cache=host`), so a switch
 is judged by the work that they leave; `--cache cache=none` judges it with backbone and decoding.

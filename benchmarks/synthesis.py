@@ -1,7 +1,7 @@
 """Synthetic anomalies: our batched recipes beside the same recipes done image by image.
 
-    python benchmarks/synthesis.py --output benchmarks/results/synthesis.json
-    python benchmarks/synthesis.py --table benchmarks/results/synthesis.json >> table.md
+    python benchmarks/synthesis.py --output experiments/benchmarks/synthesis.json
+    python benchmarks/synthesis.py --table experiments/benchmarks/synthesis.json >> table.md
 
 The baseline is plain numpy and Pillow, one image at a time, as data loaders do it: the same
 textures from the same folder, the same augmentations, noise and ranges. Both run in one process on

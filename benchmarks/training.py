@@ -1,9 +1,9 @@
 """Seconds of a training step with and without caches, and of the trainable part alone.
 
-    python benchmarks/training.py --output benchmarks/results/training.json
+    python benchmarks/training.py --output experiments/benchmarks/training.json
     python benchmarks/training.py --methods dsr_small --device gpu --precision bf16-mixed
     python benchmarks/training.py --methods uniad_small --backbone wide_resnet50_2
-    python benchmarks/training.py --table benchmarks/results/training.json >> table.md
+    python benchmarks/training.py --table experiments/benchmarks/training.json >> table.md
 
 Every method trains on 1024 x 1024 PNG files, drawn by data.py, at 256 x 256, in the real trainer
 without validation and logging:

@@ -32,7 +32,7 @@ class OpenVINO:
     """A trained method's scoring, compiled for the CPU in float32.
 
     Compiling takes about 5 to 10 seconds and holds for images of one size and category. Images are
-    then scored one at a time, which is as fast as in batches (`benchmarks/README.md`, inference).
+    then scored one at a time, which is as fast as in batches (`experiments/benchmarks`, inference).
 
     Args:
         method: On the CPU, in evaluation mode.
