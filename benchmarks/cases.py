@@ -35,7 +35,7 @@ LENGTH, MOST = 128, 50_000  # of vectors, and drawn from them
 
 
 def apart(work: Callable[[], Quantities], threads: int) -> Quantities | str:
-    """Run it in a fork, whose memory nothing has used before; return how it ended as a string."""
+    """Run the work in a fork, whose memory nothing has used before; a string says why it failed."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
@@ -58,7 +58,7 @@ def apart(work: Callable[[], Quantities], threads: int) -> Quantities | str:
 
 
 class Peak:
-    """The most memory that the process takes within the block, over what it has now."""
+    """The most memory that the process takes within the block, over what it had at the start."""
 
     def __init__(self) -> None:
         gc.collect()
@@ -70,7 +70,7 @@ class Peak:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.mib = max(memory("VmHWM") - self.before, 0.1)  # of a megabyte no power is fitted
+        self.mib = max(memory("VmHWM") - self.before, 0.1)  # a power law needs values above 0
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -83,9 +83,10 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def write_set(root: Path, categories: int, count: int) -> Path:
-    """So many images of 64 x 64 in the layout of MVTec AD, as links to a few that are drawn.
+    """Write images of 64 x 64 in the layout of MVTec AD, as hard links to a few that are drawn.
 
-    Of each category three fifths are for training, a fifth each normal and anomalous to test on.
+    Of each category three fifths are for training, one fifth are normal test images, and one fifth
+    anomalous ones.
     """
     drawn = root / "drawn"
     if not drawn.exists():
@@ -110,7 +111,7 @@ def write_set(root: Path, categories: int, count: int) -> Path:
 
 
 class Brightness(Method):
-    """Costs next to nothing, so that what is measured is all else."""
+    """A method that costs next to nothing, so that all other work is what is measured."""
 
     def __init__(self) -> None:
         super().__init__(partial(torch.optim.SGD, lr=1e-3))
@@ -146,7 +147,7 @@ def trainer_of() -> pl.Trainer:
 
 
 def images(folder: Path) -> Quantities:
-    """Everything that happens to a data set of one category, one after the other."""
+    """Measure all that happens to a data set of one category, one thing after the other."""
     found: Quantities = {}
     with Peak() as peak:
         datamodule = module_of(folder, HostCache())
@@ -164,7 +165,7 @@ def images(folder: Path) -> Quantities:
 
 
 def epochs(folder: Path, datamodule: MVTecAD) -> Quantities:
-    """Run an epoch with validation, one of batches with prompts or balanced, and a test."""
+    """Measure an epoch with validation, a test, and the batches with prompts or balanced."""
     method, trainer = Brightness(), trainer_of()
     steps = len(datamodule.train_dataloader())
     found = {
@@ -188,7 +189,7 @@ def epochs(folder: Path, datamodule: MVTecAD) -> Quantities:
 
 
 def categories(folder: Path) -> Quantities:
-    """Spread the same images over more categories, all learned by one model."""
+    """Measure the same number of images, spread over more categories, all learned by one model."""
     with Peak() as peak:
         datamodule = module_of(folder, HostCache(), balanced=True)
         found = {"set-up with cache=host, s": seconds(datamodule.setup)}
@@ -216,7 +217,7 @@ def method_of(name: str, size: int, *overrides: str) -> Any:
 
 
 def resolution(name: str, batch: int, size: int) -> Quantities:
-    """Forward pass and training step of one method."""
+    """Measure the forward pass and the training step of one method."""
     method = method_of(name, size)
     image = torch.rand(batch, 3, size, size)
 
@@ -224,13 +225,13 @@ def resolution(name: str, batch: int, size: int) -> Quantities:
         with torch.inference_mode():
             method.eval()(image)
 
-    peak = Peak()  # of both: what the forward pass leaves behind is used again
+    peak = Peak()  # one for both: memory that the forward pass frees is used again
     found = repeated("forward", forward, peak)
     return found | repeated("training step", stepper(method, {"image": image}), peak)
 
 
 def tokens(name: str, batch: int, side: int) -> Quantities:
-    """Training step on given features, without the backbone: side x side tokens."""
+    """Measure the training step on given features, without the backbone: side x side tokens."""
     grid = [f"method.grid={2 * side}"] if name.startswith("ami_net") else []  # patches of 2 x 2
     method = method_of(name, 16 * side, *grid)
     backbone = method.backbone
@@ -238,7 +239,7 @@ def tokens(name: str, batch: int, side: int) -> Quantities:
         torch.rand(batch, count, 16 * side // stride, 16 * side // stride)
         for count, stride in zip(backbone.channels, backbone.strides, strict=True)
     ]
-    image = torch.zeros(batch, 3, 1, 1)  # its number alone is read
+    image = torch.zeros(batch, 3, 1, 1)  # only the size of the batch is read
     batch_ = {"image": image, "features": {"backbone": maps}}
     return repeated("training step", stepper(method, batch_), Peak())
 
@@ -257,7 +258,7 @@ def stepper(method: Any, batch: dict[str, Any]) -> Callable[[], None]:
 
 
 def repeated(name: str, work: Callable[[], None], peak: Peak, least: float = 0.5) -> Quantities:
-    """Seconds of a call after the first, over at least half a second, and the peak."""
+    """Measure the mean seconds of calls after the first, for `least` seconds, and the peak."""
     with peak:
         work()
         count, spent = 0, 0.0
@@ -273,7 +274,7 @@ def repeated(name: str, work: Callable[[], None], peak: Peak, least: float = 0.5
 def vectors(count: int) -> Quantities:
     """Build and search a bank of random vectors, in CPU time, which other programs change less.
 
-    The vectors exist before, so that the memory is what the work takes beside them.
+    The vectors are drawn before, so that the memory is what the work takes beside them.
     """
     generator = torch.Generator().manual_seed(0)
     items = torch.randn(count, LENGTH, generator=generator)

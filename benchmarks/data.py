@@ -109,7 +109,7 @@ def peer(root: Path, batch: int) -> Any:
 
 
 def rounds_of(root: Path, batch: int, device: str, rounds: int, quick: bool) -> dict[str, Any]:
-    """Images a second of each contender, one number a round; a string says why one is missing."""
+    """Return images a second of each contender, a number a round; or why one is missing."""
     count = len(list(root.glob("part/train/good/*.png")))
     repeat = 2 if quick else 20
     stored = root / "cache"
@@ -143,7 +143,7 @@ def rounds_of(root: Path, batch: int, device: str, rounds: int, quick: bool) -> 
 
 
 def in_turns(runs: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Call all once per round, after a round that does not count."""
+    """Call all once per round, after a round that does not count; return images a second."""
     speeds: dict[str, Any] = {k: run if isinstance(run, str) else [] for k, run in runs.items()}
     for number in range(rounds + 1):
         for name, run in runs.items():
@@ -158,7 +158,7 @@ def in_turns(runs: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> list[float]:
-    """Median, least and greatest."""
+    """Return median, least and greatest."""
     return [float(f"{v:.4g}") for v in (statistics.median(values), min(values), max(values))]
 
 
@@ -193,7 +193,7 @@ def as_table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], file: Path, title: str) -> None:
-    """Bars of the medians with the spread; of several magnitudes on a logarithmic axis."""
+    """Draw bars of the medians with the spread; the axis is logarithmic if they differ much."""
     import matplotlib
 
     matplotlib.use("Agg")

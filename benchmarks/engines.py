@@ -21,17 +21,17 @@ EAGER = "eager"
 
 
 class MissingError(Exception):
-    """Why a variant cannot be measured, in a line."""
+    """A variant cannot be measured; the message says why in one line."""
 
 
 class Engines:
     """Builds the variants of one checkpoint.
 
     Args:
-        checkpoint: Of a trained method.
-        folder: For exported files.
+        checkpoint: Checkpoint of a trained method.
+        folder: Where exported files are written.
         device: `cpu` or `cuda`.
-        threads: Of every engine.
+        threads: Number of threads of every engine.
     """
 
     def __init__(self, checkpoint: Path, folder: Path, device: str, threads: int) -> None:
@@ -62,7 +62,7 @@ class Engines:
         return Scoring(detector.method, (detector.categories or [""])[0]).eval()
 
     def eager(self, image: Tensor) -> tuple[Run, float]:
-        """As it is."""
+        """PyTorch without any change."""
         return self.scoring(), 0.0
 
     def channels_last(self, image: Tensor) -> tuple[Run, float]:
@@ -72,7 +72,7 @@ class Engines:
         return lambda given: scoring(given.contiguous(memory_format=torch.channels_last)), 0.0
 
     def bfloat16(self, image: Tensor) -> tuple[Run, float]:
-        """Under autocast; what a method computes in float32 on purpose stays so."""
+        """bfloat16 by autocast; what a method computes in float32 on purpose stays so."""
         scoring = self.scoring()
 
         def run(given: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +159,7 @@ def reason(error: BaseException, most: int = 160) -> str:
 
 
 def furthest(own: tuple[Tensor, Tensor], given: tuple[Tensor, Tensor]) -> float:
-    """Largest distance of a map from eager's, in ranges of eager's map; NaN stays NaN."""
+    """Return the largest distance of a map from eager's, over its range; NaN stays NaN."""
     expected = own[0].flatten(1)
     spans = expected.amax(1) - expected.amin(1)
     off = (given[0].flatten(1) - expected).abs().amax(1)

@@ -5,21 +5,22 @@
     python benchmarks/inference.py --table experiments/benchmarks/inference.json >> table.md
 
 Every method is trained for a step on 1024 x 1024 PNG files, drawn by data.py, with random weights
-in its backbones, which change no time; its checkpoint is loaded as anomaly-predict does. Images
-are scored one at a time (latency) and in batches (throughput), at 256 x 256. All times are of an
-image. The stages:
+in its backbones, which do not change the times; its checkpoint is loaded as anomaly-predict does.
+Images are scored one at a time (latency) and in batches (throughput), at 256 x 256. All times are
+per image. The stages:
 
 - decode, resize: the file to pixels, pixels to the tensor that the method sees;
 - forward, split into backbone, head and map: what handles maps at the image's size
   (upsampling, smoothing, the score);
 - verdict: the threshold, and the map brought to the picture's size;
-- whole: all of these at once, `Detector.predict`; "overlay" is what anomaly-predict adds to write
-  the overlay of an image.
+- whole: all of these at once, `Detector.predict`; "overlay" is the time that anomaly-predict adds
+  to write the overlay of an image.
 
 Variants change the forward pass alone: see engines.py. A round measures every variant and stage of
 a method once, in turns; ratios are taken within a round. A variant pays where the median of its
-ratios to eager is at least 1.05. "off" is the furthest that a map lies from eager's, in ranges of
-the map; beyond 0.001 it is another result. With --output a plot is written beside the result.
+ratios to eager is at least 1.05. "off" is the largest distance of a map from eager's, divided by
+the range of eager's map; above 0.001 it counts as another result. With --output a plot is written
+beside the result.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ METHODS = small_presets()
 AROUND = ("decode", "resize", "verdict")  # what no variant changes
 PAYS = 1.05
 ANOTHER = ", another result"
-SAME = 1e-3  # furthest from eager, in ranges of the map, for the same result
+SAME = 1e-3  # largest distance from eager, over the map's range, of the same result
 OURS = "fastflow_small"  # beside the peers
 FEW = 3  # rounds of batches, which take long
 Figures = dict[str, list[dict[str, float]]]  # of each contender, a record a round
@@ -71,7 +72,7 @@ def rounds_of(calls: dict[str, Callable[[], dict[str, float]]], rounds: int) -> 
 def measure(
     name: str, root: Path, folder: Path, batch: int, rounds: int, arguments: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of the stages and of the variants of one method, in batches of one size."""
+    """Return rows of the stages and of the variants of one method, in batches of one size."""
     checkpoint = folder / f"{name}.ckpt"
     if not checkpoint.exists():
         trained(name, root, folder, arguments.size)
@@ -93,7 +94,7 @@ def measure(
         with torch.inference_mode():
             off[variant] = furthest(expected, run(image))
         calls[variant] = lambda run=run: {"forward": timed(run, image) / batch}
-    stages_of(detector, paths, folder)  # what is done once only
+    stages_of(detector, paths, folder)  # a warm-up: some work is done only once
     found = rounds_of(calls, rounds)
     rows = []
     for variant in (EAGER, *arguments.variants):
@@ -109,7 +110,7 @@ def measure(
 
 
 def compared(found: Figures, variant: str) -> dict[str, list[float]]:
-    """Milliseconds of the forward pass, and its ratios and the whole's to eager in each round."""
+    """Return milliseconds of the forward pass, and how many times as fast as eager a variant is."""
     eager = [record["forward"] for record in found[EAGER]]
     own = [record["forward"] for record in found[variant]]
     rest = [sum(r[stage] for stage in AROUND) for r in found["stages"]]
@@ -123,7 +124,7 @@ def compared(found: Figures, variant: str) -> dict[str, list[float]]:
 
 
 def stage_row(title: str, records: list[dict[str, float]], stages: Sequence[str]) -> dict[str, Any]:
-    """Milliseconds of each stage, and images a second of the whole."""
+    """Return milliseconds of each stage, and images a second of the whole."""
     row: dict[str, Any] = {"what": title}
     for stage in stages:
         values = [1000 * record[stage] for record in records if stage in record]
@@ -135,7 +136,7 @@ def stage_row(title: str, records: list[dict[str, float]], stages: Sequence[str]
 def measure_peers(
     root: Path, folder: Path, batch: int, rounds: int, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Our FastFlow and the peers in turns, with the stages that both sides have."""
+    """Measure our FastFlow and the peers in turns, in the stages that both sides have."""
     if not (folder / f"{OURS}.ckpt").exists():
         trained(OURS, root, folder, arguments.size)
     detector = load(folder / f"{OURS}.ckpt", arguments.device)
@@ -161,7 +162,7 @@ def measure_peers(
 
 
 def conclusion(rows: list[dict[str, Any]], variants: Sequence[str]) -> list[dict[str, Any]]:
-    """For each variant and batch size, for which methods it pays."""
+    """Return, for each variant and batch size, for which methods it pays."""
     table = []
     for variant in variants:
         for batch in dict.fromkeys(row["what"].split(", ")[1] for row in rows):
@@ -192,7 +193,7 @@ def listed(names: Iterator[str]) -> str:
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
-    """Stages at batch 1, stacked, and how many times as fast as eager the variants are."""
+    """Draw the stages at batch 1, and how many times as fast as eager the variants are."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -230,7 +231,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """All tables as markdown; the conditions stand below the last."""
+    """Return all tables as markdown, with the conditions below the last."""
     parts = []
     for key in ("rows", "variants", "peers", "conclusion"):
         if result[key]:

@@ -4,9 +4,9 @@
     python benchmarks/launcher.py --quick
 
 A trivial job prints a word. The launcher's overhead is its time for such a job less that of the
-same process started by hand. Beside it stands a process that imports what anomaly-train imports,
-which a job costs whoever starts it. The report reads made-up folders with the files that runs leave
-behind, without pictures.
+same process started by hand. To compare, a process that imports what anomaly-train imports is timed
+too: every real job pays for this, whoever starts it. The report reads made-up folders with the
+files that runs leave behind, without pictures.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1max", 
 
 
 def by_hand(code: str) -> float:
-    """Seconds of one process."""
+    """Return the seconds of one process."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     return time.perf_counter() - start
 
 
 def launched(code: str, count: int, folder: Path) -> float:
-    """Seconds a job, of `count` jobs one after the other."""
+    """Return the seconds a job, of `count` jobs one after the other."""
     config = OmegaConf.create({"hydra": {"job": {"config_name": "other"}}})
     jobs = [
         Job(n, [f"n={n}"], f"n={n}", folder / f"{n}", [sys.executable, "-c", code], config)
@@ -58,7 +58,7 @@ def launched(code: str, count: int, folder: Path) -> float:
 
 
 def measure_jobs(count: int, rounds: int) -> dict[str, object]:
-    """Seconds a job, round by round in turns; `count` jobs in all."""
+    """Measure seconds a job, in turns, round by round; about `count` jobs in all."""
     times: dict[str, list[float]] = {"launched": [], "by hand": [], "imports": []}
     each = max(1, count // rounds)
     for _ in range(rounds):
@@ -89,7 +89,7 @@ class quiet:  # noqa: N801
 
 
 def write_runs(folder: Path, count: int) -> None:
-    """Folders of runs: methods by learning rates by seeds by categories."""
+    """Write folders of runs: every learning rate with every seed and every category."""
     for number in range(count):
         category, seed, rate = f"c{number % 5}", number // 5 % 4, number // 20
         run = folder / f"{number:05d}"
@@ -109,7 +109,7 @@ def write_runs(folder: Path, count: int) -> None:
 
 
 def measure_report(count: int, rounds: int) -> dict[str, object]:
-    """Seconds of `anomaly-report` for a folder of so many runs."""
+    """Measure the seconds of `anomaly-report` for a folder of `count` runs."""
     with tempfile.TemporaryDirectory() as folder:
         write_runs(Path(folder) / "runs", count)
         line = [f"{folder}/runs", f"--output={folder}/report"]
@@ -129,7 +129,7 @@ def timed(call: Callable[[], None]) -> float:
 
 
 def spread(values: list[float]) -> list[float]:
-    """Median, least and greatest."""
+    """Return median, least and greatest."""
     return [round(value, 4) for value in (statistics.median(values), min(values), max(values))]
 
 

@@ -39,13 +39,13 @@ Contender = Callable[[Tensor, Tensor, float], Values]
 
 SETS = {"160 x 256": (160, 256), "40 x 1024": (40, 1024), "1725 x 256": (1725, 256)}
 BATCH = 32
-BYTES_PER_PIXEL = 80  # what the hungriest contender was seen to take, with some room
-SMALL = 2e7  # pixels; the contenders of larger sets run once
+BYTES_PER_PIXEL = 80  # the most that a contender was seen to take, with some room
+SMALL = 2e7  # pixels; on larger sets the other libraries run only once
 KEYS = ("pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro")
 
 
 def make_maps(images: int, size: int) -> tuple[Tensor, Tensor]:
-    """Three of four images with one to three defects: (N, 1, S, S) float32 and bool."""
+    """Draw maps and masks, (N, 1, S, S) float32 and bool; three of four images have defects."""
     numbers = np.random.default_rng(0)
     rows, columns = np.mgrid[:size, :size].astype(np.float32) / size
     maps = np.empty((images, 1, size, size), np.float32)
@@ -149,9 +149,9 @@ def memory(field: str, file: str = "/proc/self/status") -> float:
 
 
 def measure(runs: dict[str, Callable[[], Values]], repeats: dict[str, int]) -> dict[str, dict]:
-    """Time of each run, all in turn, so that a busy moment of the machine hits all alike.
+    """Measure each run, all in turn, so that a busy moment of the machine hits all alike.
 
-    CPU seconds leave out the time given to other programs; peaks are over the start of a run.
+    CPU seconds leave out the time given to other programs; a peak counts from the start of a run.
     """
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in runs}
     values: dict[str, Values] = {}
@@ -171,7 +171,7 @@ def measure(runs: dict[str, Callable[[], Values]], repeats: dict[str, int]) -> d
 
 
 def summed_up(rows: list[tuple[float, float, float]]) -> dict:
-    """Medians, and the fastest and the slowest run."""
+    """Return medians, and the fastest and the slowest run."""
     wall, cpu, peak = zip(*rows, strict=True)
     return {
         "runs": len(rows),
@@ -209,7 +209,7 @@ def compare(sets: list[str], repeats: int) -> dict:
 
 
 def growth(repeats: int) -> dict:
-    """Streaming over 10 to 10,000 images, and with one image a batch; a pool is used again."""
+    """Measure streaming over 10 to 10,000 images, made of 100, and with one image a batch."""
     maps, masks = make_maps(100, 256)
 
     def run(images: int, size: int) -> Values:
@@ -294,7 +294,7 @@ def table(results: dict) -> str:
 
 
 def summary(rows: dict) -> list[str]:
-    """How many times faster, and how far off."""
+    """Say how many times faster streaming is, and how far it is from the exact values."""
     own = rows["ours, streaming"]
     four = [row for name, row in rows.items() if name.startswith("anomalib")]
     share = own["cpu_seconds"] / rows["torch.sort"]["cpu_seconds"]

@@ -18,7 +18,7 @@ from data import peer as data_of_peer
 from engines import reason
 from torch import Tensor
 
-TRAINED = {"fastflow_small": "Fastflow"}  # of ours, and what is the same there
+TRAINED = {"fastflow_small": "Fastflow"}  # our method, and the same one in anomalib
 PEERS = ("Fastflow", "Padim", "Stfpm")
 LIMITS = {"_image_threshold": 0.5, "_pixel_threshold": 0.5,
           "image_min": 0.0, "image_max": 1.0, "pixel_min": 0.0, "pixel_max": 1.0}  # fmt: skip
@@ -27,7 +27,7 @@ LIMITS = {"_image_threshold": 0.5, "_pixel_threshold": 0.5,
 def build(name: str, size: int, device: str) -> Any:
     """Return a method of anomalib on ResNet-18 with random weights, or why there is none.
 
-    It gets its own pre- and post-processor, and thresholds, so that nothing is left out.
+    It gets anomalib's pre- and post-processor, and thresholds, so that no stage is left out.
     """
     if find_spec("anomalib") is None:
         return "anomalib is not installed here"
@@ -50,7 +50,7 @@ def build(name: str, size: int, device: str) -> Any:
         )
     for key, value in LIMITS.items():
         getattr(module.post_processor, key).fill_(value)
-    if name == "Padim":  # its statistics, of noise: they change no time
+    if name == "Padim":  # statistics of noise: they do not change times
         module.model.train()
         with torch.no_grad():
             module.model(torch.rand(4, 3, size, size))
@@ -71,7 +71,7 @@ def build_all(size: int, device: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def stages_of(module: Any, paths: Sequence[Path], device: str) -> dict[str, float]:
-    """Seconds an image of each stage and of the whole, as anomalib's inference goes."""
+    """Return seconds an image of each stage and of the whole, as anomalib's inference goes."""
     from anomalib.data.utils import read_image
 
     def read() -> Tensor:
@@ -103,7 +103,7 @@ def stages_of(module: Any, paths: Sequence[Path], device: str) -> dict[str, floa
 
 
 def train(name: str, root: Path, batch: int, steps: int, clock: Any, **options: Any) -> str:
-    """Trains one of anomalib's methods on its own data module; why not, or "".
+    """Train one of anomalib's methods on its own data module; return why it failed, or nothing.
 
     Its pre-processor and data module are part of the step, as they are in its engine; its metrics
     and pictures, which training does not use, are left out. `options` are the trainer's.

@@ -16,10 +16,10 @@
 
 Every figure is taken in a process of its own, so that no memory was used before; a round measures
 all of them in turns. The exponent is the slope of a least-squares line through the logarithms of
-the medians: 0 does not grow, 1 grows in proportion; fixed costs flatten it at small sizes, so that
-of the last two sizes stands beside it. What is expected to need more than 0.6 of the free memory,
-by the slope of the two sizes before, is left out, with the reason. Linux only; with --output a plot
-is written beside the result.
+the medians: 0 does not grow, 1 grows in proportion. Fixed costs flatten it at small sizes, so the
+exponent of the last two sizes stands beside it. A size that should need more than 0.6 of the free
+memory, by the slope of the two sizes before, is left out, with the reason. Linux only; with
+--output a plot is written beside the result.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ QUICK = {"images": [50, 100, 200], "resolution": [128, 192, 256],
 METHODS = {"resolution": ["fastflow_small", "uniad_small", "ami_net_small"],
            "tokens": ["uniad_small", "ami_net_small"]}  # fmt: skip
 SHARE = 0.6  # of the free memory that may be used
-SMALL = 32.0  # MiB; peaks below tell nothing of growth
+SMALL = 32.0  # MiB; peaks below this say nothing about growth
 ALL = 1200  # images of `categories`
 
 
@@ -82,7 +82,7 @@ def cases_of(
 def measure(
     part: str, sizes: Sequence[int], root: Path, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """All sizes of all cases, one after the other, round by round."""
+    """Measure all sizes of all cases, one after the other, round by round."""
     calls = cases_of(part, sizes, root, arguments.batch)
     xs = [size**2 if part == "tokens" else size for size in sizes]
     found: dict[str, dict[str, dict[int, list[float]]]] = {name: {} for name in calls}
@@ -111,7 +111,7 @@ def measure(
 
 
 def too_much(quantities: dict[str, dict[int, list[float]]], x: int) -> str | None:
-    """Why a size is left out: the memory that the last two sizes let expect; None runs it."""
+    """Return why a size is left out, by the memory of the two sizes before; None runs it."""
     for quantity, values in quantities.items():
         smaller = sorted(size for size in values if size < x)[-2:]
         if not quantity.endswith(cases.PEAK) or len(smaller) < 2 or x in values:
@@ -126,7 +126,7 @@ def too_much(quantities: dict[str, dict[int, list[float]]], x: int) -> str | Non
 
 
 def exponent(values: dict[int, float]) -> float:
-    """Slope of the least-squares line through the logarithms; NaN below two sizes."""
+    """Return the slope of the least-squares line through the logarithms; NaN below two sizes."""
     if len(values) < 2:
         return math.nan
     x, y = np.log(list(values)), np.log(list(values.values()))
@@ -134,7 +134,7 @@ def exponent(values: dict[int, float]) -> float:
 
 
 def row_of(title: str, values: dict[int, list[float]], xs: Sequence[int]) -> dict[str, Any]:
-    """Median and spread at each size, and the exponent of the medians."""
+    """Return median and spread at each size, and the exponent of the medians."""
     spreads = {x: spread(values[x]) for x in xs if x in values}
     middle = {x: max(found[0], 1e-9) for x, found in spreads.items()}
     cells = {str(x): spreads.get(x, "left out") for x in xs}

@@ -36,14 +36,14 @@ def now() -> float:
 
 @torch.inference_mode()
 def timed(run: Callable[[Tensor], Any], image: Tensor) -> float:
-    """Seconds of a call."""
+    """Return the seconds of a call."""
     start = now()
     run(image)
     return now() - start
 
 
 def trained(name: str, root: Path, folder: Path, size: int) -> Path:
-    """Write a checkpoint of a method after a step, with the threshold of two held-out images."""
+    """Write a checkpoint of a method after one step, with thresholds from held-out images."""
     from hydra import compose, initialize_config_dir
 
     overrides = [f"method={name}", "dataset=mvtec_ad", f"dataset.root={root}", "cache=host",
@@ -73,7 +73,7 @@ def trained(name: str, root: Path, folder: Path, size: int) -> Path:
 
 
 class MapClock(TorchFunctionMode):
-    """Seconds of operations on maps of one or two channels at the image's size."""
+    """Adds up the seconds of operations on maps of one or two channels at the image's size."""
 
     def __init__(self, size: Sequence[int]) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def as_batch(detector: Detector, pictures: Sequence[Any]) -> dict[str, Any]:
 
 @torch.inference_mode()
 def stages_of(detector: Detector, paths: Sequence[Path], folder: Path) -> dict[str, float]:
-    """Seconds an image of each stage and of the whole."""
+    """Return seconds an image of each stage and of the whole."""
     method: Any = detector.method
     times = [now()]
     pictures = [read_image(path) for path in paths]

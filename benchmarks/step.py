@@ -5,16 +5,16 @@
     python benchmarks/step.py --table experiments/benchmarks/step.json >> table.md
 
 Methods train as in training.py, with the caches that are on by default (`cache=host`), so a switch
-is judged by the work that they leave; `--cache cache=none` judges it with backbone and decoding.
-A figure is the median time between two steps of a round; rounds measure everything in turns, and
-ratios are taken within a round. "until the first step's end" is from building the data module on,
-the first time, with nothing compiled before.
+is judged by the work that the caches leave; with `--cache cache=none` the work of decoding and of
+the backbone counts, too. A figure is the median time between two steps of a round; rounds measure
+everything in turns, and ratios are taken within a round. "until the first step's end" counts from
+building the data module, in the first round, with nothing compiled before.
 
-`persistent_workers` and `pin_memory` (on a GPU alone) are measured on epochs of two steps with
-`cache=none` and two processes, by the mean time of a step, starts of epochs included.
+`persistent_workers` and `pin_memory` (the latter only on a GPU) are measured on epochs of two steps
+with `cache=none` and two processes, by the mean time of a step, starts of epochs included.
 
-A switch pays where its median ratio is at least 1.05. What pays on every method belongs into `ON`
-in anomaly_lit/callbacks/step.py.
+A switch pays where its median ratio is at least 1.05. What pays on every method belongs in `ON` in
+anomaly_lit/callbacks/step.py.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LOADING = ["cache=none", "dataset.num_workers=2"]
 
 
 def seconds(config: dict[str, Any], switch: str, steps: int, device: str) -> tuple[float, float]:
-    """Of a step, and until the first one's end, with the options that a switch names."""
+    """Return seconds of a step, and until the first one's end, with a switch's options."""
     names = set() if switch == PLAIN else set(switch.split("+"))
     options = {name: name in names for name in FastStep().options}
     precision = "bf16-mixed" if "bf16" in names else "32-true"
@@ -113,7 +113,7 @@ def all_rows(root: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
-    """Which switches pay, on how many of the methods that they were measured on."""
+    """Say which switches pay, on how many of the methods that they were measured on."""
     counts: dict[str, list[bool]] = {}
     for row in rows:
         if row.get("pays"):

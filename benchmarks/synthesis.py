@@ -158,7 +158,7 @@ def ours(recipe: str, folder: str) -> torch.nn.Module:
 
 
 def measure(recipe: str, batch: int, folder: Path, device: str, rounds: int) -> dict[str, object]:
-    """Milliseconds an image, round by round in turns, after one round that does not count."""
+    """Measure milliseconds an image, in turns, after one round that does not count."""
     generator = torch.Generator(device).manual_seed(0)
     image = torch.rand(batch, 3, SIZE, SIZE, generator=generator, device=device)
     images = image.permute(0, 2, 3, 1).cpu().numpy()
@@ -186,7 +186,7 @@ def measure(recipe: str, batch: int, folder: Path, device: str, rounds: int) -> 
 
 
 def spread(values: list[float]) -> list[float]:
-    """Median, least and greatest."""
+    """Return median, least and greatest."""
     return [round(value, 3) for value in (statistics.median(values), min(values), max(values))]
 
 

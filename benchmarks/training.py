@@ -16,8 +16,8 @@ without validation and logging:
 - anomalib: its FastFlow beside ours, the same network, on its own data module, where installed.
 
 A figure is the median time between two steps of a round; rounds measure everything in turns, and
-ratios are taken within a round. "before" is what passes until the first step begins, from building
-the data module on. Backbones have random weights, which change no time.
+ratios are taken within a round. "seconds before" is the time from building the data module to the
+start of the first step. Backbones have random weights, which do not change the times.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Clock(pl.Callback):
         return time.perf_counter()
 
     def step(self) -> float:
-        """Median seconds between the ends of two steps."""
+        """Return the median seconds between the ends of two steps."""
         ends = self.ends[WARM_UP:]
         return statistics.median(b - a for a, b in pairwise(ends))
 
@@ -147,7 +147,7 @@ def compose(
 
 
 def quiet_options(device: str, precision: str) -> dict[str, Any]:
-    """Of a trainer that trains and nothing else; the peer's gets the same."""
+    """Return options of a trainer that only trains; the peer's trainer gets the same."""
     return {
         "accelerator": device,
         "devices": 1,
@@ -169,7 +169,7 @@ def train(
     alone: bool,
     more: Sequence[pl.Callback] = (),
 ) -> Clock:
-    """Train some steps from scratch; times by the clock, `began` since the call."""
+    """Train some steps from scratch; the clock's `began` and `first` count from the call."""
     pl.seed_everything(0, verbose=False)
     start = time.perf_counter()
     datamodule, method = build(config)

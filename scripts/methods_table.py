@@ -2,7 +2,7 @@
 
     python scripts/methods_table.py           prints the table
     python scripts/methods_table.py --write   puts it into README.md
-    python scripts/methods_table.py --check   fails where README.md has another
+    python scripts/methods_table.py --check   fails if README.md has a different table
 
 The docstring of a method's file begins with its name and a colon, and ends with lines that begin
 with Paper:, Status: and Note:, each up to the next.
@@ -42,7 +42,7 @@ def facts_of(file: Path) -> dict[str, str] | None:
 
 
 def table() -> str:
-    """Return the table in Markdown, by name."""
+    """Return the table in Markdown, sorted by name."""
     folder = ROOT / "anomaly_lit" / "methods"
     files = [*folder.glob("*.py"), *folder.glob("*/__init__.py")]
     rows = [facts for file in files if (facts := facts_of(file))]
@@ -54,7 +54,7 @@ def table() -> str:
 
 
 def main() -> None:
-    """Print, write or check."""
+    """Print the table, write it or check it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")

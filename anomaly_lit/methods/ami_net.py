@@ -53,19 +53,20 @@ class AMINet(Method):
     Args:
         backbone: Frozen feature extractor; the paper takes stages 1-3 of WideResNet-50-2.
         mask: Hides patches in training, (n, B, h, w) bool: n copies of each image are inpainted.
-        loss: Reconstruction loss on maps whose channels hold whole patches.
+        loss: Reconstruction loss on maps that have a whole patch in the channels of each position.
         optimizer: Builds the optimiser.
         schedule: Factor of the learning rate over training; None keeps the rate constant, as
             published.
         grid: Side, or height and width, of the feature map, in positions.
         patch: Side of a patch, in positions; it divides the grid.
-        dim: Width of a token.
-        heads: Attention heads; their number divides the width.
+        dim: Width of a token, a multiple of 4 and of `heads`.
+        heads: Attention heads.
         depth: Transformer blocks of the inpainting network.
         clusters: Cluster centres per image (K).
         cluster_depth: Transformer blocks that form the centres (N_s).
         cluster_weight: Weight of the cluster loss.
-        sigma: How many standard deviations above the mean distance a patch is hidden.
+        sigma: A patch is hidden if its distance is at least this many standard deviations above the
+            mean of its cluster.
         adaptive_mask: Hide patches at test time; if false, nothing is hidden there.
         jitter: Norm of the noise on tokens in training, relative to the norm of the token.
         average: Average each resized stage over 3 x 3 neighbours (WideResNet-50-2 in the code).
@@ -74,7 +75,7 @@ class AMINet(Method):
         score: `std` (the paper's code) or `max` of the map.
 
     Raises:
-        UserError: `patch` does not divide `grid`, `heads` does not divide `dim`, or a value is
+        UserError: `patch` does not divide `grid`, `heads` or 4 does not divide `dim`, or a value is
             out of range.
     """
 
@@ -140,7 +141,7 @@ class AMINet(Method):
         return F.pixel_unshuffle(aggregated, self.patch).flatten(2).transpose(1, 2)
 
     def map_of(self, tokens: Tensor) -> Tensor:
-        """Turn tokens into a map whose channels hold whole patches, (B, C * patch^2, h, w)."""
+        """Turn tokens into a map whose positions are whole patches, (B, C * patch^2, h, w)."""
         return tokens.transpose(1, 2).unflatten(2, self.cells)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -239,14 +240,17 @@ class ClusterBranch(nn.Module):
 def token_distance(tokens: Tensor, centres: Tensor) -> Tensor:
     """Multiply Euclidean distance by one minus cosine: (B, N, D), (B, K, D) to (B, N, K)."""
     with torch.autocast(tokens.device.type, enabled=False):  # subtraction needs full precision
-        # as products for any number of tokens: the alternative cannot be exported to ONNX
+        # by matrix products for any number of tokens: torch's other way has no export to ONNX
         euclidean = torch.cdist(tokens, centres, compute_mode="use_mm_for_euclid_dist")
         cosine = F.normalize(tokens, dim=-1) @ F.normalize(centres, dim=-1).mT
     return euclidean * (1 - cosine)
 
 
 def cluster_loss(tokens: Tensor, centres: Tensor) -> Tensor:
-    """Return mean nearest distance - 0.1 mean centre distance: patches near, centres far apart."""
+    """Return the mean distance to the nearest centre, less 0.1 times that between centres.
+
+    It draws patches to their centres and drives centres apart.
+    """
     clusters = centres.shape[1]
     near = token_distance(tokens, centres).amin(dim=-1).mean()
     between = token_distance(centres, centres)

@@ -23,8 +23,8 @@ class Method(Optimised):
 
     Args:
         optimizer: Builds the optimiser from the trainable parameters.
-        schedule: Factor of the learning rate at a share of training, in [0, 1]; None keeps the rate
-            constant.
+        schedule: Maps the share of training that is done, in [0, 1], to a factor of the learning
+            rate; None keeps the rate constant.
         gradient_clip: Largest norm of all gradients together, for methods that need clipping;
             `trainer.gradient_clip_val` takes precedence.
 
@@ -32,8 +32,8 @@ class Method(Optimised):
         needs: Keys of a training batch that the method reads besides the image: `corrupted` (with
             `corruption`), `prompt`, `outlier`, `seen` (with `seen_mask`; absent if `dataset.seen`
             is 0). Where they depend on an argument, `__init__` sets them. With `frames`, every
-            batch has the frames before the image in its clip, and the attribute `frames` says how
-            many.
+            batch has the frames that precede the image in its clip; the method's attribute
+            `frames` says how many.
         needs_by_setting: Settings that add a key to `needs`, such as `method.penalty=true` for
             `outlier`; messages name them.
         localises: Whether predictions have an anomaly map; false for methods that score whole
@@ -45,8 +45,8 @@ class Method(Optimised):
         oracle_criterion: Metrics of the test set, joined by `+`, whose largest sum
             `selection=oracle` chooses: those by which the paper chose its weights.
         multiple: Height and width of an image must be multiples of this.
-        leaves_unused: Whether some training steps leave trainable parameters without a gradient,
-            which DistributedDataParallel must be told.
+        leaves_unused: Whether some training steps leave trainable parameters without a gradient.
+            DistributedDataParallel must be told so.
         learned: Whether `learn` has run; part of the state dict.
         calibrated: Whether `calibrate` has run with the current weights; part of the state dict.
     """
@@ -187,7 +187,7 @@ class Method(Optimised):
         return torch.Generator(self.device).manual_seed(seed)
 
     def report(self, figures: Mapping[str, Tensor]) -> None:
-        """Log numbers that are not terms of the loss as `train/<name>`; only in a training step."""
+        """Log what is no term of the loss as `train/<name>`; do nothing outside a training step."""
         if self._trainer is not None and self._trainer.training and self.training:
             self.log_dict({f"train/{name}": value.detach() for name, value in figures.items()})
 
@@ -197,7 +197,7 @@ class Method(Optimised):
         """Load the weights of backbones that have none yet.
 
         Raises:
-            UserError: The method sets `gradient_clip`, which cannot act.
+            UserError: `gradient_clip` is set, but the method steps its optimisers itself.
         """
         for module in self.modules():
             if isinstance(module, Backbone):
@@ -209,7 +209,7 @@ class Method(Optimised):
             )
 
     def on_fit_start(self) -> None:
-        """Call `learn` once; a method without trainable parameters is then ready.
+        """Call `learn` once; then calibrate a method that has no trainable parameters.
 
         Raises:
             UserError: The strategy needs a gradient for every parameter in every step, and this
@@ -250,7 +250,7 @@ class Method(Optimised):
         if not terms:
             return None
         loss = total(terms)
-        for name, value in {**terms, "loss": loss}.items():  # prog_bar=True would wait in each step
+        for name, value in {**terms, "loss": loss}.items():  # prog_bar=True would sync in each step
             self.log(f"train/{name}", value, batch_size=len(batch["image"]))
         return loss
 
@@ -287,7 +287,7 @@ class Method(Optimised):
         return self.score_batch(batch)
 
     def on_test_start(self) -> None:
-        """Calibrate the weights if they are not; an override must call this."""
+        """Calibrate if the current weights are not; an override must call this."""
         self._calibrate()
 
     def test_step(self, batch: Batch, batch_idx: int) -> Prediction:  # type: ignore[override]
@@ -327,7 +327,7 @@ class Method(Optimised):
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            with torch.inference_mode(False), torch.no_grad():  # training may use the result
+            with torch.inference_mode(False), torch.no_grad():  # so training can use the result
                 yield
         finally:
             for module, mode in modes:

@@ -1,13 +1,13 @@
 """FastFlow: normalising flows on feature maps (Yu et al., 2021, arXiv:2111.07677).
 
 For each stage of a frozen backbone, an invertible network of coupling steps turns the maps of
-normal images into white noise; it is convolutional, so that a position sees its neighbours. Where
-the noise of an image is unlikely, the image is anomalous.
+normal images into white noise; it is convolutional, so that a position sees its neighbours. An
+image is anomalous where its noise is unlikely.
 
 The authors published no code, so this follows the text and public re-implementations. Differences:
 
-- Maps are normalised as a whole before the flow, without trainable weights (`affine`): the
-  published results need the normalisation, and it is more stable without weights.
+- Maps are normalised as a whole before the flow, without trainable weights unless `affine` is
+  set: the published results need the normalisation, and it is more stable without weights.
 - Scoring uses a moving average of the trained weights (`average`), and the learning rate falls:
   re-implementations with a constant rate lose a point of pixel AUROC from their best epoch to their
   last, and only the last is reported here.
@@ -56,13 +56,14 @@ class FastFlow(Method):
         kernels: `3-1` alternates between 3 x 3 and 1 x 1 kernels; `3-3` uses 3 x 3 only.
         hidden_ratio: Hidden channels of a step divided by the channels it reads.
         double_coupling: Whether a step changes both halves of the channels instead of one.
-        affine: Whether the normalisation before a flow has weights, one for each value of a map.
+        affine: Whether the normalisation before a flow has trainable weights, for each value of a
+            map.
         average: Decay of the moving average of the weights used for scoring, in [0, 1); 0 uses the
             trained weights themselves. The decay is lower in early steps.
         smoothing: Standard deviation of a Gaussian filter on the map, in pixels.
 
     Raises:
-        UserError: A stage has only one channel, or `average` is out of range.
+        UserError: A stage has only one channel, or a value is out of range.
     """
 
     def __init__(
@@ -98,11 +99,11 @@ class FastFlow(Method):
         self.averaged = MovingAverage(self.flows, average) if average else None
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Return each stage's negative log likelihood; it is logged per value as `stage<i>`."""
+        """Return negative log likelihoods up to a constant; log them per value as `stage<i>`."""
         features = self.features(self.backbone, batch)
         flows = self.flows.children() if self.training else self.scoring_flows()
         terms = {}
-        with torch.autocast(self.device.type, enabled=False):  # sums of up to 1e6
+        with torch.autocast(self.device.type, enabled=False):  # sums of up to 1e6 terms
             for number, (flow, map_) in enumerate(zip(flows, features, strict=True)):
                 noise, log_det = flow(map_.float())
                 unlikely = (0.5 * noise.square().sum(dim=(1, 2, 3)) - log_det).mean()
@@ -184,7 +185,7 @@ class Flow(nn.Module):
 
 
 class CouplingStep(nn.Module):
-    """Scales and shifts one half of the channels by what the other half says, then mixes all.
+    """Changes one half of the channels by what the other half says, then scales and permutes all.
 
     Args:
         channels: Channels C of the map, at least 2.

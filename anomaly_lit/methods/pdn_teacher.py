@@ -2,22 +2,23 @@
 
 A small network, which sees patches of 33 x 33 pixels, learns to describe an image as a large
 pretrained network does. The large one sees the image at twice the size. Each position of its maps
-is described as in PatchCore: its 3 x 3 neighbours, averaged to a fixed number of values per stage,
-the stages joined and averaged again. Each value is brought to mean 0 and standard deviation 1, so
-that an error of 1 is that of a constant answer.
+is described as in PatchCore: its 3 x 3 neighbours are averaged to a fixed number of values per
+stage, and the stages are joined and averaged again. Each value is brought to mean 0 and standard
+deviation 1, so a network that always gives the same answer has an error of 1.
 
-At every validation the network is written to a file with where it comes from: backbone and digest
-of its weights, digest of the images, steps, error on held-out images, commit. `method=efficient_ad`
-reads it. A teacher is trained once and serves all categories. It should have seen many different
-images: the paper takes those of ImageNet. A few hundred make a weak teacher, which the error on
-held-out images shows. Never take images on which EfficientAD will be tested.
+At every validation the network is written to a file that also says where it comes from: backbone
+and digest of its weights, digest of the images, steps, error on held-out images, commit.
+`method=efficient_ad` reads it. A teacher is trained once and serves all categories. It should have
+seen many different images: the paper takes those of ImageNet. A few hundred make a weak teacher,
+which the error on held-out images shows. Never take images on which EfficientAD will be tested.
 
 Follows the published re-implementation. Differs from it:
 
 - Any backbone teaches. Stages with fewer than 1024 values are not averaged.
-- A fixed share of each batch turns grey, in place of each image with that chance; the others'
-  features may then come from the cache. Images are not cropped at random, for the same reason.
-- Scores compare the small network with the large one, so that a run can be tested like others.
+- A fixed share of each batch turns grey, where the re-implementation draws for each image. The
+  features of the others can thus come from the cache. For this reason images are not cropped at
+  random either.
+- A score compares the small network with the large one, so that a run can be tested like others.
 
 Paper: Batzner, Heckler, König: EfficientAD: Accurate Visual Anomaly Detection at Millisecond-Level
 Latencies. WACV 2024, arXiv:2303.14535.
@@ -45,7 +46,7 @@ from anomaly_lit.nn.pdn import PDN, Kind, channel_statistics, write_teacher
 from anomaly_lit.synthesis.augment import turn_grey
 from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
-FEW = 10_000  # images; from fewer, a run says that its teacher is weak
+FEW = 10_000  # images; with fewer, a run says that its teacher is weak
 
 
 class PDNTeacher(Method):
@@ -59,11 +60,11 @@ class PDNTeacher(Method):
         gradient_clip: Largest norm of the gradients.
         pdn: `small` or `medium`.
         width: Channels of its first convolution; the paper takes 128 or 256.
-        channels: Values that describe a position.
-        pooled: Most values that describe a position in one stage.
-        grey: Share of each batch that turns grey, rounded up.
-        statistics: Most images from which mean and standard deviation of the values are taken.
-        teacher_file: Where the small network is written; None writes none.
+        channels: Number of values that describe a position.
+        pooled: Largest number of values that describe a position in one stage.
+        grey: Share of each batch that turns grey; the number of images is rounded up.
+        statistics: Largest number of images from which mean and standard deviation are taken.
+        teacher_file: Where the small network is written; None writes no file.
 
     Raises:
         UserError: A number is out of range, or the backbone gives fewer than `channels` values.
@@ -127,7 +128,7 @@ class PDNTeacher(Method):
 
         mean, std = channel_statistics(values())
         self.mean.copy_(mean)
-        self.std.copy_(std.clamp(min=1e-6))  # of a value that never changes
+        self.std.copy_(std.clamp(min=1e-6))  # 0 where a value never changes
         if count < FEW and self.trainer.is_global_zero:
             print(
                 f"the teacher learns from {count} images: this is a weak teacher, which describes "
@@ -210,13 +211,14 @@ class PDNTeacher(Method):
 def description_kernels(channels: Sequence[int], pooled: int, count: int) -> list[Tensor]:
     """Return PatchCore's description of a position as one fixed convolution for each stage.
 
-    A stage's 3 x 3 neighbours, channel by channel, are averaged to at most `pooled` values, and
-    those of all stages together to `count`: both are sums with fixed weights.
+    A stage's 3 x 3 neighbours, channel by channel, are averaged to at most `pooled` values; the
+    values of all stages together are averaged to `count`. Both are sums with fixed weights, so one
+    convolution can do both.
 
     Args:
         channels: Channels C of each stage, finest first.
-        pooled: Most values of one stage.
-        count: Values of all stages together.
+        pooled: Largest number of values of one stage.
+        count: Number of values that describe a position.
 
     Returns:
         Kernels (count, C, 3, 3), whose results are added.

@@ -1,17 +1,18 @@
 """RSTPM: a second, reconstructing student (Yamada and Hotta, 2021, arXiv:2111.15376).
 
 It extends STPM, student-teacher feature pyramid matching (Wang et al., BMVC 2021,
-arXiv:2103.04257). Two frozen teachers, two students, trained on normal images only. The first
+arXiv:2103.04257). Two students learn from two frozen teachers, on normal images only. The first
 student sees the image and learns to predict the first teacher's maps. The second sees only the
 first teacher's last map, a bottleneck with no room for the unexpected, and must predict the second
 teacher's maps from coarse to fine; attention computed from the second teacher gates what it passes
-on to finer stages. Six maps of 1 - cosine between teacher and student, added by scale and
-multiplied over scales, are the anomaly map.
+on to finer stages. Each student gives three maps of 1 - cosine between it and its teacher. The two
+maps of each scale are added, and the three sums are multiplied: this is the anomaly map.
 
 The authors published no code, so this follows the text and an unofficial implementation.
 Differences:
 
-- The gate is (1 + a) x at both stages (`attention=residual`); that code uses a x at the coarsest.
+- The gate is (1 + a) x at both stages (`attention=residual`); the unofficial code has a x at the
+  coarsest.
 - The second student's learning rate rises over the first hundredth of training, and its gradient is
   clipped: with its transposed convolutions a rate of 0.4 is fragile.
 - `width` makes the second student narrower, with a 1 x 1 convolution to the teacher's channels.
@@ -61,8 +62,9 @@ class RSTPM(Method):
         optimizer: Builds the optimiser of both students.
         schedule: Factor of the learning rate over training.
         gradient_clip: Largest norm of all gradients together.
-        loss_scale: Factor of the loss, the mean over images and positions of 1 - cosine.
-        attention: `residual`: (1 + a) x; `mul`: a x; `none`.
+        loss_scale: Factor of the loss, which is the mean of 1 - cosine over images and positions,
+            summed over the stages.
+        attention: The gate on a map x: `residual`: (1 + a) x; `mul`: a x; `none`: x.
         width: Channels inside the second student, divided by those of the second teacher.
         second_warmup: Share of training over which the second student's rate rises to its full
             value.
@@ -110,7 +112,7 @@ class RSTPM(Method):
             )
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the scaled mean of 1 - cosine of each pair, `first` and `second`, over stages."""
+        """Return `first` and `second`: a pair's mean 1 - cosine, summed over stages and scaled."""
         first = self.features(self.teacher, batch, "teacher")
         pairs = {"first": (first[:-1], self.student(batch["image"]))}
         if self.second_teacher is not None and self.second_student is not None:
@@ -135,7 +137,7 @@ class RSTPM(Method):
         return Prediction(anomaly_map, anomaly_map.amax(dim=(1, 2, 3)))
 
     def configure_optimizers(self) -> Any:
-        """Return one optimiser; the second student's rate rises first."""
+        """Return one optimiser; the second student's rate has a warm-up of its own."""
         students: list[Any] = [self.student, self.second_student]
         optimizer = self.optimizer([{"params": list(s.parameters())} for s in students if s])
         step = 1 / self.trainer.estimated_stepping_batches
@@ -174,7 +176,7 @@ class Student(nn.Module):
             out_indices=teacher.out_indices[:-1],
             **teacher.options,
         )
-        for module in self.network.modules():  # timm starts some of them at 0, torchvision none
+        for module in self.network.modules():  # timm starts some at 0, torchvision none
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.ones_(module.weight)
         self.register_buffer("mean", teacher.mean.clone(), persistent=False)
@@ -303,7 +305,7 @@ class BasicBlock(nn.Module):
 
 
 def distance(teacher: Tensor, student: Tensor) -> Tensor:
-    """Return 1 - cosine of channel vectors (half the squared distance if normed): (B, 1, h, w)."""
+    """Return 1 - cosine of channel vectors, half their squared distance if normed: (B, 1, h, w)."""
     return 1 - F.cosine_similarity(teacher.float(), student.float(), dim=1)[:, None]
 
 
@@ -313,7 +315,7 @@ def at_size(map_: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def check_strides(teacher: Backbone, second_teacher: Backbone) -> None:
-    """Raise `UserError` unless the maps to be matched double in size and share their strides."""
+    """Raise `UserError` unless strides double and both teachers share those to be matched."""
     first, second = teacher.strides, second_teacher.strides
     doubling = all(2 * fine == coarse for fine, coarse in pairwise(first))
     if len(first) < 2 or first[:-1] != second or not doubling:

@@ -3,7 +3,7 @@
 One transformer rebuilds the feature maps of all categories. Three things keep it from learning to
 copy its input, defects included: noise on the features (jitter), attention that must not look at a
 position's own neighbourhood, and a decoder in which each layer starts from a learned query of its
-own. The distance between rebuilt and given features is the anomaly map.
+own. The distance between rebuilt and original features is the anomaly map.
 
 Follows the authors' published code. Differs from it:
 
@@ -55,8 +55,8 @@ class UniAD(Method):
         gradient_clip: Largest norm of the gradients. Without it the large first gradients make
             AdamW's second moments so high that hundreds of steps learn almost nothing.
         image_size: Height and width of the images, or one number for both.
-        stride: Pixels per position of the feature map; divides the image.
-        dim: Width of a token, a multiple of `heads`.
+        stride: Pixels per position of the feature map; it divides the image size.
+        dim: Width of a token, even and a multiple of `heads`.
         heads: Attention heads.
         feedforward: Width of the hidden layers.
         encoder_depth: Layers of the encoder.
@@ -72,8 +72,8 @@ class UniAD(Method):
         pool: Side of the averaging window before `max`, in pixels.
 
     Raises:
-        UserError: `stride` does not divide the image size, `heads` does not divide `dim`, or the
-            window covers the whole map.
+        UserError: `stride` does not divide the image size, `heads` or 2 does not divide `dim`, the
+            window covers the whole map, or a value is out of range.
     """
 
     oracle_criterion = "pixel_auroc"
@@ -196,7 +196,7 @@ class QueryDecoder(nn.Module):
 
 
 class QueryDecoderLayer(nn.Module):
-    """Asks the encoder's output, then the previous layer's, with a query of its own.
+    """Attends with its own learned query to the encoder's output, then to the previous layer's.
 
     Args:
         positions: Number of tokens N.
@@ -223,7 +223,7 @@ class QueryDecoderLayer(nn.Module):
     def forward(
         self, encoded: Tensor, previous: Tensor, positions: Tensor, allowed: Tensor
     ) -> Tensor:
-        """Two (B, N, dim), (N, dim) and (N, N) bool to (B, N, dim)."""
+        """Map two (B, N, dim), (N, dim) and (N, N) bool to (B, N, dim)."""
         query = self.query.expand(len(encoded), -1, -1)
         mixed = self.to_encoded(query + positions, encoded + positions, encoded, allowed)
         tokens = self.norm1(query + self.dropout(mixed))

@@ -18,7 +18,7 @@ LOST = 4  # positions of the map that each border of an image loses without padd
 
 
 class ImageNetNorm(nn.Module):
-    """Brings images in [0, 1] to mean 0 and standard deviation 1 of ImageNet's channels."""
+    """Normalises images in [0, 1] by mean and standard deviation of ImageNet's channels."""
 
     mean: Tensor
     std: Tensor
@@ -118,7 +118,7 @@ def load_teacher(file: str | Path, teacher: PDN, key: str) -> dict[str, str]:
 
     Raises:
         UserError: There is no such file, it holds no distilled network or one of other sizes, or
-            that network answers no better than a constant.
+            that network is no better than a constant answer.
     """
     path = Path(file).expanduser()
     state, facts = _read(path, key)

@@ -20,7 +20,7 @@ from anomaly_lit.synthesis.base import pixel_grid, uniform
 def extend(
     defect: Tensor, mask: Tensor, number: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Change images of defects, and their masks alike, by some of ten changes each.
+    """Change images of defects, and their masks alike, each by some of ten changes.
 
     Six bend the image: quarter turns, mirroring, transposing, a lens, a shift with zoom and turn,
     and waves. Four change its colours: noise, a blur, brightness with sharpness, hue with
@@ -55,9 +55,9 @@ def paste(
 ) -> tuple[Tensor, Tensor]:
     """Lay defects over normal images.
 
-    A defect of which more than two thirds lie on the ground stays in its place. Another moves as a
-    whole: the middle of its mask falls on a pixel of the ground, drawn among those where all of it
-    fits into the image. If there is none, it stays.
+    A defect of which more than two thirds lie on the ground stays in its place. Any other moves as
+    a whole: the middle of its mask falls on a pixel of the ground, drawn among those where all of
+    it fits into the image. If there is none, it stays.
 
     Args:
         image: (B, 3, H, W), normal images.
@@ -98,7 +98,7 @@ def extent(filled: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rolled(image: Tensor, down: Tensor, across: Tensor) -> Tensor:
-    """Move each image (B, C, H, W) by its own pixels, (B,) each; what leaves enters opposite."""
+    """Move each image (B, C, H, W) by its own (B,) pixels; what leaves enters at the other side."""
     batch, channels, height, width = image.shape
     rows = (torch.arange(height, device=image.device) - down[:, None]) % height  # (B, H)
     columns = (torch.arange(width, device=image.device) - across[:, None]) % width  # (B, W)
@@ -164,7 +164,7 @@ def noisy(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def blurred(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Replace each pixel by the mean of 5 x 5."""
+    """Replace each pixel by the mean of the 5 x 5 pixels around it."""
     return F.avg_pool2d(image, 5, stride=1, padding=2, count_include_pad=False)
 
 

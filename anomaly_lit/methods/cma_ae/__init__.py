@@ -1,16 +1,16 @@
 """CMA-AE: clear memory-augmented auto-encoder (Luo et al., 2023, arXiv:2208.03879).
 
 An auto-encoder repairs corrupted images. Plain auto-encoders keep the defect; those with a memory
-lose the fine background. Here two gates decide, value by value, how much of the encoding is kept
-(forget gate) and how much is taken from a memory of normal encodings (input gate): the defect goes,
-the background stays clear. The defect is where frozen features of the image and of its repaired
-copy differ, over several scales.
+lose the fine detail of the background. Here two gates decide, value by value, how much of the
+encoding is kept (forget gate) and how much is taken from a memory of normal encodings (input gate):
+the defect goes, the background stays clear. The defect is where frozen features of the image and of
+its repaired copy differ, over several scales.
 
 We did not have the paper's full text. The form of the gates is the paper's. The network, its
 constants, the losses and the fusion of scales follow the description we worked from, or are our own
-where it says nothing; none is checked against the paper. The F1 is reported at a threshold from
-held-out normal images, `test/segmentation_f1`, beside the largest F1 over all thresholds
-(`pixel_f1max`), which needs the test set to choose it. There are 18.0 million trainable parameters.
+where it says nothing; none is checked against the paper. `test/segmentation_f1` is the F1 at a
+threshold from held-out normal images; it stands beside `pixel_f1max`, the largest F1 over all
+thresholds, which only the test set can choose. There are 18.0 million trainable parameters.
 
 Paper: Luo et al.: Clear Memory-Augmented Auto-Encoder for Surface Defect Detection.
 arXiv:2208.03879.
@@ -53,18 +53,19 @@ class CMAAE(Method):
         schedule: Factor of the learning rate over training.
         gradient_clip: Largest norm of the gradients.
         channels: Channels of the encoder's stages, each half the size of the one before.
-        memories: How many of the coarsest stages have a memory. Of these, all but the coarsest also
-            reach the decoder directly, once cleared; stages without a memory do not.
+        memories: How many of the coarsest stages have a memory. The coarsest stage feeds the
+            decoder, the others with a memory reach it by skip connections, all of them cleared.
+            Stages without a memory have no skip connection.
         items: Vectors in each memory.
         temperature: Temperature of the softmax over the items.
         gates: `lstm`: two gates; `convex`: the input gate is 1 - the forget gate; `memory`:
             the memory's output only; `none`: no memory, a plain auto-encoder.
-        entropy_weight: Weight of the entropy of what is read from the memory.
+        entropy_weight: Weight of the entropy of the attention over a memory's items.
         gate_weight: Weight of the cross entropy between the forget gate and the clean area.
         fuse: How residuals of several scales are combined: `sum` or `prod`.
         smoothing: Standard deviation of a Gaussian filter on the map, in pixels.
         pixel_weight: Weight of the mean absolute difference of pixels in the map.
-        least_region: Smallest region of a segmentation, in pixels.
+        least_region: Smallest region that a segmentation keeps, in pixels.
 
     Raises:
         UserError: There are more memories than stages, or a number is out of range.
@@ -136,7 +137,7 @@ class CMAAE(Method):
         return {}
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the losses of repair, of sparse reading and, if it has a weight, of the gate.
+        """Return the losses of repair, of the entropy and, if it has a weight, of the gate.
 
         This also logs the mean forget gate inside and outside the corruption, `gate_inside` and
         `gate_outside` (the paper claims that the first falls and the second stays high), and
@@ -178,7 +179,7 @@ class CMAAE(Method):
         """Start the memories' items from encodings of normal images."""
         generator = self.generator()
         memories: list[Any] = list(self.memories)
-        self.encoder.train()  # its running statistics say nothing yet
+        self.encoder.train()  # its running statistics are still empty
         for batch in self.normal_batches("train", START_IMAGES):
             stages = self.encoder(batch["image"])
             for memory, z in zip(memories, reversed(stages), strict=False):
@@ -188,7 +189,7 @@ class CMAAE(Method):
     # ------------------------------------------------------------------------- segmentation
 
     def calibrate(self) -> None:
-        """Compute mean and deviation of the maps of held-out normal images."""
+        """Compute mean and standard deviation of the maps of held-out normal images."""
         batches = self.normal_batches("holdout", THRESHOLD_IMAGES)
         maps = [self(batch["image"]).anomaly_map.flatten(1) for batch in batches]
         if maps:
@@ -199,7 +200,7 @@ class CMAAE(Method):
             self.map_std.copy_((moments[1] - moments[0].square()).clamp(min=0).sqrt())
 
     def segment(self, anomaly_map: Tensor) -> Tensor:
-        """Mark what exceeds mean + 3 deviations, opened by 3 x 3, without small regions."""
+        """Mark what exceeds mean + 3 standard deviations; open it by 3 x 3, drop small regions."""
         high = (anomaly_map > self.map_mean + 3 * self.map_std).float()
         opened = F.max_pool2d(1 - F.max_pool2d(1 - high, 3, 1, 1), 3, 1, 1) > 0
         for mask in opened[:, 0].cpu().numpy() if self.least_region > 1 else []:
@@ -208,12 +209,12 @@ class CMAAE(Method):
         return opened
 
     def on_test_start(self) -> None:
-        """Find out once whether there is a threshold."""
+        """Calibrate, and find out once whether there is a threshold."""
         super().on_test_start()
         self.has_threshold = bool(self.map_mean.isfinite())
 
     def test_step(self, batch: Batch, batch_idx: int) -> Prediction:  # type: ignore[override]
-        """Predict, and count pixels of the segmentation if images were held out."""
+        """Predict, and score the segmentation if images were held out."""
         prediction = super().test_step(batch, batch_idx)
         if self.has_threshold:
             known = ~batch["label"] | batch["gt_mask"].flatten(1).any(dim=1)  # masks may be missing

@@ -19,14 +19,14 @@ class Recall(NamedTuple):
     written: Tensor | None  # (B, C, h, w), the memory's part of `out`
 
     def entropy(self) -> Tensor:
-        """Return the mean entropy of reading, in nats; 0 if there is no memory."""
+        """Return the mean entropy of the attention, in nats; 0 if there is no memory."""
         if self.attention is None:
             return self.out.new_zeros(())
         weight = self.attention.float()
         return -(weight * (weight + 1e-12).log()).sum(dim=-1).mean()
 
     def share(self) -> Tensor:
-        """Return the memory's part of the signal, in [0, 1]: of the sum of both parts' norms."""
+        """Return the norm of the memory's part over the sum of both parts' norms, in [0, 1]."""
         if self.written is None:
             return self.out.new_zeros(())
         written = self.written.float().norm()
@@ -34,7 +34,7 @@ class Recall(NamedTuple):
 
 
 class ClearMemory(nn.Module):
-    """Replaces part of an encoding by what a memory of normal encodings says.
+    """Replaces part of an encoding by what a memory of normal encodings holds.
 
     Args:
         channels: C of the encoding.
@@ -57,7 +57,7 @@ class ClearMemory(nn.Module):
 
     @torch.no_grad()
     def start(self, z: Tensor, generator: torch.Generator) -> None:
-        """Take the items from encodings (B, C, h, w), so that both have one scale.
+        """Draw the items from encodings (B, C, h, w), so that both have the same scale.
 
         With items of another scale the memory would carry next to no signal, whatever the gates do.
         """
@@ -84,7 +84,7 @@ class ClearMemory(nn.Module):
         return (attention @ items).mT.reshape(z.shape).to(z.dtype), attention
 
     def forward(self, z: Tensor) -> Recall:
-        """Map (B, C, h, w) to the cleared encoding and how it came about."""
+        """Map (B, C, h, w) to the cleared encoding, with the gate and attention behind it."""
         if self.gates == "none":
             return Recall(z, torch.ones_like(z), None, None)
         remembered, attention = self.read(z)

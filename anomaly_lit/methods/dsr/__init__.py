@@ -2,18 +2,19 @@
 
 Training has three stages in one run. First a quantised latent model learns to describe any image by
 two levels of codes; it is then frozen. Second, codes of normal images are corrupted by drawing
-other codes that are far away, but not too far: two restriction networks learn to restore the codes,
-a category-specific decoder to turn them into an image, and a detector to compare the image as it is
-(decoded by the general decoder) with the image as it should be. Third, an upsampling network learns
-to sharpen the detector's output, on normal images with smudges.
+other codes that are far away, but not too far. Two restriction networks learn to restore the codes,
+and a category-specific decoder to turn them into an image. A detector learns to compare the image
+as it is (decoded by the general decoder) with the image as it should be. Third, an upsampling
+network learns to sharpen the detector's output, on normal images with synthetic smudges.
 
 Follows the authors' published code. Differs from it:
 
 - The first stage is part of the run and uses the available normal images and textures, mirrored at
   random but not cropped; the authors trained it on ImageNet. Expect less from such a local
-  codebook, and nothing from one that is trained too shortly: its decoder then hides the very
-  defects that the detector should see. It can serve other categories too: `latent_weights` takes it
-  from a checkpoint, or takes the authors' file, and skips the stage. Unused codes are replaced.
+  codebook, and nothing from one that is trained for too short a time: its decoder then hides the
+  very defects that the detector should see. Unused codes are replaced.
+- A latent model can serve other categories too: `latent_weights` reads it from a checkpoint or from
+  the authors' file, and the first stage is skipped.
 - A smudge of the third stage turns with its image; in the code it is laid on the turned image.
 - Batches come from the data module; in the code an epoch is 8000 draws with replacement.
 - Pixel metrics cover the whole image, not its central 224 x 224.
@@ -69,25 +70,25 @@ class DSR(Method):
         gradient_clip: Largest norm of all gradients together.
         hidden: Channels of the latent model, and length D of a code's vector.
         residual: Channels inside its residual blocks.
-        codes: Vectors of each of its two codebooks.
-        reseed: Number of unused steps after which a vector is replaced.
+        codes: Number of vectors in each of its two codebooks.
+        reseed: Number of steps without use after which a vector is replaced.
         textures: Texture images per image of the batch in the first stage.
         texture_dir: Folder of the textures; None generates them.
         restriction: Channels of the restriction networks' first stage.
         object_width: Channels of the object decoder's first stage, a multiple of 4.
         detector: Channels of the stages of the detector and the upsampling network.
-        shares: Shares of training of the three stages. With [1, 0, 0] a run trains the latent model
-            only, for others to take.
+        shares: Shares of training of the three stages. With [1, 0, 0] a run trains only the latent
+            model, for other runs to read.
         latent_weights: Checkpoint of another run of DSR with the same latent model, or the authors'
             file; the first stage is skipped, and its share goes to the others.
-        window: Side of the window whose largest mean is the score, in pixels, odd.
+        window: Side of the averaging window, in pixels, odd; the largest of its means is the score.
 
     Raises:
         UserError: A number is out of range.
     """
 
     multiple = 32
-    leaves_unused = True  # each stage, those of the other two
+    leaves_unused = True  # each stage leaves those of the other two
     needs = frozenset({"corrupted"})
 
     def __init__(
@@ -144,7 +145,7 @@ class DSR(Method):
     # ------------------------------------------------------------------------------- stages
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the current stage's terms; in evaluation those of all, so that numbers compare."""
+        """Return the current stage's terms; in evaluation all, so that values can be compared."""
         makers = {
             "latent": self.latent_losses,
             "detection": self.detection_losses,
@@ -206,8 +207,9 @@ class DSR(Method):
     ) -> tuple[Codes, Codes, Tensor]:
         """Return clean codes, corrupted codes, and the true mask (B, 1, H, W) in {0., 1.}.
 
-        Half of the images stay clean. Of the others, half are corrupted at both levels, first the
-        coarser and then the finer, and a quarter at each single level.
+        On average half of the images stay clean. Of the others, half are corrupted at both levels,
+        first the coarser and then the finer; a quarter only at the coarser, a quarter only at the
+        finer.
         """
         clean, features, z_low = self.latent.codes(image)
         draw = torch.rand(2, len(image), 1, 1, 1, generator=generator, device=image.device)
@@ -232,7 +234,7 @@ class DSR(Method):
         return clean, Codes(low, high), torch.where(high_only, fine, coarse)
 
     def show(self, low: Tensor, high: Tensor) -> Tensor:
-        """Decode restricted and quantised codes of both levels with the object decoder."""
+        """Quantise the restricted codes of both levels, and decode them with the object decoder."""
         up = self.latent.up
         assert up.bias is not None
         fine = F.conv_transpose2d(
@@ -241,7 +243,7 @@ class DSR(Method):
         return self.object_decoder(torch.cat([fine, self.latent.high(high)], dim=1))
 
     def detect(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return images as they should be, as they are, and (B, 2, H, W) shares of the classes."""
+        """Return images as they should be, as they are, and (B, 2, H, W) class probabilities."""
         codes, _, _ = self.latent.codes(image)
         general = self.latent.decoder(self.latent.joined(codes))
         specific = self.show(self.restrict_low(codes.low), self.restrict_high(codes.high))
@@ -267,7 +269,7 @@ class DSR(Method):
     # -------------------------------------------------------------------------------- hooks
 
     def learn(self) -> None:
-        """Load the latent model from a checkpoint, or take its first codes from normal images."""
+        """Load the latent model from a file, or draw its first vectors from normal images."""
         if self.latent_weights:
             load_latent(self.latent, self.latent_weights)
             return
@@ -287,7 +289,7 @@ class DSR(Method):
         return loss
 
     def move_codebooks(self, encodings: tuple[Tensor, Tensor]) -> None:
-        """Update both codebooks' averages over all ranks; log how many vectors are in use."""
+        """Update both codebooks' averages over all ranks; log the perplexity of their use."""
         for name, book, z in zip(
             ("low", "high"), (self.latent.low, self.latent.high), encodings, strict=True
         ):
@@ -309,7 +311,7 @@ class DSR(Method):
 
 
 def odds(logits: Tensor) -> Tensor:
-    """Map (B, 2, H, W) logits to (B, 1, H, W); the sigmoid is the second class's share."""
+    """Map (B, 2, H, W) logits to (B, 1, H, W); the sigmoid is the second class's probability."""
     return (logits[:, 1:] - logits[:, :1]).float()
 
 
@@ -320,7 +322,7 @@ def mirrored(image: Tensor) -> Tensor:
 
 
 def turned(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Turn a share of the images by up to 90 degrees; fill what is empty with black."""
+    """Turn about a share of the images by up to 90 degrees; fill what is empty with black."""
     draw = torch.rand(2, len(image), generator=generator, device=image.device)
     angle = torch.where(draw[0] < share, 180 * draw[1] - 90, torch.zeros_like(draw[1]))
     with torch.autocast(image.device.type, enabled=False):

@@ -22,17 +22,17 @@ class Codes(NamedTuple):
 
 
 class Codebook(nn.Module):
-    """Vectors of which each position takes the nearest; they follow what is assigned to them.
+    """Vectors of which each position takes the nearest; they follow the encodings that take them.
 
-    A vector is the moving average of what was assigned to it, divided by that of how often (decay
-    0.99, Laplace smoothing 1e-5). A vector that went unused for `reseed` updates restarts at an
-    encoding.
+    A vector is the moving average of the sum of its encodings, divided by that of their number
+    (Laplace smoothing 1e-5). A vector that was unused for more than `reseed` updates restarts at a
+    random encoding.
 
     Args:
         count: Number K of vectors.
         dim: Length D of a vector.
         decay: Decay of the averages.
-        reseed: Number of unused updates after which a vector is replaced.
+        reseed: Number of updates without use after which a vector is replaced.
     """
 
     vectors: Tensor
@@ -64,7 +64,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def start(self, z: Tensor) -> None:
-        """Take the vectors at random from encodings (B, D, h, w)."""
+        """Draw the vectors from encodings (B, D, h, w)."""
         rows = tokens(z)
         self._replace(torch.ones_like(self.idle, dtype=torch.bool), rows)
 
@@ -77,7 +77,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def assigned(self, z: Tensor) -> Tensor:
-        """Return what each vector gets from (B, D, h, w), summed, and how often: (K, D + 1)."""
+        """Return each vector's encodings in (B, D, h, w), summed, and their number: (K, D + 1)."""
         rows = tokens(z)
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
         total = rows.new_zeros(len(self.vectors), rows.shape[1])
@@ -85,7 +85,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def move(self, assigned: Tensor, z: Tensor) -> None:
-        """Update the averages; replace vectors that are long unused by encodings from `z`."""
+        """Update the averages; replace vectors that have long been unused by encodings in `z`."""
         self.sums.lerp_(assigned[:, :-1], 1 - self.decay)
         self.uses.lerp_(assigned[:, -1], 1 - self.decay)
         total = self.uses.sum()

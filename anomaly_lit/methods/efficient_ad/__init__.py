@@ -1,10 +1,10 @@
 """EfficientAD: a student and an auto-encoder that follow a teacher (WACV 2024, arXiv:2303.14535).
 
 A small distilled network, the teacher, describes each patch of an image. A student of the same
-shape learns the teacher's answer on normal images; only its largest errors count, so that it does
-not learn to follow the teacher where it need not. An auto-encoder with a bottleneck of 64 numbers
-learns the teacher's answer too: only what is usual in the image as a whole. The second half of the
-student's channels learns the auto-encoder's answer, with all its blur.
+architecture learns the teacher's answer on normal images; only its largest errors count, so that it
+does not learn to follow the teacher where it need not. An auto-encoder learns the teacher's answer
+too; its bottleneck of 64 numbers lets through only what is usual in the image as a whole. The
+second half of the student's channels learns the auto-encoder's answer, with all its blur.
 
 The local map is the distance between teacher and student, the global one that between auto-encoder
 and the student's second half. Each is scaled by two quantiles of held-out normal images, and their
@@ -16,7 +16,7 @@ re-implementation. Differs from it:
   code fills them with 0, which is more than most normal pixels have.
 - Images for the penalty are seen whole, as the data set gives them; the code takes the middle of
   images of twice the side.
-- The bottleneck is one position at the size of the experiment, whatever that is.
+- The bottleneck is a single position at any `image_size`.
 
 One model is meant for one category, and batches of one image: the largest errors are those of the
 whole batch. Quantiles need held-out images. Without `penalty` no image of anything else is seen,
@@ -52,7 +52,7 @@ from anomaly_lit.synthesis.augment import change_one_colour, turn_grey
 from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
 KEY = "method.teacher_weights"
-LEAST = 1e-6  # standard deviation of a channel that tells anything
+LEAST = 1e-6  # least standard deviation of a channel that tells anything
 
 
 class EfficientAD(Method):
@@ -64,21 +64,22 @@ class EfficientAD(Method):
         gradient_clip: Largest norm of the gradients.
         image_size: Height and width of the images, or one number for both; multiples of 32, at
             least 64.
-        teacher_weights: File that a run of `method=pdn_teacher` wrote; the next three as there.
+        teacher_weights: File that a run of `method=pdn_teacher` wrote; `pdn`, `width` and
+            `channels` must be those of that run.
         pdn: `small` or `medium`: the kind of teacher and student.
         width: Channels of their first convolution; the paper takes 128 or 256.
         channels: Channels of the teacher's map; the student's has twice as many.
         latent: Numbers of the auto-encoder's bottleneck, even.
         dropout: Share of the decoder's values that is dropped in training.
-        hard_quantile: Quantile of a batch's squared errors, in [0, 1), from which they count for
-            the student.
+        hard_quantile: Quantile of a batch's squared errors, in [0, 1); the student learns from
+            errors that are not below it.
         penalty: Whether the student also learns to answer 0 on images of something else, those of
             `dataset.outlier_dir`.
-        penalty_grey: Share of these images that turns grey.
+        penalty_grey: Chance that such an image turns grey.
         jitter: Largest relative change of brightness, contrast or saturation of the images that the
             auto-encoder sees in training.
-        stae_detach: Whether the auto-encoder is kept from learning what the student answers.
-        map_quantiles: Quantiles of the maps of held-out images that become 0 and 0.1, rising.
+        stae_detach: Whether the loss between student and auto-encoder trains the student only.
+        map_quantiles: Two quantiles, rising, of the maps of held-out images; they become 0 and 0.1.
 
     Raises:
         UserError: A number is out of range.
@@ -248,11 +249,11 @@ class EfficientAD(Method):
 
 
 def hard_mean(values: Tensor, quantile: float) -> Tensor:
-    """Return the mean of all values that are not below a quantile of them.
+    """Return the mean of all values that are not below their quantile.
 
     Args:
         values: Any number of values, of any shape.
-        quantile: In [0, 1); between two values the larger one is the limit.
+        quantile: In [0, 1); if it falls between two values, the larger one is the limit.
     """
     flat = values.flatten()
     count = len(flat) - math.ceil(quantile * (len(flat) - 1))

@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from anomaly_lit.nn.pdn import LOST, ImageNetNorm
 from anomaly_lit.types import UserError
 
-GROWTH = ((64, 1), (32, 0), (16, 1), (8, 0), (4, 1), (2, 1))  # sides n / share - less of maps
+# (share, less) of each map on the way up: its side is the image's / share - less
+GROWTH = ((64, 1), (32, 0), (16, 1), (8, 0), (4, 1), (2, 1))
 
 
 class Autoencoder(nn.Module):
-    """From an image to few numbers, and from these to a map like the teacher's.
+    """Maps an image to a few numbers, and these to a map like the teacher's.
 
     Args:
         image_size: Height and width of the images, or one number for both.

@@ -3,25 +3,26 @@
 A frozen backbone turns an image into one map of multi-scale features. Several sets of cells, which
 together cover the map, are hidden one after the other, and a hybrid of transformer and convolutions
 restores the hidden cells. Every position is thus predicted without its own cell, so no defect can
-be copied. Pixel and structural similarity to the features train the network and, at test time, show
-the defect.
+be copied. The restored map is compared with the features value by value and by structural
+similarity (SSIM): in training this is the loss, at test time it shows the defect.
 
 No code was published, and we had only the paper's abstract, summaries, and the record of the patent
 CN117372720B. They describe the aggregated features of a VGG16, the crossed masks, a transformer
 whose block (DefT, arXiv:2207.08319) combines a local position code, multi-pooling attention and a
 convolutional feed-forward network, and the hybrid loss for training and scoring. All numbers here
-are our own choice, and so are the answers to open questions; these are options:
+are our own choice, and so are the answers to the questions that they leave open:
 
 - masks hide all scales jointly, and one network restores every copy (`restoration="joint"`), or
   each stage of the backbone has its own network (`"per_stage"`);
 - `mask.sets` 3, or 2 for strict complements; `mask.sizes` 2, 4 and 8, all used in scoring;
 - pixel and structural maps are added, each divided by its spread on held-out images
   (`combine="sum"`), or multiplied (`"product"`);
-- values are clipped to [0, 1] for both maps of the score, without which the unbounded squared error
-  of a few channels decides;
-- the structural loss weighs a tenth (`loss=hybrid`), since with the weight 1 the norms of both
-  gradients differed by 5 to 16 times. With a tenth, pixel over structure was 3.6, 2.0 and 0.6 at
-  steps 10, 20 and 30 (toothbrush); `train/gradient_pixel` and `train/gradient_structure` log them;
+- values are clipped to [0, 1] for both maps of the score; otherwise the unbounded squared error of
+  a few channels would decide it;
+- the structural loss has a weight of 0.1 (`loss=hybrid`): with a weight of 1 the norms of the two
+  losses' gradients differed by a factor of 5 to 16. With 0.1, the pixel loss's norm was 3.6, 2.0
+  and 0.6 times the structural one's at steps 10, 20 and 30 (toothbrush). `train/gradient_pixel` and
+  `train/gradient_structure` log both;
 - convolutions start with the variance 2 / fan-out, as in networks of this family;
 - hidden positions are filled with a learned vector, features are scaled to [0, 1] channel by
   channel between percentiles of the training images, and SSIM is taken channel by channel.
@@ -61,10 +62,10 @@ class MFRNet(Method):
 
     Args:
         backbone: Frozen feature extractor; the paper takes VGG16.
-        mask: Hides positions of the map; `crossed` covers all of them. Positions that no set hides
-            are restored while visible, as the mean over the sets.
-        loss: Reconstruction loss on (B, C, h, w) maps in about [0, 1]. Scoring always uses both
-            pixel and structural similarity.
+        mask: Hides positions of the map; `crossed` covers all of them. A position that no set hides
+            is restored although it is visible: the mean over the sets counts.
+        loss: Reconstruction loss on (B, C, h, w) maps in about [0, 1]. Scoring always uses both the
+            pixel map and the structural map.
         optimizer: Builds the optimiser.
         schedule: Factor of the learning rate over training.
         gradient_clip: Largest norm of the gradients.
@@ -73,14 +74,14 @@ class MFRNet(Method):
         dims: Channels of each level of the restoration network.
         depths: Hybrid blocks of each level.
         head_dim: Channels of an attention head; divides `dims`.
-        pools: Sides of the pooled maps that attention looks at; the first level adds 16 if the map
-            is larger.
+        pools: Sides of the pooled maps that attention looks at; the first level also uses 16 if its
+            map is larger.
         restoration: One network for all stages (`joint`) or one per stage (`per_stage`).
         structure_weight: Weight of the structural map in the score.
         combine: `sum` or `product` of the two maps.
         smoothing: Standard deviation of the Gaussian filter on the map, in pixels.
-        score: What of the map is the image's score: `max`, `top` (mean of the highest hundredth) or
-            `std` (its standard deviation).
+        score: How the image's score follows from the map: `max`, `top` (mean of the highest
+            hundredth of its values) or `std` (their standard deviation).
         mask_seed: Seed of the masks in scoring.
 
     Raises:
@@ -193,7 +194,7 @@ class MFRNet(Method):
         return torch.stack(norms).norm()
 
     def _logs_now(self) -> bool:
-        """Return whether this is a training step that is logged."""
+        """Return whether this is a training step whose numbers are logged."""
         trainer = self._trainer
         if trainer is None or not (trainer.training and self.training):
             return False
@@ -222,10 +223,10 @@ class MFRNet(Method):
         anomaly_map = smooth(resize(combined.unsqueeze(1), image.shape[-2:]), self.smoothing)
         return Prediction(anomaly_map, score_of(anomaly_map, self.score))
 
-    # ------------------------------------------------------------- what is taken of the data
+    # ----------------------------------------------------------- what is taken from the data
 
     def learn(self) -> None:
-        """Find each channel's 0.1 % and 99.9 % values, between which it is scaled."""
+        """Find the 0.1 % and 99.9 % quantiles of each channel, which `scaled` maps to 0 and 1."""
         generator = self.generator()
         values = []
         for batch in self.normal_batches("train"):
@@ -238,7 +239,7 @@ class MFRNet(Method):
         last = ordered.shape[1] - 1
         low, high = ordered[:, round(0.001 * last)], ordered[:, round(0.999 * last)]
         self.low.copy_(low.view(-1, 1, 1))
-        # a constant channel keeps its scale
+        # a constant channel is shifted, not scaled
         self.high.copy_(torch.where(high > low, high, low + 1).view(-1, 1, 1))
 
     def calibrate(self) -> None:

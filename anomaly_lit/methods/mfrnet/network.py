@@ -53,7 +53,7 @@ class RestorationNetwork(nn.Module):
         self.head = nn.Conv2d(dims[0], channels, 1)
 
     def forward(self, visible: Tensor, hidden: Tensor) -> Tensor:
-        """Map (B, C, h, w) with hidden positions filled, and (B, 1, h, w), 1 where hidden."""
+        """Restore (B, C, h, w), its hidden positions filled, given (B, 1, h, w), 1 where hidden."""
         x = self.levels[0](self.stem(torch.cat([visible, hidden], dim=1)))
         skips = []
         for shrink, level in zip(self.shrink, list(self.levels)[1:], strict=True):
@@ -145,10 +145,10 @@ def _conv(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def init_fan_out(module: nn.Module) -> None:
-    """Draw weights as networks of this family do, and set biases to zero.
+    """Draw weights as hybrid networks of this kind do, and set biases to zero.
 
-    Those of convolutions from a normal distribution with the variance 2 / fan-out, where the
-    fan-out is that of a group; those of linear layers from N(0, 0.02^2), cut at two deviations.
+    Weights of convolutions come from a normal distribution with the variance 2 / fan-out, where the
+    fan-out counts one group only; those of linear layers from N(0, 0.02^2), cut at two deviations.
     """
     if isinstance(module, nn.Conv2d):
         fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups

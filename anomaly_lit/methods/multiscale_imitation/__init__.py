@@ -1,28 +1,28 @@
 """Multi-scale imitation: separate students on two pyramids, and a search for those that matter.
 
 A frozen teacher sees the image at several sizes (image pyramid) and gives maps of several levels
-(feature pyramid). A student of its own for each level learns, on normal images, to make the
-teacher's map of the level from that of the level before. A scale and a level together are a module;
-the distance of its imitation is its map. Then the students are frozen, and gradient descent on a
-side task, to find synthetic defects with the weighted sum of the maps, finds one weight per module.
-Modules with little weight are left out, and a scale without modules is not computed.
+(feature pyramid). Each level has a student of its own. On normal images it learns to make the
+teacher's map of its level from the teacher's map of the level before. A scale and a level together
+are a module; its map is the distance between teacher and imitation. Then the students are frozen,
+and gradient descent finds one weight per module on a side task: the weighted sum of the maps must
+show synthetic defects. Modules with little weight are left out, and a scale without modules is not
+computed.
 
 Only the abstracts were at hand. They fix the separate students, both pyramids and the search by
 gradient descent with one weight per block. Everything else is ours:
 
 - Level 1 has the same resolution and width before and after, so its student could copy its input:
   it begins with a bottleneck of 16 channels.
-- Scaled images have sides that are multiples of the teacher's largest stride, or maps of different
-  levels would not lie over each other.
+- Scaled images have sides that are multiples of the teacher's largest stride; otherwise maps of
+  different levels would not align.
 - The synthetic defects are those of `synthesis=general`, on half of the images (`defects`).
 - The search is the last stage of training (`shares`), so that an interrupted one goes on where it
-  was. Checkpoints keep the weights of students that were left out, for the same reason; nothing
-  computes them.
-- The largest module is always kept. While students learn, all modules count alike.
+  was. For the same reason checkpoints keep the students that were left out; they are not run.
+- The module with the largest weight is always kept. While students learn, all count alike.
 
 `metrics.json` names the modules that were kept, and gives parameters and multiply-adds before and
-after, and how well both find synthetic defects in held-out normal images. The test set is not
-asked: `anomaly-test ckpt_path=FILE +method.modules=all` scores it with all modules, which then
+after, and how well both find synthetic defects in held-out normal images. The test set is not used
+for this: `anomaly-test ckpt_path=FILE +method.modules=all` scores it with all modules, which then
 count alike.
 
 The students have 0.16, 0.68 and 2.72 million parameters with ResNet-18.
@@ -85,13 +85,13 @@ class MultiscaleImitation(Method):
             one network from the image, as in STPM.
         share_scales: Whether all scales have the same students; otherwise each has its own.
         depth: Residual blocks of a separate student.
-        bottleneck: Channels that a separate student whose level has the resolution of the one
-            before begins with; None leaves this layer out.
+        bottleneck: Channels of the first layer of a separate student whose level has the same
+            resolution as the one before; None leaves this layer out.
         search: `synthetic`: by gradient descent on synthetic defects. `normal_only`: weights are
             the inverse variances of the maps on normal images. `none`: all modules count alike.
         shares: Shares of training of the students and of the search; the second counts only for
             `search=synthetic`.
-        defects: Share of the images that are scored with synthetic defects in the search.
+        defects: Share of the images that get synthetic defects in the search.
         entropy_weight: Weight of the entropy of the modules' weights, which favours few modules.
         search_rate: Learning rate of the search.
         keep: A module is kept if its weight exceeds this share of the weight that it would have if
@@ -158,7 +158,7 @@ class MultiscaleImitation(Method):
         self.smoothing = smoothing
         self.score = score
         self.needs = frozenset({"corrupted"} if search == "synthetic" else ())
-        self.leaves_unused = search == "synthetic"  # each stage, those of the other
+        self.leaves_unused = search == "synthetic"  # each stage leaves those of the other
         self.stages = Stages(
             {"students": shares[0], "search": shares[1] if search == "synthetic" else 0},
             self.start_stage,
@@ -177,7 +177,7 @@ class MultiscaleImitation(Method):
 
     @property
     def names(self) -> list[str]:
-        """Name of each module, by number: scale by scale, the finest level first."""
+        """Names of the modules, in order of their numbers: by scale, the finest level first."""
         return [f"x{scale:g} level {n + 1}" for scale in self.scales for n in range(self.levels)]
 
     @property
@@ -210,7 +210,7 @@ class MultiscaleImitation(Method):
     # -------------------------------------------------------------------------------- training
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the current stage's terms; in evaluation those of all, so that numbers compare."""
+        """Return the current stage's terms; in evaluation all, so that values can be compared."""
         stage, _ = self.stages.at(self.done)
         terms: dict[str, Tensor] = {}
         if stage == "students" or not self.training:
@@ -226,11 +226,11 @@ class MultiscaleImitation(Method):
         return {f"level_{number + 1}": mean for number, mean in enumerate(means)}
 
     def search_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the losses of the side task, which move the weights of the modules only."""
+        """Return the losses of the side task, which train nothing but `fusion`."""
         image, truth = defects_in_some(
             batch["image"], batch["corrupted"], batch["corruption"], self.defects, self.generator()
         )
-        with self._evaluating():  # students keep their statistics, too
+        with self._evaluating():  # students keep their running statistics
             maps = self.distances(image, self.every)
         fused = self.fusion.weighted_sum(maps, image.shape[-2:], self.fusion.alpha.softmax(0))
         return {
@@ -250,7 +250,7 @@ class MultiscaleImitation(Method):
         self.stages.enter(self.done)
 
     def training_backbones(self) -> dict[str, Backbone]:
-        """Return none: a cache could hold one of several scales, and no corrupted image."""
+        """Return none: a cache holds neither images of several scales nor corrupted ones."""
         return {}
 
     def configure_optimizers(self) -> Any:
@@ -271,7 +271,7 @@ class MultiscaleImitation(Method):
     # --------------------------------------------------------------------------------- scoring
 
     def normal_images(self) -> tuple[str, list[Batch]]:
-        """Return normal images and what they are: held out, or trained on if none are."""
+        """Return normal images, held-out ones if there are any, and words for which they are."""
         held = [*self.normal_batches("holdout", NORMAL_IMAGES)]
         if held:
             return "held out", held
@@ -295,7 +295,7 @@ class MultiscaleImitation(Method):
         if self.search == "normal_only":
             inverse = 1 / variance.clamp(min=1e-8)
             self.fusion.settle(inverse / inverse.sum())
-        else:  # without a search alpha stays at 0
+        else:  # without a search alpha is 0: all alike
             self.fusion.settle(self.fusion.alpha.softmax(0))
 
     def chosen(self) -> tuple[list[int], Tensor]:
@@ -323,7 +323,7 @@ class MultiscaleImitation(Method):
     # ------------------------------------------------------------------------------- reporting
 
     def outcome(self) -> dict[str, Any]:
-        """Return what the search found, and cost and accuracy before it and after it."""
+        """Return what the search found, and cost and accuracy before and after it."""
         if self.search == "none":
             return {}
         names = [self.names[n] for n in self.fusion.kept]

@@ -17,7 +17,7 @@ from anomaly_lit.nn.backbone import Backbone
 
 
 class SeparateStudents(nn.Module):
-    """A student for each level, which maps the teacher's map of the level before to the level's.
+    """A student for each level, from the teacher's map of the level before to the level's own.
 
     Levels count from 0. No student sees what another one made, so that errors do not add up and any
     of them can be left out.
@@ -58,7 +58,7 @@ def imitator(
     """Return a network from a teacher's map to the next.
 
     Where both have the same resolution it could copy its input, anomalies included; a bottleneck of
-    few channels prevents it.
+    few channels prevents this.
     """
     entry: list[nn.Module] = []
     if stride == 1 and bottleneck is not None:
@@ -123,8 +123,8 @@ def inputs_of(features: Sequence[Tensor], ratio: int) -> list[Tensor]:
 def at_scale(image: Tensor, factor: float, unit: int) -> Tensor:
     """Return (B, 3, H, W) images resized by a factor, with antialiasing.
 
-    Sides are rounded to multiples of `unit`, the teacher's largest stride, or the maps of different
-    levels would not lie over each other.
+    Sides are rounded to multiples of `unit`, the teacher's largest stride; otherwise the maps of
+    different levels would not align.
     """
     height, width = (max(1, round(side * factor / unit)) * unit for side in image.shape[-2:])
     return image if image.shape[-2:] == (height, width) else shrink(image, (height, width))

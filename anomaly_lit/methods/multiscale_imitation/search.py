@@ -1,4 +1,4 @@
-"""The search for the modules that matter: weights, the loss of the side task, what it cost."""
+"""The search for the modules that matter: their weights, the side task, cost and accuracy."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Fusion(nn.Module):
 
     Args:
         count: Number of modules.
-        keep: A module is kept if its weight exceeds `keep` times that of equal weights, in [0, 1).
+        keep: A module is kept if its weight exceeds `keep` / `count`, in [0, 1).
 
     Attributes:
-        alpha: The search's free numbers; their softmax are the weights of the modules.
-        slope: Logarithm of the factor k that makes maps to logits.
+        alpha: The numbers that the search learns; their softmax gives the weights of the modules.
+        slope: Logarithm of the factor k that turns maps into logits.
         bias: The map's value b at which a pixel is as likely normal as not.
         mean: Mean distance of each module on normal images, which puts the maps on one scale.
         weights: Of each module; they sum to 1, and those that are not kept have 0.
@@ -47,13 +47,13 @@ class Fusion(nn.Module):
         self.kept = list(range(count))
 
     def settle(self, weights: Tensor) -> None:
-        """Keep the modules with enough weight, and let theirs sum to 1."""
+        """Keep the modules with enough weight, and scale their weights to sum to 1."""
         chosen = weights > self.keep / len(weights)
         self.kept = chosen.nonzero().flatten().tolist()
         self.weights.copy_(torch.where(chosen, weights, 0) / weights[chosen].sum())
 
     def on_one_scale(self, maps: Mapping[int, Tensor], size: torch.Size) -> dict[int, Tensor]:
-        """Return the maps of some modules, by number, at the image's size and over their means."""
+        """Return some modules' maps, by number, divided by their means, at the image's size."""
         return {n: at_size(map_ / self.mean[n], size) for n, map_ in maps.items()}
 
     def weighted_sum(self, maps: Mapping[int, Tensor], size: torch.Size, weights: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def balanced_bce(logits: Tensor, truth: Tensor) -> Tensor:
 
     Args:
         logits: Any shape.
-        truth: Bool, the same shape; where one kind is missing, the other alone counts, by half.
+        truth: Bool, the same shape; if one kind is missing, half the mean of the other is left.
     """
     each = F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="none")
     kinds = [truth.to(each.dtype), (~truth).to(each.dtype)]
@@ -113,7 +113,7 @@ def balanced_bce(logits: Tensor, truth: Tensor) -> Tensor:
 def defects_in_some(
     image: Tensor, corrupted: Tensor, corruption: Tensor, share: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return a batch in which a random share of the images has its defect, and the true masks."""
+    """Return a batch in which about a share of the images has its defect, and the true masks."""
     draw = torch.rand(len(image), 1, 1, 1, generator=generator, device=image.device)
     return torch.where(draw < share, corrupted, image), corruption & (draw < share)
 
@@ -150,12 +150,12 @@ def compare(
     arms: Mapping[str, tuple[Sequence[int], Tensor]],
     batches: Sequence[Batch],
 ) -> dict[str, float]:
-    """Return cost, and accuracy on synthetic defects if the batches have any, of several choices.
+    """Return what several choices of modules cost, and how well they find synthetic defects.
 
     Args:
         score: Makes maps from images, numbers of modules, and weights of all modules.
-        arms: Modules and weights, by a name that ends the result's.
-        batches: Normal images.
+        arms: Modules and weights, by a name, with which the names of its results end.
+        batches: Normal images; accuracy is measured if they come with synthetic defects.
     """
     found: dict[str, float] = {}
     for name, (chosen, weights) in arms.items():

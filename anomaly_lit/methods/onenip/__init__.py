@@ -1,10 +1,10 @@
 """OneNIP: one normal image prompt for many classes (Gao, ECCV 2024, arXiv:2505.09264).
 
 UniAD's encoder encodes the image and one normal image of the same category, the prompt. A decoder
-lets the two attend to each other, layer by layer, and rebuilds from the prompt's side the features
+lets the two attend to each other, layer by layer. From the prompt's tokens it rebuilds the features
 that the image should have. It learns to rebuild normal images and to restore corrupted ones; the
-target is always the clean features. A refiner, trained with the corruption as true mask, turns the
-remaining error into a sharp map.
+target is always the clean features. A refiner turns the remaining error into a sharp map; it learns
+from the known masks of the corruption.
 
 Follows the second version of the authors' published code (in the first, the image never attended to
 the prompt). Differs from it:
@@ -16,7 +16,7 @@ the prompt). Differs from it:
   the paper does. Either way it is one number for thresholds, checkpoint, test and prediction.
 - Corrupted images are made as published if `synthesis=onenip` has a folder of textures
   (`dataset.synthesis.recipes.perlin.texture_dir`, the paper's is DTD), up to details of the
-  augmentations; without one, textures are drawn by a program.
+  augmentations; without one, textures are generated.
 - AUROC is never mirrored when it falls below one half.
 - Features of clean images and prompts come from the cache if there is one, so that in a step only
   the corrupted images pass through the backbone.
@@ -70,8 +70,8 @@ class OneNIP(Method):
         gradient_clip: Largest norm of the gradients. Without it the large first gradients make
             AdamW's second moments so high that hundreds of steps learn almost nothing.
         image_size: Height and width of the images, or one number for both.
-        stride: Pixels per position of the feature map; divides the image.
-        dim: Width of a token, a multiple of `heads`.
+        stride: Pixels per position of the feature map; it divides the image size.
+        dim: Width of a token, even and a multiple of `heads`.
         heads: Attention heads.
         feedforward: Width of the hidden layers.
         encoder_depth: Layers of the encoder.
@@ -85,18 +85,19 @@ class OneNIP(Method):
             map's side (7, 9 and 11 positions at 224, 256 and 320 pixels), 0 is none.
         jitter: Noise on tokens in training; see UniAD.
         refiner_dim: Channels of the refiner.
-        refiner_weight: Weight of its dice loss.
-        dice_factor: 1 as in the code, 2 for the usual dice loss.
+        refiner_weight: Weight of the refiner's dice loss.
+        dice_factor: Factor of the overlap in the dice loss: 1 as in the authors' code, 2 for the
+            usual dice loss.
         stop_gradient: Keep the refiner's gradient out of the reconstruction.
         prompts: Training images per category kept as prompts.
         prompt: Which prompt a scored image gets: `fixed` (number `prompt_index` of its category),
             `random` (any of its category) or `nearest` (of all categories, the one with the most
-            similar mean feature; needs no category). With `fixed`, too, an image of unknown
-            category gets the nearest.
+            similar mean feature; needs no category). If a batch has an image of unknown category,
+            all its images get the nearest.
         prompt_index: From 0 to `prompts` - 1.
         fusion: Where the constant that scales the refiner's map comes from: `train` images, or the
             `test` set as in the paper, anew in each validation.
-        pool: Side of the window whose largest mean is the score, in pixels.
+        pool: Side of the averaging window, in pixels; the largest of its means is the score.
 
     Raises:
         UserError: Values do not fit each other or the image size.
@@ -201,7 +202,7 @@ class OneNIP(Method):
         corrupted = aggregate(self.backbone(batch["corrupted"]), self.grid).float()
         if "prompt" in batch:
             prompt = aggregate(self.features(self.backbone, batch, of="prompt"), self.grid).float()
-        else:  # in a validation
+        else:  # validation batches have none
             prompt = self.stored.items[self.stored.rows(batch["category"], self.prompt_index)]
         image, restored, prompted = self.encode(torch.cat([normal, corrupted, prompt])).chunk(3)
         both = torch.cat([image, restored])
@@ -248,8 +249,8 @@ class OneNIP(Method):
         if self.prompt == "random":
             index = torch.randint(self.prompt_count, (len(categories),)).tolist()
         rows = self.stored.rows(categories, index)
-        # sliced, not indexed: OpenVINO 2026.4 miscomputes a linear layer of constant rows of a
-        # constant
+        # sliced, not indexed: OpenVINO 2026.4 miscomputes a linear layer whose input is constant
+        # rows of a constant tensor
         tokens = self.encoded_prompts()
         prompts = torch.cat([tokens[row : row + 1] for row in rows])
         return self._score(features, prompts, image.shape[-2:])
@@ -263,7 +264,7 @@ class OneNIP(Method):
         anomaly_map = 0.5 * distance + 0.5 * self.fusion_constant * refined
         return Prediction(anomaly_map, pooled_maximum(anomaly_map, self.pool))
 
-    # ------------------------------------------------------------- what is taken of the data
+    # ----------------------------------------------------------- what is taken from the data
 
     def learn(self) -> None:
         """Keep each category's prompts; start the head at the mean feature if `head` says so."""

@@ -138,7 +138,7 @@ class BidirectionalLayer(nn.Module):
 
 
 class Refiner(nn.Sequential):
-    """Logits of a defect, (B, 1, 4 h, 4 w), from the error of each channel, (B, C, h, w).
+    """Maps the error of each channel, (B, C, h, w), to logits of a defect, (B, 1, 4 h, 4 w).
 
     Args:
         channels: C.

@@ -1,27 +1,28 @@
 """PRN: prototypical residual network (Zhang et al., CVPR 2023, arXiv:2212.02031).
 
-A frozen backbone describes the image at several scales. For each scale there are prototypes, whole
-feature maps of what is normal, and the squared difference to the nearest one shows what is not. A
-segmenter learns from features and residuals to mark anomalies: stages exchange what they hold,
-patches of several sizes attend to each other, and a decoder draws the map. It learns from synthetic
-anomalies and, if there are any, from a few real defects (`dataset.seen`), which are also changed
-and pasted on normal images.
+A frozen backbone describes the image at several scales. For each scale there are prototypes, which
+are whole feature maps of normal images; the residual, the squared difference to the nearest one,
+shows what is not normal. A segmenter learns from features and residuals to mark anomalies: its
+stages exchange what they hold, patches of several sizes attend to each other, and a decoder draws
+the map. It learns from synthetic anomalies and, if there are any, from a few real defects
+(`dataset.seen`), which are also changed and pasted on normal images.
 
 The authors published no code. Shapes and numbers follow our notes of the paper and of an unofficial
-reimplementation. Differs from these, or chosen where they are silent:
+reimplementation. What differs from these, or was chosen where they are silent:
 
 - queries, keys and values are the map times a weight for each channel, where the reimplementation
-  has a weight for each element of a patch, and logits are scaled by the root of a token's length;
-- features and residuals have a fusion of their own each, where it shares one;
+  has a weight for each element of a patch; we also scale logits by the root of a token's length;
+- features and residuals each have a fusion of their own; the reimplementation shares one;
 - prototypes of all categories lie in one store, so that an image needs no category to be scored;
 - the synthesis leaves half of the images normal; `seen_share` of the others show a real defect in
-  place of a synthetic one. The reimplementation has the same shares, but counts them out in each
-  epoch, and shows each real image five times before it extends it (here `real_share`);
-- a pasted defect moves as a whole, where it moves each connected part: to find the parts, a GPU
-  would have to wait;
+  place of a synthetic one. The reimplementation has the same shares, but as fixed counts in each
+  epoch. It shows each real image five times before it extends it; here `real_share` decides;
+- a pasted defect moves as a whole. The reimplementation moves each connected part by itself, but
+  while the parts are found, a GPU has to wait;
 - the last weights are tested; the reimplementation takes the best on the test set.
 
-A checkpoint is tied to its image size: maps of other images are resized to that of the prototypes.
+A checkpoint is tied to its image size: feature maps of images of another size are resized to those
+of the prototypes.
 With ResNet-18 there are 55.70 million trainable parameters, 50.63 million of them in the attention.
 
 Paper: Zhang, Wu, Wang, Chen, Jiang: Prototypical Residual Networks for Anomaly Detection and
@@ -59,16 +60,16 @@ class PRN(Method):
     """Prototypical residual network.
 
     Args:
-        backbone: Frozen feature extractor whose stages halve in size; the last one only starts the
-            decoder, the others have prototypes.
+        backbone: Frozen feature extractor, each stage half as large as the one before; the last
+            one only starts the decoder, the others have prototypes.
         optimizer: Builds the optimiser.
         schedule: Factor of the learning rate over training.
         gradient_clip: Largest norm of the gradients.
         image_size: Height and width of the images, or one number for both.
         share: Prototypes of a category as a share of its training images, in (0, 1]; at least one.
-        divisions: Along a side, into how many patches the attention cuts a map.
+        divisions: Into how many patches attention cuts each side of a map; one number per size.
         blocks: Blocks of attention of each stage.
-        focal_weight: Weight of the focal loss against that of distances.
+        focal_weight: Weight of the focal loss; the distance has weight 1.
         gamma: Exponent of the focal loss.
         alpha: Weight of anomalous pixels in the focal loss; normal ones have 1 - alpha.
         smooth: See `focal_loss`.
@@ -76,10 +77,10 @@ class PRN(Method):
             any (`dataset.seen`).
         real_share: Share of these that are the real image as it is; in the others its defect is
             changed and pasted on a normal image.
-        changes: Changes of a defect before it is pasted, of ten.
-        foreground: Paste defects where a normal image differs in colour from its border; false,
-            for textures: anywhere.
-        top: Pixels whose mean is the score, those with the largest values.
+        changes: How many of ten changes a defect gets before it is pasted.
+        foreground: Paste defects only where a normal image differs in colour from its border; set
+            it to false for textures, to paste them anywhere.
+        top: Number of pixels with the largest values; their mean is the score.
 
     Raises:
         UserError: A number is out of range, the stages do not halve, or the attention cannot cut
@@ -140,7 +141,7 @@ class PRN(Method):
     # --------------------------------------------------------------------------- prototypes
 
     def learn(self) -> None:
-        """Take prototypes of each category and stage: centres of its training images' maps."""
+        """Take prototypes of each category and stage: k-means centres of its training maps."""
         generator = torch.Generator(self.device).manual_seed(0)  # the same on every rank
         found: list[list[Tensor]] = [[] for _ in self.prototypes]
         for maps in self.maps_by_category():
@@ -185,7 +186,7 @@ class PRN(Method):
     # ---------------------------------------------------------------------------- training
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Return how far the map is from the truth: smooth distance and focal loss."""
+        """Return how far the map is from the truth: smooth L1 distance and focal loss."""
         image, truth = self.draw_images(batch)
         logits, target = self.logits(image).float(), truth.float()
         if target.shape[-2:] != logits.shape[-2:]:
@@ -251,7 +252,7 @@ def check_stages(strides: Sequence[int]) -> None:
     """Refuse stages that are too few or do not halve.
 
     Raises:
-        UserError: Names their strides.
+        UserError: They are or do not; the message names their strides.
     """
     if len(strides) < 2 or any(2 * a != b for a, b in pairwise(strides)):
         raise UserError(

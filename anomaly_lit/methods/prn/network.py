@@ -15,13 +15,13 @@ from anomaly_lit.nn.unet import conv3
 
 
 class ResidualSegmenter(nn.Module):
-    """Finds anomalies in the features of an image and their residuals to a normal image.
+    """Finds anomalies in the features of an image and their residuals to the prototypes.
 
     Args:
         channels: Channels of the stages, finest first; each stage is half as high and wide as the
             one before.
         deepest: Channels of the stage after these, which starts the decoder.
-        divisions: Along a side, into how many patches the attention cuts a map.
+        divisions: Into how many patches attention cuts each side of a map; one number per size.
         blocks: Blocks of attention of each stage.
     """
 
@@ -80,8 +80,8 @@ class Fusion(nn.Module):
 def path(channels: Sequence[int], source: int, target: int) -> nn.Module:
     """Return what brings the map of one stage to the shape of another.
 
-    To a coarser stage: a convolution with that stride, grouped by channels. To a finer one:
-    bilinear, then a 1 x 1 convolution.
+    To a coarser stage: a strided convolution, with as many groups as both numbers of channels
+    allow. To a finer one: bilinear upsampling, then a 1 x 1 convolution.
     """
     given, wanted = channels[source], channels[target]
     if source == target:
@@ -99,7 +99,7 @@ class MultiSizeAttention(nn.Module):
 
     Args:
         channels: Channels of the map.
-        divisions: Along a side, into how many patches the map is cut.
+        divisions: Into how many patches each side of the map is cut; one number per size.
     """
 
     def __init__(self, channels: int, divisions: Sequence[int]) -> None:
@@ -129,7 +129,7 @@ class PatchAttention(nn.Module):
 
     Args:
         channels: Channels of the map.
-        division: Along a side, into how many patches the map is cut.
+        division: Into how many patches each side of the map is cut.
     """
 
     def __init__(self, channels: int, division: int) -> None:
@@ -172,7 +172,7 @@ def join(patches: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """The way back up, which joins the attended map of each stage.
+    """Goes back up from the deepest map, and joins the attended map of each stage.
 
     Args:
         channels: Channels of the stages before they were joined with residuals, finest first.
