@@ -252,7 +252,7 @@ def check_stages(strides: Sequence[int]) -> None:
     """Refuse stages that are too few or do not halve.
 
     Raises:
-        UserError: They are or do not; the message names their strides.
+        UserError: They are too few or do not halve; the message names their strides.
     """
     if len(strides) < 2 or any(2 * a != b for a, b in pairwise(strides)):
         raise UserError(
