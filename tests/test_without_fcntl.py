@@ -44,4 +44,4 @@ def test_commands_train_and_load_without_locks(tmp_path: Path, mvtec_folder: Pat
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "('bolt',)"
+    assert done.stdout.splitlines()[-1] == "['bolt']"
