@@ -154,7 +154,6 @@ def build_trainer(
     criterion = {"best": ("val/loss", "min"), "oracle": ("oracle/criterion", "max")}
     if config["selection"] in criterion:
         monitor, mode = criterion[config["selection"]]
-        check_validates(config)
         callbacks.append(
             ModelCheckpoint(
                 folder,
@@ -179,6 +178,8 @@ def build_trainer(
     trainer = made_by(partial(make, callbacks=callbacks, logger=False, plugins=plugins), settings)
     if steps_follow_data(given):
         trainer.fit_loop.epoch_loop.max_steps = steps_for(trainer, datamodule)
+    if config["selection"] in criterion:
+        check_validates(config, trainer.max_steps)
     trainer.loggers = build_loggers(config, data_digest)
     return trainer, evaluation
 

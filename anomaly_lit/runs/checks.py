@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from anomaly_lit.runs.length import LEAST_STEPS
 from anomaly_lit.types import UserError
 
 if TYPE_CHECKING:
@@ -99,15 +98,18 @@ def check_crop(datamodule: AnomalyDataModule, config: dict[str, Any]) -> None:
     middle(torch.empty(1, 1, *datamodule.resize.size), crop_of(crop))
 
 
-def check_validates(config: dict[str, Any]) -> None:
+def check_validates(config: dict[str, Any], steps: int) -> None:
     """Raise if weights are to be chosen by validations but there would be none.
+
+    Args:
+        config: The run's configuration.
+        steps: Steps of training; -1 where something else ends it.
 
     Raises:
         UserError: Training ends before the first validation.
     """
     settings = config["trainer"]
-    steps, interval = settings.get("max_steps"), settings.get("val_check_interval")
-    steps = LEAST_STEPS if steps is None else steps
+    interval = settings.get("val_check_interval")
     counts_steps = settings.get("check_val_every_n_epoch", 1) is None and isinstance(interval, int)
     if counts_steps and 0 <= steps < interval:
         raise UserError(

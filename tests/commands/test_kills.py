@@ -28,15 +28,6 @@ def line(settings: tuple[str, ...], mvtec_folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def whole(run_command: Run, line: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, left alone."""
-    folder = tmp_path_factory.mktemp("kills") / "whole"
-    outcome = run_command("train", *line, f"output_dir={folder}")
-    assert outcome.code == 0, outcome.err
-    return folder
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path, whole: Path) -> Iterator[Path]:
     """A disk with room for five checkpoints."""

@@ -31,15 +31,6 @@ def line(settings: tuple[str, ...], mvtec_folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def whole(run_command: Run, line: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, left alone."""
-    folder = tmp_path_factory.mktemp("preemption") / "whole"
-    outcome = run_command("train", *line, f"output_dir={folder}")
-    assert outcome.code == 0, outcome.err
-    return folder
-
-
 def wait_for(happened: Callable[[], Any], alive: Callable[[], bool]) -> None:
     until = time.monotonic() + 120
     while not happened():

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from anomaly_lit.runs import length
+from anomaly_lit.runs.checks import check_validates
 from anomaly_lit.runs.length import given_length, steps_follow_data, steps_for
+from anomaly_lit.types import UserError
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,15 @@ def test_a_stated_end_is_kept() -> None:
     assert not steps_follow_data({})
     assert given_length({"max_steps": None}) == {"max_steps": -1}
     assert given_length({"max_steps": 7}) == given_length({}) == {}
+
+
+def test_validations_are_counted_against_the_steps_that_the_data_gives() -> None:
+    trainer = {"max_steps": None, "val_check_interval": 600, "check_val_every_n_epoch": None}
+    config = {"selection": "best", "trainer": trainer}
+    check_validates(config, 1000)
+    check_validates(config, -1)  # another end: trainer.max_epochs
+    with pytest.raises(UserError, match=r"interval=600 is more than trainer\.max_steps=500"):
+        check_validates(config, 500)
 
 
 def test_a_run_without_a_number_of_steps_says_how_long_it_is(
