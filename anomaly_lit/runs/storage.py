@@ -63,17 +63,19 @@ class WholeFiles(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
+        spare = path.with_name(f".{EARLIER}.{os.getpid()}")
         try:
             with draft.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             if path.name == LAST and path.is_file():
-                os.replace(path, path.with_name(EARLIER))
+                _keep(path, spare)
             os.replace(draft, path)
             _sync_folder(path.parent)
         except BaseException as error:
-            draft.unlink(missing_ok=True)
+            for unfinished in (draft, spare):
+                unfinished.unlink(missing_ok=True)
             if _is_full(error):
                 raise UserError(
                     f"no space left on the disk for the checkpoint {path}; earlier ones are whole. "
@@ -117,6 +119,21 @@ def checkpoint_to_go_on_from(directory: Path) -> Start | None:
     if problem:
         raise UserError(f"{problem}. Choose another output_dir to start anew")
     return None
+
+
+def _keep(path: Path, spare: Path) -> None:
+    """Give a checkpoint its second name, `EARLIER`, so that at no moment the first is missing.
+
+    Args:
+        path: The file.
+        spare: A name of this process alone, for a moment.
+    """
+    try:
+        os.link(path, spare)
+    except OSError:  # a file system without hard links: the first name is missing for a moment
+        os.replace(path, path.with_name(EARLIER))
+    else:
+        os.replace(spare, path.with_name(EARLIER))
 
 
 def _is_full(error: BaseException | None) -> bool:

@@ -50,6 +50,36 @@ def test_the_one_before_is_kept(tmp_path: Path) -> None:
     assert not (last.parent / "best.earlier.ckpt").exists()
 
 
+def test_the_last_one_is_there_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint(content(1), last)
+    seen = []
+
+    def replace(*paths: Any) -> None:
+        os.rename(*paths)
+        seen.append(step_of(last))
+
+    monkeypatch.setattr(os, "replace", replace)
+    WholeFiles().save_checkpoint(content(2), last)
+    assert seen == [1, 2]
+
+
+def test_a_file_system_without_hard_links_keeps_the_one_before_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "link", refuse)
+    for step in (1, 2):
+        WholeFiles().save_checkpoint(content(step), tmp_path / "last.ckpt")
+    assert step_of(tmp_path / "last.ckpt") == 2
+    assert step_of(tmp_path / "last.earlier.ckpt") == 1
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert checkpoint_to_go_on_from(tmp_path) is None
