@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from anomaly_lit.calibration import limits_of, pixel_threshold, promise, threshold_at
-from anomaly_lit.callbacks.oracle import criterion_of, criterion_value
 from anomaly_lit.callbacks.records import (
     MapMetrics,
     NormalMaps,
@@ -20,6 +19,11 @@ from anomaly_lit.callbacks.records import (
     Records,
     ScoredMaps,
     crop_of,
+)
+from anomaly_lit.callbacks.selection import (
+    criterion_of,
+    criterion_value,
+    synthetic_criterion,
 )
 from anomaly_lit.metrics import PixelMetrics, SegmentationMetrics, image_metrics, item_curves
 from anomaly_lit.types import Prediction, UserError, check_range
@@ -129,7 +133,10 @@ class Evaluation(pl.Callback):
             return
         self.calibration = self._calibrate()
         results = {split: self._score(records) for split, records in self._scored.items()}
-        for name, value in results.get("synthetic", {}).items():
+        synthetic = results.get("synthetic", {})
+        if synthetic:
+            synthetic["criterion"] = synthetic_criterion(synthetic)
+        for name, value in synthetic.items():
             if name.count("/") == 0 and not name.endswith(("_low", "_high", "_threshold")):
                 pl_module.log(f"val/synthetic_{name}", value)
         if "test" in results:

@@ -24,7 +24,7 @@ HINTS: dict[Command, dict[str, Any]] = {  # types of keys that belong to no node
         "seed": SEED,
         "image_size": IMAGE_SIZE,
         "output_dir": str,
-        "selection": Literal["last", "best", "oracle"],
+        "selection": Literal["last", "best", "synthetic", "oracle"],
         "threshold.fpr": float,
         "checkpoint.every_minutes": float,
         "checkpoint.every_steps": int | None,

@@ -47,8 +47,9 @@ def build(config: dict[str, Any]) -> tuple[AnomalyDataModule, Method]:
     if is_first_process():
         datamodule.prepare_data()
     datamodule.setup("fit")
-    if not datamodule.holdout_samples and config["selection"] == "best":
-        raise UserError("selection=best needs held-out images: set dataset.holdout above 0")
+    selection = config["selection"]
+    if not datamodule.holdout_samples and selection in ("best", "synthetic"):
+        raise UserError(f"selection={selection} needs held-out images: set dataset.holdout above 0")
     method.setup("fit")
     return datamodule, method
 
@@ -99,6 +100,7 @@ def build_data(config: dict[str, Any], method: Method) -> AnomalyDataModule:
     extras = {
         "needs": sorted(method.needs),
         "validate_on_test": config["selection"] == "oracle",
+        **({"validate_on_synthesis": True} if config["selection"] == "synthetic" else {}),
         **step.feeding(device_type(config["trainer"].get("accelerator", "auto"))),
     }
     return instantiate({**config["dataset"], **extras}, "dataset")
@@ -151,7 +153,11 @@ def build_trainer(
         ClipScores(str(directory)),
         progress_bar(),
     ]
-    criterion = {"best": ("val/loss", "min"), "oracle": ("oracle/criterion", "max")}
+    criterion = {
+        "best": ("val/loss", "min"),
+        "synthetic": ("val/synthetic_criterion", "max"),
+        "oracle": ("oracle/criterion", "max"),
+    }
     if config["selection"] in criterion:
         monitor, mode = criterion[config["selection"]]
         callbacks.append(

@@ -38,7 +38,10 @@ def check_synthesis(datamodule: AnomalyDataModule, method: Method) -> None:
             "than none"
         )
     if datamodule.synthesis is None and datamodule.validate_on_synthesis:
-        raise UserError("dataset.validate_on_synthesis=true needs a synthesis: set synthesis=draem")
+        raise UserError(
+            "to validate on synthetic defects (selection=synthetic, or "
+            "dataset.validate_on_synthesis=true) needs a synthesis: set synthesis=draem"
+        )
     if datamodule.synthesis is not None and not needed and not datamodule.validate_on_synthesis:
         raise UserError(
             f"{name} does not learn from corrupted images: set synthesis=none, or "

@@ -29,6 +29,7 @@ COSTS = ("training_seconds", "test_seconds_per_image", "latency_seconds", "train
 SELECTIONS = {
     "last": "last step",
     "best": "lowest loss on held-out normal images",
+    "synthetic": "best on held-out images with synthetic defects (image AUROC + pixel AP)",
     "oracle": "ORACLE: best image + pixel AUROC on the test set",
 }
 

@@ -3,7 +3,7 @@
 # All methods on the first category come first, and then all on the next. The same command goes on
 # where an earlier one was stopped. plan.py says how the steps were chosen.
 #
-#   ANOMALY_LIT_DATA=DIR ANOMALY_LIT_WEIGHTS=DIR experiments/small/run.sh [OUTPUT_DIR [CATEGORIES [EXPERIMENTS]]]
+#   ANOMALY_LIT_DATA=DIR ANOMALY_LIT_WEIGHTS=DIR experiments/small/run.sh [OUTPUT_DIR [CATEGORIES [EXPERIMENTS [SETTINGS ...]]]]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
@@ -16,6 +16,6 @@ anomaly-train --config-dir=experiments/small/conf -m hydra/launcher=process \
   "dataset=$categories" "experiment=$experiments" seed=0 cache=disk when_changed=keep \
   callbacks.outputs.max_images=4 callbacks.training_pictures.max_images=2 \
   'hydra.sweep.subdir=${hydra:runtime.choices.dataset}_${hydra:runtime.choices.experiment}' \
-  "output_dir=$ANOMALY_LIT_SMALL" ||
+  "output_dir=$ANOMALY_LIT_SMALL" "${@:4}" ||
   echo "some runs failed: their job.log says why, and the others stand"
 anomaly-report "$ANOMALY_LIT_SMALL"

@@ -163,29 +163,36 @@ def as_csv(rows: list[Row]) -> str:
 def choosing(rows: list[Row], others: list[Row]) -> str:
     """Return the tables of `docs/choosing_a_method.md`: at a glance, then by category."""
     minute = [row for row in rows if not is_longer(row)]
+    more = [row for row in rows if is_longer(row)]
     parts = []
     for title, own in (("Four categories", on_all_four(rows)), ("A minute of one core", minute)):
         known, compared = on_the_same(own, others), compared_categories(own, others)
         means = f"Means of {', '.join(compared)}; the worst of all that were measured.\n"
         parts += [f"## {title}\n", means, glance(own, known, compared), notes(own)]
-    text = "### By category\n\nImage AUROC / pixel AP / AUPRO.\n"
-    return "\n".join([*parts, text, side_by_side(minute, others)])
+    for title, own in (("### By category", minute), ("## More than a minute", more)):
+        if own:
+            parts += [f"{title}\n\nImage AUROC / pixel AP / AUPRO.\n", side_by_side(own, others)]
+    return "\n".join(parts)
 
 
 def is_longer(row: Row) -> bool:
-    """Return whether a run had more steps than its option says."""
+    """Return whether a run had other steps than its option says, more of them."""
     return "trainer.max_steps=" in row["command"]
 
 
 def on_all_four(rows: list[Row]) -> list[Row]:
-    """Return the longer runs, and those of other methods on the same four categories."""
+    """Return the runs on the four categories of the older, longer ones, and these.
+
+    Of the latter only those of methods that have no others.
+    """
     older = longer()
     categories = {row["category"] for row in older}
     found = []
     for group in grouped([row for row in rows if row["category"] in categories]):
         if {row["category"] for row in group} == categories:
             found += group
-    return older + found
+    new = {row["method"] for row in found}
+    return [row for row in older if row["method"] not in new] + found
 
 
 def grouped(rows: Iterable[Row]) -> list[list[Row]]:

@@ -478,6 +478,8 @@ def test_synthetic_defects_are_scored_against_held_out_images() -> None:
     expected = roc_auc_score([0] * 20 + [1] * 5, scores)
     assert logged["val/synthetic_image_auroc"] == pytest.approx(expected)
     assert 0.5 < logged["val/synthetic_pixel_ap"] < 1
+    both = logged["val/synthetic_image_auroc"] + logged["val/synthetic_pixel_ap"]
+    assert logged["val/synthetic_criterion"] == pytest.approx(both)
     assert not any("segmentation" in key for key in logged)  # no threshold of these weights yet
     assert "oracle/criterion" not in logged
     assert evaluation.calibration["all"]["count"] == 20

@@ -1001,11 +1001,15 @@ def test_method_and_data_built_by_hand_train_with_a_plain_trainer(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("selection", "text"), [("best", "held-out"), ("oracle", "ORACLE")])
+@pytest.mark.parametrize(
+    ("selection", "text"),
+    [("best", "held-out"), ("synthetic", "synthetic defects"), ("oracle", "ORACLE")],
+)
 def test_selection_is_named_in_every_output(
     run_here: Run, overrides: list[str], tmp_path: Path, selection: str, text: str
 ) -> None:
-    command = [*overrides, f"selection={selection}", f"output_dir={tmp_path / 'run'}"]
+    own = ["synthesis=cutpaste"] if selection == "synthetic" else []
+    command = [*overrides, f"selection={selection}", *own, f"output_dir={tmp_path / 'run'}"]
     outcome = run_here("train", *command)
     assert outcome.code == 0, outcome.err
     assert text in read_json(tmp_path / "run" / "metrics.json")["selection"]

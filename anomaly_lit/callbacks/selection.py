@@ -1,4 +1,7 @@
-"""How `selection=oracle` chooses weights: for comparison with papers that chose by the test set."""
+"""How `selection=synthetic` and `selection=oracle` choose weights.
+
+The oracle is for comparison with papers that chose by the test set.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,15 @@ import pytorch_lightning as pl
 from anomaly_lit.types import UserError
 
 CRITERION = "image_auroc+pixel_auroc"  # unless the method names another
+
+
+def synthetic_criterion(results: dict[str, float]) -> float:
+    """Return image AUROC plus pixel AP; without maps image AUROC alone.
+
+    Args:
+        results: Metrics of held-out images as they are and with synthetic defects.
+    """
+    return results["image_auroc"] + results.get("pixel_ap", 0.0)
 
 
 def criterion_of(pl_module: pl.LightningModule, has_maps: bool) -> list[str]:
