@@ -70,7 +70,8 @@ class AMINet(Method):
         adaptive_mask: Hide patches at test time; if false, nothing is hidden there.
         jitter: Norm of the noise on tokens in training, relative to the norm of the token.
         average: Average each resized stage over 3 x 3 neighbours (WideResNet-50-2 in the code).
-        normalise: Scale each stage's channel vectors to unit length (ResNet-101 in the code).
+        normalise: Scale the channel vectors of the joined stages to unit length (ResNet-101 in the
+            code).
         smoothing: Standard deviation of the Gaussian filter on both maps, in pixels.
         score: `std` (the paper's code) or `max` of the map.
 
