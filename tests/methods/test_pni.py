@@ -57,6 +57,80 @@ def test_features_are_those_of_patchcore() -> None:
             torch.testing.assert_close(found[row, column], expected, rtol=1e-4, atol=1e-6)
 
 
+# ------------------------------------------------------------------------ a plain PatchCore
+
+
+def mean_of_patch(values: Tensor, row: int, column: int, reach: int) -> Tensor:
+    """Mean of a (C, h, w) map over a square; zeros lie beyond the border."""
+    total = torch.zeros(len(values))
+    for r in range(row - reach, row + reach + 1):
+        for c in range(column - reach, column + reach + 1):
+            if 0 <= r < values.shape[1] and 0 <= c < values.shape[2]:
+                total += values[:, r, c]
+    return total / (2 * reach + 1) ** 2
+
+
+def means_of_patches(values: Tensor, reach: int) -> Tensor:
+    _, height, width = values.shape
+    rows = [[mean_of_patch(values, r, c, reach) for c in range(width)] for r in range(height)]
+    return torch.stack([torch.stack(row) for row in rows])  # (h, w, C)
+
+
+def between(values: Tensor, row: float, column: float) -> Tensor:
+    """Value of a (h, w, C) map at a place, from the four nearest positions."""
+    row, column = (
+        min(max(place, 0.0), size - 1.0)
+        for place, size in ((row, values.shape[0]), (column, values.shape[1]))
+    )
+    top, left = int(row), int(column)
+    below, right = min(top + 1, len(values) - 1), min(left + 1, values.shape[1] - 1)
+    down, along = row - top, column - left
+    upper = (1 - along) * values[top, left] + along * values[top, right]
+    lower = (1 - along) * values[below, left] + along * values[below, right]
+    return (1 - down) * upper + down * lower
+
+
+def patchcore_features(maps: list[Tensor], reach: int) -> Tensor:
+    """Patches of one image, (h, w, C): means of each map, the coarse one resized, joined."""
+    fine, coarse = (means_of_patches(values, reach) for values in maps)
+    shrink = len(coarse) / len(fine)
+    found = torch.zeros(*fine.shape[:2], fine.shape[2] + coarse.shape[2])
+    for row, column in np.ndindex(*fine.shape[:2]):
+        place = [(at + 0.5) * shrink - 0.5 for at in (row, column)]
+        found[row, column] = torch.cat([fine[row, column], between(coarse, *place)])
+    return found
+
+
+def farthest_first(patches: Tensor, count: int) -> Tensor:
+    """Greedy coreset of (n, C) patches, from the first one on."""
+    kept = [0]
+    while len(kept) < count:
+        gaps = torch.stack([(patches - patches[one]).norm(dim=1) for one in kept])
+        kept.append(int(gaps.amin(dim=0).argmax()))
+    return patches[kept]
+
+
+def test_without_conditions_it_is_patchcore(small_method: Build, fit: Build) -> None:
+    """Three images make the bank; another one is scored."""
+    method = small_method(
+        "pni", conditions=[], dim=None, border=True, patch=3, share=0.1, projection=10_000
+    )
+    torch.manual_seed(1)
+    image = torch.rand(4, 3, 64, 64)
+    maps = [[values[n] for values in method.backbone(image)] for n in range(4)]
+    patches = [patchcore_features(own, reach=1) for own in maps]
+    bank = farthest_first(torch.cat(patches[:3]).flatten(0, 1), math.ceil(0.1 * 3 * 64))
+    fit(method, {"image": image[:3], "category": ["a"] * 3}, 1)
+    torch.testing.assert_close(method.bank.items, bank, rtol=1e-4, atol=1e-5)
+    expected = torch.zeros(8, 8)
+    for row, column in np.ndindex(8, 8):
+        expected[row, column] = min((patches[3][row, column] - item).norm() for item in bank)
+    found = method.eval().score_patches(method.describe(method.backbone(image[3:])))[0]
+    torch.testing.assert_close((found + math.log(0.99)) / 0.99, expected, rtol=1e-4, atol=1e-4)
+    score = method(image[3:]).score
+    torch.testing.assert_close(score[0], 0.99 * expected.max() - math.log(0.99))
+
+
 # -------------------------------------------------------------------------------- the network
 
 
@@ -125,8 +199,9 @@ def test_bank_holds_a_share_of_the_patches_away_from_the_border(
     assert len(whole.bank) == math.ceil(0.25 * 2 * 64)
 
 
-def test_bank_is_chosen_from_at_most_so_many_patches(trained: Build) -> None:
-    assert len(trained(candidates=20).bank) == 5
+def test_bank_is_a_share_of_all_patches_chosen_from_some(trained: Build) -> None:
+    assert len(trained(candidates=20, share=0.1).bank) == math.ceil(0.1 * 2 * 36)
+    assert len(trained(candidates=5, share=0.1).bank) == 5
 
 
 def test_histogram_counts_neighbouring_positions(trained: Build, make_batch: Build) -> None:

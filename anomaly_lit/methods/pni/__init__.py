@@ -14,12 +14,14 @@ Follows the paper and the behaviour of the published code, with these difference
   network's output to items by rank instead of index; here it goes by index.
 - An item is allowed if its probability exceeds tau / (number of items). The most probable one
   always is; the code's rule for a patch without an allowed item is not known to us.
-- The greedy coreset works on vectors projected to `projection` values, and on at most `candidates`
-  patches drawn at random, so that time and memory stay within bounds for thousands of images.
+- The greedy coreset works on vectors projected to `projection` values, and chooses among at most
+  `candidates` patches drawn at random, so that memory stays within bounds for thousands of images.
 - Codes are the first `codes` items of the bank, or all of it if it is smaller.
 - Each step draws `patches` patches of the batch's images; an epoch of the code visits every patch.
 - The border of the map, spoilt by padding, repeats the values inside. The published second bank for
   the border is `border=true`: then banks, histogram and map cover all positions.
+- With `dim=null` no channels are averaged: a feature vector is the mean of the patch in each
+  channel of each map. The published length, 1024, is two thirds of the channels of its two maps.
 - No ensemble of backbones. The refinement of the map is a method of its own, `pni_refine`.
 
 Train one category at a time: positions of several would be mixed. With the paper's numbers the
@@ -43,7 +45,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
-from anomaly_lit.methods.pni.network import NeighbourNetwork, describe
+from anomaly_lit.methods.pni.network import NeighbourNetwork, describe, describe_channels
 from anomaly_lit.nn.aggregate import grid_of, resize, smooth
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.bank import (
@@ -74,11 +76,11 @@ class PNI(Method):
         stride: Pixels per position of the map; divides the image.
         conditions: What decides which items are allowed: `neighbourhood`, `position` or both; empty
             allows all, which is the distance of PatchCore.
-        dim: Length of a feature vector.
+        dim: Length of a feature vector; None takes one value for each channel of the backbone.
         patch: Side of a patch, in positions of each stage, odd.
-        share: Share of the patches that the bank keeps, in (0, 1].
-        candidates: Largest number of patches that the bank is chosen from; each takes 4 * `dim`
-            bytes.
+        share: Share of all training patches that the bank keeps, in (0, 1].
+        candidates: Largest number of patches that the bank is chosen from, and its largest size;
+            each takes 4 * `dim` bytes.
         projection: Length of a vector while the bank is chosen.
         codes: Number of codes that the network tells apart.
         reach: Positions that a neighbourhood reaches to each side.
@@ -109,7 +111,7 @@ class PNI(Method):
         image_size: int | Sequence[int] = 480,
         stride: int = 8,
         conditions: Sequence[str] = CONDITIONS,
-        dim: int = 1024,
+        dim: int | None = 1024,
         patch: int = 5,
         share: float = 0.01,
         candidates: int = 1_000_000,
@@ -145,7 +147,8 @@ class PNI(Method):
         check_range("method", "[2, inf)", codes=codes, depth=depth, patches=patches)
         self.backbone = backbone
         self.conditions = tuple(conditions)
-        self.dim, self.patch = dim, patch
+        self.dim = sum(backbone.channels) if dim is None else dim
+        self.averaged, self.patch = dim is not None, patch
         self.share, self.candidates, self.projection = share, candidates, projection
         self.codes, self.reach, self.patches = codes, reach, patches
         self.temperature, self.gamma, self.tau = temperature, gamma, tau
@@ -153,17 +156,19 @@ class PNI(Method):
         self.grid = grid_of(image_size, stride)
         self.ring = 0 if border else patch // 2  # positions at each border that are left out
         self.register_buffer("inner", inner_positions(self.grid, self.ring), persistent=False)
-        self.bank = Bank(dim)  # (n, dim), in the order chosen: its first items are the codes
+        self.bank = Bank(self.dim)  # (n, dim), in the order chosen: its first items are the codes
         self.parents = Bank(dtype=torch.long)  # (n,) the code nearest to each item
         self.histogram = Bank(*self.grid)  # (n, rows, columns), p(item | position)
         self.network: NeighbourNetwork | None = None
         if "neighbourhood" in conditions:
             self.network = NeighbourNetwork(
-                dim, codes, reach, width, depth, dropout, neighbour_dim, include_center
+                self.dim, codes, reach, width, depth, dropout, neighbour_dim, include_center
             )
 
     def describe(self, maps: Sequence[Tensor]) -> Tensor:
         """Return the features of all patches, (B, rows, columns, dim), from the backbone's maps."""
+        if not self.averaged:
+            return describe_channels(maps, self.patch, self.grid)
         return describe(maps, self.patch, self.dim, self.grid)
 
     # --------------------------------------------------------------- what normal images tell
@@ -181,12 +186,14 @@ class PNI(Method):
             stream: Gives the backbone's maps of normal images, batch by batch; called twice.
         """
         generator = torch.Generator(self.inner.device).manual_seed(0)  # the same on every rank
-        reservoir = Reservoir(self.candidates, generator)
+        reservoir, seen = Reservoir(self.candidates, generator), 0
         for maps in stream():
-            reservoir.add(self.describe(maps).flatten(1, 2)[:, self.inner].flatten(0, 1))
+            patches = self.describe(maps).flatten(1, 2)[:, self.inner].flatten(0, 1)
+            seen += len(patches)
+            reservoir.add(patches)
         drawn = reservoir.drawn()
         short = random_projection(drawn, self.projection, generator)
-        rows = coreset(short, math.ceil(self.share * len(drawn)), title="bank of patches")
+        rows = coreset(short, math.ceil(self.share * seen), title="bank of patches")
         self.bank.fill(drawn[rows])
         self.parents.fill(nearest_rows(self.bank.items, self.code_items())[:, 0])
         if "position" in self.conditions:

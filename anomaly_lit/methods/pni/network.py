@@ -35,6 +35,23 @@ def describe(maps: Sequence[Tensor], patch: int, dim: int, grid: Sequence[int]) 
     return F.adaptive_avg_pool1d(joined, dim).unflatten(1, size).float()
 
 
+def describe_channels(maps: Sequence[Tensor], patch: int, grid: Sequence[int]) -> Tensor:
+    """Describe each position by the mean of the patch around it, in each channel of several maps.
+
+    Args:
+        maps: (B, C_i, h_i, w_i), finest first; coarser ones are resized to the grid.
+        patch: Side of a patch, in positions, odd; zeros lie beyond the border, and count.
+        grid: Rows and columns of the result.
+
+    Returns:
+        (B, rows, columns, sum of C_i) float32.
+    """
+    size = (grid[0], grid[1])
+    means = [F.avg_pool2d(values, patch, 1, patch // 2) for values in maps]
+    layers = [F.interpolate(m, size, mode="bilinear", align_corners=False) for m in means]
+    return torch.cat(layers, dim=1).permute(0, 2, 3, 1).float()
+
+
 class NeighbourNetwork(nn.Module):
     """Guesses the code of a patch from the patches around it, p(code | neighbourhood).
 
