@@ -113,8 +113,9 @@ def farthest_first(patches: Tensor, count: int) -> Tensor:
 def test_without_conditions_it_is_patchcore(small_method: Build, fit: Build) -> None:
     """Three images make the bank; another one is scored."""
     method = small_method(
-        "pni", conditions=[], dim=None, border=True, patch=3, share=0.1, projection=10_000
-    )
+        "pni", conditions=[], dim=None, border=True, patch=3, share=0.1, projection=10_000,
+        smoothing=0,
+    )  # fmt: skip
     torch.manual_seed(1)
     image = torch.rand(4, 3, 64, 64)
     maps = [[values[n] for values in method.backbone(image)] for n in range(4)]
@@ -127,8 +128,11 @@ def test_without_conditions_it_is_patchcore(small_method: Build, fit: Build) -> 
         expected[row, column] = min((patches[3][row, column] - item).norm() for item in bank)
     found = method.eval().score_patches(method.describe(method.backbone(image[3:])))[0]
     torch.testing.assert_close((found + math.log(0.99)) / 0.99, expected, rtol=1e-4, atol=1e-4)
-    score = method(image[3:]).score
+    map_, score = method(image[3:])
     torch.testing.assert_close(score[0], 0.99 * expected.max() - math.log(0.99))
+    for row, column in ((0, 0), (5, 17), (28, 31), (63, 40)):
+        distance = between(expected[..., None], (row + 0.5) / 8 - 0.5, (column + 0.5) / 8 - 0.5)
+        torch.testing.assert_close(map_[0, 0, row, column], 0.99 * distance[0] - math.log(0.99))
 
 
 # -------------------------------------------------------------------------------- the network

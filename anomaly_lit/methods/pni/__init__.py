@@ -46,7 +46,7 @@ from torch.nn import functional as F
 
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.methods.pni.network import NeighbourNetwork, describe, describe_channels
-from anomaly_lit.nn.aggregate import grid_of, resize, smooth
+from anomaly_lit.nn.aggregate import grid_of, smooth
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.bank import (
     BLOCK,
@@ -263,8 +263,9 @@ class PNI(Method):
         if self.ring:
             inside = slice(self.ring, -self.ring)
             scores = F.pad(scores[..., inside, inside], [self.ring] * 4, mode="replicate")
-        anomaly_map = smooth(resize(scores, image.shape[-2:]), self.smoothing)
-        return Prediction(anomaly_map, scores.amax(dim=(1, 2, 3)))
+        # a position covers a square of pixels, as where `describe` resizes the coarser maps
+        wide = F.interpolate(scores, image.shape[-2:], mode="bilinear", align_corners=False)
+        return Prediction(smooth(wide, self.smoothing), scores.amax(dim=(1, 2, 3)))
 
     def score_patches(self, patches: Tensor) -> Tensor:
         """Map (B, h, w, dim) features to scores (B, h, w); distances are computed in blocks."""
