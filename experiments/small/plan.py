@@ -1,6 +1,7 @@
 """Which runs the sweep of run.sh consists of, and how many steps each has.
 
     python experiments/small/plan.py measure [METHOD ...]  # writes conf/experiment/small_*.yaml
+    python experiments/small/plan.py longer METHOD ...      # writes conf/experiment/long_*.yaml
     python experiments/small/plan.py list                  # the options of `experiment`, in order
     python experiments/small/plan.py few FOLDER            # 20 test images of each category
 
@@ -11,7 +12,7 @@ The methods are those with a `_small` preset that read single images. The preset
 A run has as many steps as `SECONDS` of one core allow, by the mean CPU time of a step on the first
 category, batches of 8 and features in the cache, and rounded down to a number of `ROUND` times a
 power of ten. Whatever a method does before its first step (a bank, k-means) is not counted. No test
-image is looked at, and nothing else is chosen.
+image is looked at, and nothing else is chosen. `long_*` have `TIMES` times as many.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 60
+TIMES = 3
 ROUND = (1, 1.5, 2, 3, 5, 7)
 TRIAL, WARM_UP = 8, 2  # steps that are measured; the first ones do not count
 LOGGED = 50  # losses a run notes at most, which tell whether it was still falling
@@ -67,6 +69,9 @@ def main(arguments: list[str]) -> None:
     if command == "measure":
         for name in names or methods():
             write_option(name, step_seconds(name))
+    elif command == "longer":
+        for name in names:
+            write_longer(name)
     elif command == "list":
         print(",".join(f"small_{name}" for name in methods() if option_of(name).exists()))
     elif command == "few":
@@ -203,6 +208,20 @@ def write_option(name: str, per_step: float) -> None:
     )
     option_of(name).write_text(head + text, encoding="utf-8")
     print(f"{name}: {per_step:.3g} s a step, {steps} steps", flush=True)
+
+
+def write_longer(name: str) -> None:
+    """Write the option of `experiment` that runs a method `TIMES` times as long."""
+    import yaml
+
+    steps = (
+        TIMES * yaml.safe_load(option_of(name).read_text(encoding="utf-8"))["trainer"]["max_steps"]
+    )
+    every = max(1, steps // LOGGED)
+    trainer = {"max_steps": steps, "val_check_interval": steps, "log_every_n_steps": every}
+    text = yaml.safe_dump({"defaults": [f"small_{name}"], "trainer": trainer}, sort_keys=False)
+    head = f"# @package _global_\n# {TIMES} times the steps of a minute, by experiments/small/plan.py.\n"
+    (OPTIONS / f"long_{name}.yaml").write_text(head + text, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------ few test images

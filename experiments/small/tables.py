@@ -74,8 +74,8 @@ def found_in(folder: Path) -> list[Row]:
 
 
 def named(folder: Path) -> re.Match[str] | None:
-    """Match a run's folder, such as `toothbrush_small_uniad`."""
-    return re.fullmatch(r"(?P<category>\w+?)_small_(?P<method>\w+)", folder.name)
+    """Match a run's folder, such as `toothbrush_small_uniad` or `toothbrush_long_uniad`."""
+    return re.fullmatch(r"(?P<category>\w+?)_(small|long)_(?P<method>\w+)", folder.name)
 
 
 def row_of(run: Any) -> Row:
@@ -176,8 +176,8 @@ def choosing(rows: list[Row], others: list[Row]) -> str:
 
 
 def is_longer(row: Row) -> bool:
-    """Return whether a run had other steps than its option says, more of them."""
-    return "trainer.max_steps=" in row["command"]
+    """Return whether a run had more steps than a minute allows."""
+    return re.search(r"experiment=long_|trainer\.max_steps=", row["command"]) is not None
 
 
 def on_all_four(rows: list[Row]) -> list[Row]:
