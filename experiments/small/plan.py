@@ -220,7 +220,7 @@ def write_longer(name: str) -> None:
     every = max(1, steps // LOGGED)
     trainer = {"max_steps": steps, "val_check_interval": steps, "log_every_n_steps": every}
     text = yaml.safe_dump({"defaults": [f"small_{name}"], "trainer": trainer}, sort_keys=False)
-    head = f"# @package _global_\n# {TIMES} times the steps of a minute, by experiments/small/plan.py.\n"
+    head = f"# @package _global_\n# Written by experiments/small/plan.py: {TIMES} minutes.\n"
     (OPTIONS / f"long_{name}.yaml").write_text(head + text, encoding="utf-8")
 
 
