@@ -13,6 +13,7 @@ from torch import Tensor
 from anomaly_lit.losses import total
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.optimising import Optimised, OptimizerFn, ScheduleFn
+from anomaly_lit.nn.ranks import copy_first
 from anomaly_lit.types import Batch, Prediction, UserError
 
 __all__ = ["Method", "OptimizerFn", "ScheduleFn"]
@@ -89,7 +90,8 @@ class Method(Optimised):
 
         Runs once in a new run, before the first step, without gradients, in evaluation mode and
         in the precision of training. Keep the result in parameters, buffers or a `Bank`: a
-        checkpoint restores it, and a resumed run does not learn again.
+        checkpoint restores it, and a resumed run does not learn again. All ranks take over the
+        first one's result.
         """
 
     def calibrate(self) -> None:
@@ -97,7 +99,7 @@ class Method(Optimised):
 
         Runs before every validation, after training if no images are held out, and before a test if
         the weights have changed since; without gradients, in evaluation mode and in float32, like
-        scoring. Keep the result as for `learn`.
+        scoring. Keep the result as for `learn`, but not in parameters.
         """
 
     def outcome(self) -> dict[str, Any]:
@@ -220,6 +222,7 @@ class Method(Optimised):
         if not self.learned:
             with self._evaluating(), self.trainer.precision_plugin.forward_context():
                 self.learn()
+            copy_first(self)
             self.learned = True
         if not any(p.requires_grad for p in self.parameters()):
             if self.trainer.is_global_zero:
@@ -319,6 +322,7 @@ class Method(Optimised):
             return
         with self._evaluating(), torch.autocast(self.device.type, enabled=False):
             self.calibrate()
+        copy_first(self, parameters=False)
         self.calibrated = True
 
     @contextmanager

@@ -35,8 +35,8 @@ from anomaly_lit.losses import FlatCosineLoss, scale_gradient
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.attention import Attention
 from anomaly_lit.nn.backbone import Backbone
+from anomaly_lit.nn.ranks import all_ranks
 from anomaly_lit.nn.rebuilding import (
-    all_ranks,
     check_depth,
     gap,
     heads_of,

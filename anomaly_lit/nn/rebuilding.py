@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -77,16 +76,6 @@ def init_truncated(module: nn.Module) -> None:
 def gap(given: Tensor, rebuilt: Tensor) -> Tensor:
     """Return one minus the cosine of channel vectors: (B, C, h, w) twice to (B, 1, h, w)."""
     return 1 - F.cosine_similarity(given, rebuilt, dim=1)[:, None]
-
-
-def all_ranks(values: Tensor) -> Tensor:
-    """Return the values of all processes in one dimension; each must have equally many."""
-    flat = values.detach().flatten()
-    if not (dist.is_available() and dist.is_initialized()):
-        return flat
-    parts = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, flat.contiguous())
-    return torch.cat(parts)
 
 
 def scored(gaps: Sequence[Tensor], image_size: Sequence[int]) -> Prediction:

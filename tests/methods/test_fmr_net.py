@@ -84,11 +84,10 @@ def test_memory_starts_with_centres_and_the_scores_of_normal_positions() -> None
 def test_threshold_follows_normal_positions_only() -> None:
     part = memory()
     part.threshold.fill_(1.0)
-    score = torch.cat([torch.linspace(0, 0.2, 101), torch.full((50,), 1.5)])
-    normal = torch.arange(151) < 101
-    part.move_threshold(score, normal, 0.9)
+    score = torch.cat([torch.linspace(0, 0.2, 101), torch.full((50,), torch.nan)])
+    part.move_threshold(score, 0.9)
     assert float(part.threshold) == pytest.approx(0.9 + 0.1 * 0.19, abs=1e-5)
-    part.move_threshold(score, torch.zeros(151, dtype=torch.bool), 0.9)
+    part.move_threshold(torch.full((151,), torch.nan), 0.9)
     assert float(part.threshold) == pytest.approx(0.919, abs=1e-5)
 
 

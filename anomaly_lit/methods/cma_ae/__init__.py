@@ -195,7 +195,6 @@ class CMAAE(Method):
         if maps:
             values = torch.cat(maps)
             moments = torch.stack([values.mean(), values.square().mean()])
-            moments = self.all_gather(moments).reshape(-1, 2).mean(dim=0)  # type: ignore[union-attr]
             self.map_mean.copy_(moments[0])
             self.map_std.copy_((moments[1] - moments[0].square()).clamp(min=0).sqrt())
 

@@ -46,8 +46,8 @@ from anomaly_lit.methods.dinomaly.network import (
 )
 from anomaly_lit.nn.attention import Attention
 from anomaly_lit.nn.backbone import Backbone
+from anomaly_lit.nn.ranks import all_ranks
 from anomaly_lit.nn.rebuilding import (
-    all_ranks,
     check_depth,
     gap,
     heads_of,

@@ -19,8 +19,9 @@ re-implementation. Differs from it:
 - The bottleneck is a single position at any `image_size`.
 
 One model is meant for one category, and batches of one image: the largest errors are those of the
-whole batch. Quantiles need held-out images. Without `penalty` no image of anything else is seen,
-and a run says so: the student is then not kept from following the teacher everywhere.
+whole batch, on several devices those of all their batches. Quantiles need held-out images. Without
+`penalty` no image of anything else is seen, and a run says so: the student is then not kept from
+following the teacher everywhere.
 
 **Patents** of MVTec in Japan (JP394418688) and Europe (EP 4145401 A1) may cover the method: have
 this checked before commercial use.
@@ -48,6 +49,7 @@ from torch.nn import functional as F
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.methods.efficient_ad.network import Autoencoder
 from anomaly_lit.nn.pdn import LOST, PDN, Kind, channel_statistics, load_teacher
+from anomaly_lit.nn.ranks import all_ranks, mean_of_marked, ranks
 from anomaly_lit.synthesis.augment import change_one_colour, turn_grey
 from anomaly_lit.types import Batch, Prediction, UserError, check_range
 
@@ -251,15 +253,17 @@ class EfficientAD(Method):
 def hard_mean(values: Tensor, quantile: float) -> Tensor:
     """Return the mean of all values that are not below their quantile.
 
+    On several ranks these are the values of all; see `mean_of_marked`.
+
     Args:
         values: Any number of values, of any shape.
         quantile: In [0, 1); if it falls between two values, the larger one is the limit.
     """
     flat = values.flatten()
-    count = len(flat) - math.ceil(quantile * (len(flat) - 1))
-    limit = flat.detach().topk(count).values[-1]
-    hard = flat >= limit
-    return torch.where(hard, flat, 0.0).sum() / hard.sum()
+    everywhere = ranks() * len(flat)
+    count = everywhere - math.ceil(quantile * (everywhere - 1))
+    largest = all_ranks(flat.detach().topk(min(count, len(flat))).values)
+    return mean_of_marked(flat, flat >= largest.topk(count).values[-1])
 
 
 def quantiles(values: Tensor, shares: Sequence[float]) -> Tensor:

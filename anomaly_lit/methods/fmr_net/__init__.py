@@ -45,17 +45,17 @@ from anomaly_lit.methods.fmr_net.network import (
     Rearrangement,
     Recall,
     contrast,
-    mean_where,
 )
 from anomaly_lit.nn.aggregate import check_multiple, resize, smooth
 from anomaly_lit.nn.bank import kmeans
+from anomaly_lit.nn.ranks import all_ranks, copy_first, mean_of_marked
 from anomaly_lit.nn.stages import Stages
 from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 STAGES = ("warmup", "memory", "restoration")
 START_IMAGES = 64  # normal images from which the memory starts
 SCALE_IMAGES = 64  # normal images that put the maps on one scale
-RIVALS = 256  # defective positions of a batch that the contrast sees
+RIVALS = 32  # defective positions of an image that the contrast sees
 SCALES = 3  # of the map of edges
 
 
@@ -158,7 +158,7 @@ class FMRNet(Method):
             )
         self.decoder = Decoder(widths, dim)
         self.register_buffer("scale", torch.tensor([[0.0, 1.0]] * 3))  # mean and deviation of maps
-        self.seen: tuple[Tensor, Tensor] | None = None  # scores and normal positions of a step
+        self.seen: Tensor | None = None  # scores of a step's positions, NaN at defects
 
     # --------------------------------------------------------------------------- the network
 
@@ -194,19 +194,21 @@ class FMRNet(Method):
         if stage == "restoration":
             terms["edges"] = self.edge_weight * self.msgms(restored, target)
             away = (restored - target).abs().mean(dim=1, keepdim=True)
-            terms["defects"] = self.defect_weight * mean_where(away, defect)
+            terms["defects"] = self.defect_weight * mean_of_marked(away, defect)
         if stage != "warmup":
             terms |= self.memory_losses(recall, defect)
         return terms
 
     def memory_losses(self, recall: Recall, defect: Tensor) -> dict[str, Tensor]:
         """Return the contrast of normal and defective positions, and the spread of the slots."""
-        covered = F.adaptive_max_pool2d(defect.float(), recall.gate.shape[-2:]).flatten() > 0
-        keys = torch.rand(len(covered), generator=self.generator(), device=covered.device)
-        chosen = (keys - covered.float()).topk(min(RIVALS, len(keys)), largest=False).indices
+        covered = F.adaptive_max_pool2d(defect.float(), recall.gate.shape[-2:]).flatten(1) > 0
+        keys = torch.rand(covered.shape, generator=self.generator(), device=covered.device)
+        few = min(RIVALS, keys.shape[1])
+        chosen = (keys - covered.float()).topk(few, dim=1, largest=False).indices
+        chosen = chosen + keys.shape[1] * torch.arange(len(keys), device=keys.device)[:, None]
         if self.training:
-            self.seen = (recall.score().detach().flatten(), ~covered)
-        found = contrast(recall, covered, chosen, self.temperature)
+            self.seen = all_ranks(recall.score().masked_fill(covered, torch.nan))
+        found = contrast(recall, covered.flatten(), chosen.flatten(), self.temperature)
         spread = self.spread_weight * self.memory.spread()
         return {"contrast": self.contrast_weight * found, "spread": spread}
 
@@ -236,7 +238,7 @@ class FMRNet(Method):
         loss = super().training_step(batch, batch_idx)
         if self.seen is not None:
             with torch.no_grad():
-                self.memory.move_threshold(*self.seen, self.momentum)
+                self.memory.move_threshold(self.seen, self.momentum)
         return loss
 
     def start_stage(self, name: str) -> None:
@@ -249,6 +251,7 @@ class FMRNet(Method):
             tokens = torch.cat(found)
             centres = kmeans(tokens, len(self.memory.slots), self.generator())
             self.memory.start(centres, tokens)
+        copy_first(self.memory)
 
     def configure_optimizers(self) -> Any:
         """Return one optimiser; its rates follow the schedule in each half of training."""

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anomaly_lit.nn.neighbours import neighbour_mask
+from anomaly_lit.nn.ranks import mean_of_marked, sum_of_ranks
 
 SHARPNESS = 0.05  # width of the gate around its threshold, in units of the patch score
 QUANTILE = 0.95  # of normal patches whose score lies below the threshold
 SLOTS_MARGIN = 0.5  # largest cosine of two slots that costs nothing
 DEFECT_MARGIN = 0.3  # largest cosine of a defect with a slot that costs nothing
+TINY = 1e-30  # the smallest sum of which a logarithm is taken
 
 
 class Encoder(nn.Module):
@@ -99,10 +101,9 @@ class ContrastiveMemory(nn.Module):
         cosine = (tokens @ self.slots.T).amax(dim=1)
         self.threshold.copy_(torch.quantile(1 - cosine, QUANTILE))
 
-    def move_threshold(self, score: Tensor, normal: Tensor, momentum: float) -> None:
-        """Move the threshold towards the quantile of the scores (M,) of normal positions."""
-        seen = torch.where(normal, score, torch.nan)
-        found = torch.nanquantile(seen, QUANTILE)
+    def move_threshold(self, scores: Tensor, momentum: float) -> None:
+        """Move the threshold towards the quantile of normal scores, (M,), where others are NaN."""
+        found = torch.nanquantile(scores, QUANTILE)
         moved = momentum * self.threshold + (1 - momentum) * found
         self.threshold.copy_(torch.where(found.isnan(), self.threshold, moved))
 
@@ -121,7 +122,8 @@ def contrast(recall: Recall, defect: Tensor, chosen: Tensor, temperature: float)
 
         -log(exp(s_j / t) / (sum_k exp(s_k / t) + sum over chosen defects q of exp(s_qj / t)))
 
-    plus the mean excess of the defects' largest cosine over a margin.
+    plus the mean excess of the defects' largest cosine over a margin. Positions are those of the
+    batches of all ranks; see `mean_of_marked`.
 
     Args:
         recall: What the memory made of a batch.
@@ -132,18 +134,12 @@ def contrast(recall: Recall, defect: Tensor, chosen: Tensor, temperature: float)
     cosine = recall.cosine.flatten(0, 1)  # (M, slots)
     nearest = cosine.amax(dim=1) / temperature
     own = cosine.argmax(dim=1)
-    rivals = cosine[chosen] / temperature
-    rivals = rivals.masked_fill(~defect[chosen, None], -torch.inf)
-    of_slot = torch.cat([rivals, torch.full_like(rivals[:1], -1e4)]).logsumexp(dim=0)
+    rivals = ((cosine[chosen] - 1) / temperature).exp() * defect[chosen, None]  # (K, slots)
+    of_slot = (sum_of_ranks(rivals.sum(dim=0)) + TINY).log() + 1 / temperature
     below = torch.logaddexp((cosine / temperature).logsumexp(dim=1), of_slot[own])
-    pulled = mean_where(below - nearest, ~defect)
+    pulled = mean_of_marked(below - nearest, ~defect)
     excess = (cosine[chosen].amax(dim=1) - DEFECT_MARGIN).relu()
-    return pulled + mean_where(excess, defect[chosen])
-
-
-def mean_where(values: Tensor, where: Tensor) -> Tensor:
-    """Return the mean of the marked values; 0 if there are none."""
-    return (values * where).sum() / where.sum().clamp(min=1)
+    return pulled + mean_of_marked(excess, defect[chosen])
 
 
 class Rearrangement(nn.Module):

@@ -65,6 +65,7 @@ from anomaly_lit.methods.multiscale_imitation.search import (
 )
 from anomaly_lit.nn.aggregate import smooth, top_mean
 from anomaly_lit.nn.backbone import Backbone
+from anomaly_lit.nn.ranks import copy_first
 from anomaly_lit.nn.stages import Stages
 from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
@@ -243,6 +244,7 @@ class MultiscaleImitation(Method):
         if name == "search":
             with self._evaluating(), torch.autocast(self.device.type, enabled=False):
                 self.measure()
+            copy_first(self.fusion)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Begin stages of training where they are due."""

@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from anomaly_lit.methods.multiscale_imitation.network import at_size
+from anomaly_lit.nn.ranks import mean_of_marked
 from anomaly_lit.types import Batch, UserError, check_range
 
 Score = Callable[[Tensor, Sequence[int], Tensor], Tensor]  # images, modules, weights of all: maps
@@ -101,13 +102,14 @@ class Fusion(nn.Module):
 def balanced_bce(logits: Tensor, truth: Tensor) -> Tensor:
     """Return the cross entropy with equal weight for anomalous and for normal pixels, a scalar.
 
+    Pixels are those of the batches of all ranks; see `mean_of_marked`.
+
     Args:
         logits: Any shape.
         truth: Bool, the same shape; if one kind is missing, half the mean of the other is left.
     """
     each = F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="none")
-    kinds = [truth.to(each.dtype), (~truth).to(each.dtype)]
-    return torch.stack([(each * kind).sum() / kind.sum().clamp(min=1) for kind in kinds]).mean()
+    return (mean_of_marked(each, truth) + mean_of_marked(each, ~truth)) / 2
 
 
 def defects_in_some(

@@ -165,8 +165,7 @@ class PAEDID(Method):
         batches = self.normal_batches("holdout", NOISE_IMAGES)
         squares = [(b["image"] - self.prior(b["image"])).square().mean() for b in batches]
         if squares:
-            noise = self.all_gather(torch.stack(squares).mean()).mean()  # type: ignore[union-attr]
-            self.noise_std.copy_(noise.sqrt())
+            self.noise_std.copy_(torch.stack(squares).mean().sqrt())
 
     # ------------------------------------------------------------------------------ scoring
 

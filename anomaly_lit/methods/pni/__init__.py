@@ -17,7 +17,8 @@ Follows the paper and the behaviour of the published code, with these difference
 - The greedy coreset works on vectors projected to `projection` values, and chooses among at most
   `candidates` patches drawn at random, so that memory stays within bounds for thousands of images.
 - Codes are the first `codes` items of the bank, or all of it if it is smaller.
-- Each step draws `patches` patches of the batch's images; an epoch of the code visits every patch.
+- Each step draws about `patches` patches, equally many of each image of the batch; an epoch of the
+  code visits every patch.
 - The border of the map, spoilt by padding, repeats the values inside. The published second bank for
   the border is `border=true`: then banks, histogram and map cover all positions.
 - With `dim=null` no channels are averaged: a feature vector is the mean of the patch in each
@@ -58,6 +59,7 @@ from anomaly_lit.nn.bank import (
     partial_distances,
     random_projection,
 )
+from anomaly_lit.nn.ranks import ranks
 from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 CONDITIONS = ("neighbourhood", "position")
@@ -89,7 +91,8 @@ class PNI(Method):
         dropout: Share of its hidden values that is dropped.
         neighbour_dim: Length to which neighbours are projected for the network; None: not at all.
         include_center: Let the network see the patch itself, as the published code does.
-        patches: Patches in a training step.
+        patches: Patches in a training step, those of all devices together; rounded so that each
+            image gives equally many.
         temperature: Divides the network's logits when scoring.
         gamma: Decay of the density around an item, above 0.
         tau: Threshold of the probability, in units of 1 / (number of items); below 0 allows all.
@@ -244,16 +247,20 @@ class PNI(Method):
         return {"neighbourhood": F.cross_entropy(logits.float(), wanted)}
 
     def draw_positions(self, images: int) -> Tensor:
-        """Draw positions (M,), counted through all images; the same in every evaluation."""
+        """Draw positions (M,), as many of each image and counted through all.
+
+        They are the same in every evaluation.
+        """
         if self.training:
             generator = self.generator()
         else:
             generator = torch.Generator(self.inner.device).manual_seed(0)
-        count = len(self.inner)
+        each = max(1, round(self.patches / (images * ranks())))
         draw = torch.randint(
-            images * count, (self.patches,), generator=generator, device=self.inner.device
+            len(self.inner), (images, each), generator=generator, device=self.inner.device
         )
-        return draw // count * math.prod(self.grid) + self.inner[draw % count]
+        first = math.prod(self.grid) * torch.arange(images, device=draw.device)[:, None]
+        return (first + self.inner[draw]).flatten()
 
     # ------------------------------------------------------------------------------- scoring
 
