@@ -46,7 +46,7 @@ def predict(cfg: DictConfig) -> int:
     from anomaly_lit.data.opening import checked_pixels
     from anomaly_lit.inference.clips import frames_before, save_scores
     from anomaly_lit.inference.detector import load
-    from anomaly_lit.inference.folder import Judge, batches_of, find_pictures
+    from anomaly_lit.inference.folder import Judge, batches_of, find_pictures, names_of
 
     max_pixels = checked_pixels(config["max_pixels"], "max_pixels")
     found = find_pictures(Path(config["input"]).expanduser(), directory, max_pixels)
@@ -76,7 +76,7 @@ def predict(cfg: DictConfig) -> int:
     start = told = time.perf_counter()
     judge = Judge(
         detector,
-        found.root,
+        names_of(paths, found.root),
         directory,
         config["category"],
         config["save_maps"],

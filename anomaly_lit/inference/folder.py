@@ -6,6 +6,7 @@ import csv
 import hashlib
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -29,7 +30,7 @@ VERDICTS = "predictions.csv"
 OVERLAYS, MAPS = "overlays", "maps"
 COLUMNS = ("path", "category", "score", "threshold", "verdict", "error")
 MOST_PIXELS = 64_000_000  # of the images held in memory at once
-LONGEST_NAME = 255  # bytes in a file's name, on most file systems
+ROOM = 255 - len(".12345678.png") - 8  # bytes of a name that also leave room for that of a draft
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what starts a formula in a spreadsheet
 
 
@@ -116,7 +117,7 @@ class Judge:
 
     Args:
         detector: Scores the images.
-        root: Folder that the names of overlays and maps are relative to.
+        names: Where the results of each image go; see `names_of`.
         directory: Where `predictions.csv`, `overlays` and `maps` are written.
         category: The one whose threshold to use; None takes the only one, else that of all
             together.
@@ -132,7 +133,7 @@ class Judge:
     def __init__(
         self,
         detector: Detector,
-        root: Path,
+        names: Mapping[Path, Path],
         directory: Path,
         category: str | None = None,
         save_maps: bool = False,
@@ -141,7 +142,7 @@ class Judge:
         film: Film | None = None,
     ) -> None:
         self.detector = detector
-        self.root = root
+        self.names = names
         self.directory = directory
         only = detector.categories[0] if len(detector.categories) == 1 else None
         self.category = category or only
@@ -202,7 +203,7 @@ class Judge:
         return not (self.counts.get("unknown") or self.counts.get("unreadable"))
 
     def _save(self, path: Path, finding: Finding) -> None:
-        name = name_of(path.relative_to(self.root))
+        name = self.names[path]
         target = self.directory / OVERLAYS / f"{name}.png"
         if finding.anomaly_map is None:
             save_image(finding.image, target)
@@ -235,21 +236,43 @@ class Judge:
         )
 
 
-def name_of(path: Path) -> Path:
-    """Return the path of what is written about an image, below the folder for results.
+def names_of(paths: Sequence[Path], root: Path) -> dict[Path, Path]:
+    """Return where the results of each image go, below a folder for results and without a suffix.
 
-    It is the image's own path. A name that would be too long with its new ending is cut and gets a
-    hash of the full name.
+    They have the image's name: those of `a/b.jpg` are `a/b.png` and `a/b.npy`. Where images differ
+    in their suffix only, all but PNG files keep it, as in `a/b.jpg.png`. A name that is too long,
+    or that another image has taken, gets a hash of the image's own.
 
     Args:
-        path: The image's path, relative to the folder that is judged.
+        paths: All images that are judged.
+        root: Names are relative to this folder.
     """
+    stems = Counter(_key(path.with_suffix("")) for path in paths)
+    names: dict[Path, Path] = {}
+    taken: set[str] = set()
+    for path in sorted(paths, key=lambda path: path.suffix != ".png"):  # PNG files choose first
+        bare = path.with_suffix("")
+        alone = path.suffix == ".png" or stems[_key(bare)] == 1
+        choices = [own for own in ([bare] if alone else []) + [path] if _fits(own)]
+        name = next((own for own in choices if _key(own) not in taken), _marked(path))
+        taken.add(_key(name))
+        names[path] = name.relative_to(root)
+    return names
+
+
+def _key(path: Path) -> str:
+    """Return what is equal for paths that some file systems do not tell apart."""
+    return str(path).casefold()
+
+
+def _fits(path: Path) -> bool:
+    return len(os.fsencode(path.name)) <= ROOM
+
+
+def _marked(path: Path) -> Path:
     name = os.fsencode(path.name)
-    room = LONGEST_NAME - len(".12345678.png") - 8  # also leaves room for the name of a draft
-    if len(name) <= room:
-        return path
     mark = hashlib.sha256(name).hexdigest()[:12]
-    return path.with_name(name[: room - 13].decode("utf-8", "ignore") + f"-{mark}")
+    return path.with_name(name[: ROOM - 13].decode("utf-8", "ignore") + f"-{mark}")
 
 
 def printable(text: str | Path) -> str:

@@ -15,7 +15,7 @@ from anomaly_lit.inference import film as module
 from anomaly_lit.inference.clips import frames_before
 from anomaly_lit.inference.detector import Finding
 from anomaly_lit.inference.film import Film, is_film, upright
-from anomaly_lit.inference.folder import Judge, batches_of, find_pictures
+from anomaly_lit.inference.folder import Judge, batches_of, find_pictures, names_of
 from anomaly_lit.types import UserError
 
 av = pytest.importorskip("av")
@@ -59,7 +59,7 @@ class Fake:
 def judged(source: Path, output: Path, frames: int = 0) -> Judge:
     found = find_pictures(source, output)
     before = frames_before(found.paths, frames) if frames else None
-    judge = Judge(Fake(), found.root, output, before=before, film=found.film)  # type: ignore[arg-type]
+    judge = Judge(Fake(), names_of(found.paths, found.root), output, before=before, film=found.film)  # type: ignore[arg-type]
     with judge:
         for batch in batches_of([*before] if before else found.paths, 2, found.film):
             judge.judge(batch)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from anomaly_lit.inference import folder as module
 from anomaly_lit.inference.detector import Finding
-from anomaly_lit.inference.folder import Judge, batches_of, cell, find_pictures, name_of
+from anomaly_lit.inference.folder import Judge, batches_of, cell, find_pictures, names_of
 from anomaly_lit.types import UserError
 
 PIXELS = np.full((8, 12, 3), 90, np.uint8)
@@ -56,7 +56,8 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 def judge(source: Path, output: Path, detector: Any = None, **options: Any) -> Judge:
     found = find_pictures(source, output)
-    with Judge(detector or Fake(), found.root, output, **options) as judging:
+    names = names_of(found.paths, found.root)
+    with Judge(detector or Fake(), names, output, **options) as judging:
         for batch in batches_of(found.paths, 2):
             judging.judge(batch)
     return judging
@@ -67,7 +68,7 @@ def test_pictures_whose_paths_look_alike_have_overlays_of_their_own(tmp_path: Pa
     write(tmp_path / "in" / "a__b.png")
     judge(tmp_path / "in", tmp_path / "out")
     overlays = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")}
-    assert overlays == {"overlays/a/b.png.png", "overlays/a__b.png.png"}
+    assert overlays == {"overlays/a/b.png", "overlays/a__b.png"}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows names files in Unicode")
@@ -79,7 +80,7 @@ def test_names_that_are_no_utf_8_are_judged(tmp_path: Path) -> None:
     judging = judge(source, tmp_path / "out")
     assert judging.counts == {"good": 1}
     assert rows_of(tmp_path / "out")[0]["path"].endswith("caf\\xe9.png")
-    assert (tmp_path / "out" / "overlays" / f"{name}.png").is_file()
+    assert (tmp_path / "out" / "overlays" / name).is_file()
 
 
 def test_names_as_long_as_a_file_system_takes_them_are_judged(tmp_path: Path) -> None:
@@ -89,9 +90,30 @@ def test_names_as_long_as_a_file_system_takes_them_are_judged(tmp_path: Path) ->
     assert len(list((tmp_path / "out" / "overlays").iterdir())) == 2
 
 
-def test_a_name_is_kept_where_it_is_short_enough() -> None:
-    assert name_of(Path("a/b.png")) == Path("a/b.png")
-    long = name_of(Path("a") / ("x" * 250 + ".png"))
+def names(*paths: str) -> list[str]:
+    """Give the names of overlays of images in the folder `in`."""
+    found = names_of([Path("in", path) for path in paths], Path("in"))
+    return [f"{found[Path('in', path)].as_posix()}.png" for path in paths]
+
+
+def test_an_overlay_has_the_name_of_its_image() -> None:
+    assert names("a/b.png", "a/c.jpg", "d.e.TIFF") == ["a/b.png", "a/c.png", "d.e.png"]
+
+
+def test_images_that_differ_in_their_suffix_have_overlays_of_their_own() -> None:
+    assert names("0.jpg", "0.png", "1/0.jpg") == ["0.jpg.png", "0.png", "1/0.png"]
+    assert names("0.bmp", "0.jpg") == ["0.bmp.png", "0.jpg.png"]
+    assert names("A.jpg", "a.png") == ["A.jpg.png", "a.png"]  # some file systems ignore case
+
+
+def test_no_two_overlays_have_one_name() -> None:
+    found = names("0.jpg", "0.png", "0.jpg.png", "0.PNG", "0.jpg.PNG")
+    assert found[1:4] == ["0.png", "0.jpg.png", "0.PNG.png"]
+    assert len({name.casefold() for name in found}) == 5
+
+
+def test_a_name_that_is_too_long_is_cut() -> None:
+    long = Path(names("a/" + "x" * 250 + ".png")[0])
     assert long.parent == Path("a")
     assert len(long.name) < 240
 
@@ -146,7 +168,7 @@ def test_an_unreadable_picture_is_told_in_its_place(tmp_path: Path) -> None:
 def test_a_method_without_maps_gives_pictures_without_heat(tmp_path: Path) -> None:
     path = write(tmp_path / "in" / "a.png")
     judge(tmp_path / "in", tmp_path / "out", Fake(localises=False), save_maps=True)
-    shown = np.asarray(Image.open(tmp_path / "out" / "overlays" / "a.png.png"))
+    shown = np.asarray(Image.open(tmp_path / "out" / "overlays" / "a.png"))
     assert np.array_equal(shown, np.asarray(Image.open(path)))
     assert not (tmp_path / "out" / "maps").exists()
 
