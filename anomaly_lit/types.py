@@ -22,6 +22,11 @@ class UserError(ValueError):
     """
 
 
+def no_holdout(what: str) -> UserError:
+    """Return the error of something that needs held-out images where there are none."""
+    return UserError(f"{what} needs held-out images: set dataset.holdout above 0")
+
+
 def check_range(section: str, interval: str, **values: float | Sequence[float] | None) -> None:
     """Refuse numbers outside an interval, all of them in one error; NaN is always refused.
 

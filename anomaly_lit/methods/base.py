@@ -14,7 +14,7 @@ from anomaly_lit.losses import total
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.optimising import Optimised, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.ranks import copy_first
-from anomaly_lit.types import Batch, Prediction, UserError
+from anomaly_lit.types import Batch, Prediction, UserError, no_holdout
 
 __all__ = ["Method", "OptimizerFn", "ScheduleFn"]
 
@@ -46,6 +46,7 @@ class Method(Optimised):
         oracle_criterion: Metrics of the test set, joined by `+`, whose largest sum
             `selection=oracle` chooses: those by which the paper chose its weights.
         multiple: Height and width of an image must be multiples of this.
+        needs_holdout: Whether there must be held-out images.
         leaves_unused: Whether some training steps leave trainable parameters without a gradient.
             DistributedDataParallel must be told so.
         learned: Whether `learn` has run; part of the state dict.
@@ -58,6 +59,7 @@ class Method(Optimised):
     optimises: bool = False
     oracle: str = ""
     multiple: int = 1
+    needs_holdout: bool = False
     leaves_unused: bool = False
     oracle_criterion: str = "image_auroc+pixel_auroc"
 
@@ -84,6 +86,13 @@ class Method(Optimised):
     def forward(self, image: Tensor) -> Prediction:
         """Score images, (B, 3, H, W) in [0, 1]; anomaly maps are computed only here."""
         raise NotImplementedError
+
+    def check(self) -> None:
+        """Read the files that `learn` needs, to refuse wrong ones before any image is read.
+
+        Raises:
+            UserError: A file is missing or does not fit.
+        """
 
     def learn(self) -> None:
         """Compute from normal images what training starts from: statistics, first codes, a bank.
@@ -214,11 +223,13 @@ class Method(Optimised):
         """Call `learn` once; then calibrate a method that has no trainable parameters.
 
         Raises:
-            UserError: The strategy needs a gradient for every parameter in every step, and this
-                method does not give one (`leaves_unused`).
+            UserError: The strategy needs a gradient for every parameter in every step, which this
+                method does not give (`leaves_unused`), or there are no held-out images.
         """
         if self.leaves_unused:
             self._check_strategy()
+        if self.needs_holdout and next(self.normal_batches("holdout", 1), None) is None:
+            raise no_holdout(type(self).__name__)
         if not self.learned:
             with self._evaluating(), self.trainer.precision_plugin.forward_context():
                 self.learn()

@@ -114,6 +114,11 @@ class PNIRefine(Method):
 
     # ---------------------------------------------------------------------- before the start
 
+    def check(self) -> None:
+        """Read the checkpoint of the PNI."""
+        if self.pni_weights is not None:
+            self.load_pni(self.pni_weights)
+
     def learn(self) -> None:
         """Load the PNI and the encoders, and take the scale of the maps."""
         if self.pni_weights is not None:

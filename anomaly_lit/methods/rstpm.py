@@ -47,7 +47,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
-from anomaly_lit.nn.aggregate import smooth
+from anomaly_lit.nn.aggregate import check_multiple, smooth
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
@@ -98,6 +98,7 @@ class RSTPM(Method):
         check_choice("method", ("residual", "mul", "none"), attention=attention)
         if second_teacher is not None:
             check_strides(teacher, second_teacher)
+            self.multiple = teacher.strides[-1]  # the second student doubles its map
         self.teacher = teacher
         self.second_teacher = second_teacher
         self.loss_scale = loss_scale
@@ -113,6 +114,7 @@ class RSTPM(Method):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return `first` and `second`: a pair's mean 1 - cosine, summed over stages and scaled."""
+        self.check_size(batch["image"])
         first = self.features(self.teacher, batch, "teacher")
         pairs = {"first": (first[:-1], self.student(batch["image"]))}
         if self.second_teacher is not None and self.second_student is not None:
@@ -126,6 +128,7 @@ class RSTPM(Method):
 
     def forward(self, image: Tensor) -> Prediction:
         """Score images; see the base class."""
+        self.check_size(image)
         first = self.teacher(image)
         pairs = [zip(first[:-1], self.student(image), strict=True)]
         if self.second_teacher is not None and self.second_student is not None:
@@ -135,6 +138,10 @@ class RSTPM(Method):
         by_scale = [torch.stack(level).sum(dim=0) for level in zip(*maps, strict=True)]
         anomaly_map = smooth(torch.stack(by_scale).prod(dim=0), self.smoothing)  # (B, 1, H, W)
         return Prediction(anomaly_map, anomaly_map.amax(dim=(1, 2, 3)))
+
+    def check_size(self, image: Tensor) -> None:
+        """Refuse images whose coarsest map does not come back to the size of the others."""
+        check_multiple(image.shape[-2:], self.multiple, "the stride of the teacher's coarsest map")
 
     def configure_optimizers(self) -> Any:
         """Return one optimiser; the second student's rate has a warm-up of its own."""
@@ -236,25 +243,16 @@ class ReconstructionStudent(nn.Module):
         Args:
             bottleneck: (B, C, h, w).
             teacher: The second teacher's maps, finest first; used for the gates only.
-
-        Raises:
-            UserError: The maps do not double in size from stage to stage.
         """
         maps = []
         x = self.stem(bottleneck)
         for number, (up, layer, adapter) in enumerate(
             zip(self.ups, self.layers, self.adapters, strict=True)
         ):
-            target = teacher[-1 - number]
             x = layer(up(x))
-            if x.shape[-2:] != target.shape[-2:]:
-                raise UserError(
-                    f"a map of {tuple(x.shape[-2:])} meets the second teacher's of "
-                    f"{tuple(target.shape[-2:])}: image_size must be a multiple of 32"
-                )
             maps.append(adapter(x))
             if number < len(self.gates):
-                gate = self.gates[number](target)
+                gate = self.gates[number](teacher[-1 - number])
                 x = x * (1 + gate) if self.residual else x * gate
         return maps[::-1]
 

@@ -14,7 +14,7 @@ from anomaly_lit.files import without_secrets
 from anomaly_lit.runs.checks import check_parts, check_validates
 from anomaly_lit.runs.length import given_length, steps_follow_data, steps_for
 from anomaly_lit.runs.ranks import is_first_process
-from anomaly_lit.types import UserError
+from anomaly_lit.types import UserError, no_holdout
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -38,18 +38,25 @@ def find_all_weights(config: dict[str, Any]) -> None:
                 find_weights(node["name"], weights, node.get("file_stem"), f"{path}.weights")
 
 
-def build(config: dict[str, Any]) -> tuple[AnomalyDataModule, Method]:
-    """Build and check the data module, and build the method with its backbones' weights."""
+def build(config: dict[str, Any], new: bool = True) -> tuple[AnomalyDataModule, Method]:
+    """Build and check the data module, and build the method with its backbones' weights.
+
+    Args:
+        config: The composed and validated configuration as plain data.
+        new: Whether the run starts; one that goes on has what it read from files.
+    """
     check_trainer(config["trainer"])
     method = instantiate(config["method"], "method")
     datamodule = build_data(config, method)
     check_parts(config, datamodule, method)
+    if new:
+        method.check()
     if is_first_process():
         datamodule.prepare_data()
     datamodule.setup("fit")
     selection = config["selection"]
     if not datamodule.holdout_samples and selection in ("best", "synthetic"):
-        raise UserError(f"selection={selection} needs held-out images: set dataset.holdout above 0")
+        raise no_holdout(f"selection={selection}")
     method.setup("fit")
     return datamodule, method
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from anomaly_lit.types import UserError
+from anomaly_lit.types import UserError, no_holdout
 
 if TYPE_CHECKING:
     from anomaly_lit.data.datamodule import AnomalyDataModule
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check_parts(config: dict[str, Any], datamodule: AnomalyDataModule, method: Method) -> None:
-    """Check the method's optimiser, its images and their size, and the crop of pixel metrics.
+    """Check the method's optimiser, its images, their size and split, the crop of pixel metrics.
 
     Raises:
         UserError: Two parts do not fit.
@@ -20,7 +20,7 @@ def check_parts(config: dict[str, Any], datamodule: AnomalyDataModule, method: M
     from anomaly_lit.nn.optimising import check_optimizer
 
     check_optimizer(method.optimizer)
-    for check in (check_synthesis, check_companions, check_size):
+    for check in (check_synthesis, check_companions, check_size, check_holdout):
         check(datamodule, method)
     check_crop(datamodule, config)
 
@@ -78,13 +78,20 @@ def check_size(datamodule: AnomalyDataModule, method: Method) -> None:
     Raises:
         UserError: A side is no multiple of `method.multiple`.
     """
-    size, multiple = list(datamodule.resize.size), method.multiple
-    if any(side % multiple for side in size):
-        near = [max(1, round(side / multiple)) * multiple for side in size]
-        raise UserError(
-            f"image_size={size}: {type(method).__name__} needs a multiple of {multiple} in height "
-            f"and width, such as image_size=[{near[0]},{near[1]}]"
-        )
+    from anomaly_lit.nn.aggregate import check_multiple
+
+    name = type(method).__name__
+    check_multiple(datamodule.resize.size, method.multiple, f"which {name} needs")
+
+
+def check_holdout(datamodule: AnomalyDataModule, method: Method) -> None:
+    """Refuse a method that cannot do without held-out images where none will be held out.
+
+    Raises:
+        UserError: `dataset.holdout` is 0.
+    """
+    if method.needs_holdout and not datamodule.holdout:
+        raise no_holdout(type(method).__name__)
 
 
 def check_crop(datamodule: AnomalyDataModule, config: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ def run(
     quiet()
     with StopSignals() as signals, report_failures():
         pl.seed_everything(config["seed"], workers=True, verbose=False)
-        datamodule, method = build(config)
+        datamodule, method = build(config, not goes_on)
         start = checkpoint_to_go_on_from(directory) if goes_on else None
         if start is not None:
             if start.remark:

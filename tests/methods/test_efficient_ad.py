@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from anomaly_lit.data.datamodule import AnomalyDataModule
 from anomaly_lit.methods.efficient_ad import hard_mean, quantiles
 from anomaly_lit.methods.efficient_ad.network import Autoencoder
 from anomaly_lit.types import UserError
@@ -238,6 +239,35 @@ def test_a_teacher_with_a_constant_channel_is_refused(
     grey = {**batch, "image": torch.full_like(batch["image"], 0.5)}
     with pytest.raises(UserError, match="8 of 8 channels of the teacher are constant"):
         fit(small_method("efficient_ad"), grey, 1)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("method.teacher_weights=null", "method.teacher_weights is not set"),
+        ("method.teacher_weights=gone.safetensors", "gone.safetensors: no such file"),
+        ("dataset.holdout=0", "EfficientAD needs held-out images: set dataset.holdout above 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_image_is_read(
+    argument: str,
+    words: str,
+    run_here: Build,
+    mvtec_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read(*arguments: Any) -> None:
+        raise AssertionError("images are read")
+
+    monkeypatch.setattr(AnomalyDataModule, "setup", read)
+    outcome = run_here(
+        "train", "method=efficient_ad_small", "dataset=mvtec_ad", f"dataset.root={mvtec_folder}",
+        "image_size=64", argument, f"output_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert outcome.code == 1
+    assert words in outcome.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_held_out_images_are_needed(

@@ -268,6 +268,11 @@ class DSR(Method):
 
     # -------------------------------------------------------------------------------- hooks
 
+    def check(self) -> None:
+        """Read the file of the latent model."""
+        if self.latent_weights:
+            load_latent(self.latent, self.latent_weights)
+
     def learn(self) -> None:
         """Load the latent model from a file, or draw its first vectors from normal images."""
         if self.latent_weights:

@@ -88,6 +88,7 @@ class EfficientAD(Method):
     """
 
     multiple = 32
+    needs_holdout = True
     needs_by_setting: Mapping[str, str] = {"outlier": "method.penalty=true"}
     mean: Tensor
     std: Tensor
@@ -136,17 +137,19 @@ class EfficientAD(Method):
 
     # ---------------------------------------------------------------------- before the start
 
+    def check(self) -> None:
+        """Read the teacher."""
+        self.load_teacher()
+
     def learn(self) -> None:
         """Load the teacher, and take mean and standard deviation of its channels.
 
         Raises:
-            UserError: There is no teacher, a channel of it is constant, or no image is held out.
+            UserError: There is no teacher, or a channel of it is constant.
         """
-        self.load_teacher()
-        if next(self.normal_batches("holdout", 1), None) is None:
-            raise UserError(
-                "EfficientAD scales its maps by held-out images: set dataset.holdout above 0"
-            )
+        facts = self.load_teacher()
+        if self.trainer.is_global_zero:
+            self.tell_of(facts)
         batches = self.normal_batches("train", None)
         mean, std = channel_statistics(self.teacher(batch["image"]) for batch in batches)
         constant = int((std < LEAST).sum())
@@ -158,8 +161,8 @@ class EfficientAD(Method):
         self.mean.copy_(mean)
         self.std.copy_(std)
 
-    def load_teacher(self) -> None:
-        """Read the teacher and say where it comes from.
+    def load_teacher(self) -> dict[str, str]:
+        """Read the teacher and return where it comes from.
 
         Raises:
             UserError: There is none, or it does not fit.
@@ -171,18 +174,20 @@ class EfficientAD(Method):
                 f"dataset.root=IMAGES {self.sizes()} output_dir=TEACHER (for a CPU see "
                 f"conf/experiment/pdn_teacher.yaml), and set {KEY}=TEACHER/teacher.safetensors"
             )
-        facts = load_teacher(self.teacher_weights, self.teacher, KEY)
-        if self.trainer.is_global_zero:
+        return load_teacher(self.teacher_weights, self.teacher, KEY)
+
+    def tell_of(self, facts: Mapping[str, str]) -> None:
+        """Print where the teacher comes from, and what is missing without the penalty."""
+        print(
+            f"teacher: distilled from {facts['backbone']} in {facts['steps']} steps on "
+            f"{facts['images']} images; error on held-out images "
+            f"{float(facts['held_out_error']):.3f}"
+        )
+        if not self.penalty:
             print(
-                f"teacher: distilled from {facts['backbone']} in {facts['steps']} steps on "
-                f"{facts['images']} images; error on held-out images "
-                f"{float(facts['held_out_error']):.3f}"
+                "no penalty: the student sees no images of other things; for the paper's "
+                "training set method.penalty=true dataset.outlier_dir=DIR"
             )
-            if not self.penalty:
-                print(
-                    "no penalty: the student sees no images of other things; for the paper's "
-                    "training set method.penalty=true dataset.outlier_dir=DIR"
-                )
 
     def sizes(self) -> str:
         """Name the settings that the teacher must share."""

@@ -111,6 +111,7 @@ class ReverseDistillation(Method):
                 "stages, the coarsest first"
             )
         self.backbone = backbone
+        self.multiple = 2 * backbone.strides[-1]  # the embedding halves the last map once more
         self.combine = combine
         self.smoothing = smoothing
         self.score = score
@@ -152,8 +153,7 @@ class ReverseDistillation(Method):
 
     def check_size(self, image: Tensor) -> None:
         """Refuse images whose maps cannot be halved once more and come back to their size."""
-        stride = 2 * self.backbone.strides[-1]
-        check_multiple(image.shape[-2:], stride, "the stride of the embedding")
+        check_multiple(image.shape[-2:], self.multiple, "the stride of the embedding")
 
 
 def check_pyramid(backbone: Backbone) -> None:
