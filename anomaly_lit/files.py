@@ -1,8 +1,9 @@
-"""Write files completely or not at all, and record what produced them."""
+"""Write files completely or not at all, record what produced them, and keep a command's log."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import platform
@@ -156,6 +157,37 @@ def code_commit() -> str | None:
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def tell(text: str, warning: bool = False) -> None:
+    """Print a line, and note it in the command's log.
+
+    Args:
+        text: What to print.
+        warning: Print it to the standard error, as a warning.
+    """
+    if warning:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+    else:
+        print(text, flush=True)
+    note(text, logging.WARNING if warning else logging.INFO)
+
+
+def note(text: str, level: int = logging.INFO) -> None:
+    """Write to the log file that Hydra opened for this command, and nowhere else.
+
+    It tells afterwards what the terminal showed, without progress bars. Outside a command this does
+    nothing.
+
+    Args:
+        text: One or more lines.
+        level: One of those of `logging`.
+    """
+    names = {"name": "anomaly_lit", "levelno": level, "levelname": logging.getLevelName(level)}
+    record = logging.makeLogRecord({**names, "msg": text})
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
 
 
 def peak_memory_mb() -> dict[str, float]:

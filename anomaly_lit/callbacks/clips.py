@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anomaly_lit.callbacks.records import gathered, in_order
 from anomaly_lit.drawing.timeline import Timeline, save_timeline
-from anomaly_lit.files import replace_file
+from anomaly_lit.files import replace_file, tell
 from anomaly_lit.metrics import auroc
 
 
@@ -73,7 +73,7 @@ class ClipScores(pl.Callback):
         """Write the tables and the picture, and say which clips have no value."""
         undefined = [line.name for line in self.timelines if math.isnan(line.auroc)]
         if undefined:
-            print(
+            tell(
                 f"{len(undefined)} of {len(self.timelines)} clips have frames of one kind only, so "
                 f"their AUROC is undefined and left out of test/clip_auroc: {', '.join(undefined)}"
             )

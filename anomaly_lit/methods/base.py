@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
+from anomaly_lit.files import tell
 from anomaly_lit.losses import total
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.optimising import Optimised, OptimizerFn, ScheduleFn
@@ -237,7 +238,7 @@ class Method(Optimised):
             self.learned = True
         if not any(p.requires_grad for p in self.parameters()):
             if self.trainer.is_global_zero:
-                print(f"{type(self).__name__} has no trainable parameters: no step is taken")
+                tell(f"{type(self).__name__} has no trainable parameters: no step is taken")
             self.trainer.fit_loop.epoch_loop.max_steps = 0
             self._calibrate()
 

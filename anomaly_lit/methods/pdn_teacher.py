@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anomaly_lit.files import code_commit
+from anomaly_lit.files import code_commit, tell
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import resize, shrink
 from anomaly_lit.nn.backbone import Backbone
@@ -123,7 +123,7 @@ class PDNTeacher(Method):
         self.mean.copy_(mean)
         self.std.copy_(std.clamp(min=1e-6))  # 0 where a value never changes
         if count < FEW and self.trainer.is_global_zero:
-            print(
+            tell(
                 f"the teacher learns from {count} images: this is a weak teacher, which describes "
                 "other things badly; the paper's learned from the 1.28 million of ImageNet"
             )
@@ -168,7 +168,7 @@ class PDNTeacher(Method):
         error = float(errors.mean())
         if self.trainer.is_global_zero:
             write_teacher(self.teacher_file, self.teacher, self.facts(error))
-            print(
+            tell(
                 f"{self.teacher_file}: error {error:.4f} on {len(errors)} held-out images, where "
                 "a constant answer has 1"
             )

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anomaly_lit.files import tell
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import resize, smooth
 from anomaly_lit.nn.backbone import Backbone
@@ -112,7 +113,7 @@ class SAP2(Method):
                 positions.append(last.flatten(2).transpose(1, 2).flatten(0, 1))
         self.images.fill(torch.cat(images)[torch.cat(indices).argsort()])
         if self.neighbours >= len(self.images) and self.trainer.is_global_zero:
-            print(
+            tell(
                 f"method.neighbours={self.neighbours}: there are {len(self.images)} training images"
                 f", so each is compared with {len(self.images) - 1}"
             )

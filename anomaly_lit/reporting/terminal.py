@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,14 +58,28 @@ def print_table(table: Table) -> None:
 
 def print_results(metrics: Mapping[str, Any], directory: Path) -> None:
     """Print the table of a run's results, and where its files are."""
+    print_table(table_of_run(metrics))
+    print(f"Pictures: {directory / 'images'}")
+    print(f"Numbers:  {directory / 'metrics.json'}, {directory / 'predictions.csv'}")
+
+
+def table_of_run(metrics: Mapping[str, Any]) -> Table:
+    """Return the table of a run's `metrics.json`."""
     results = {
         key.removeprefix("test/"): math.nan if value is None else value
         for key, value in metrics.items()
         if key.startswith("test/")
     }
-    print_table(results_table(results, metrics["selection"]))
-    print(f"Pictures: {directory / 'images'}")
-    print(f"Numbers:  {directory / 'metrics.json'}, {directory / 'predictions.csv'}")
+    return results_table(results, metrics["selection"])
+
+
+def results_text(metrics: Mapping[str, Any]) -> str:
+    """Return the table of a run's results as plain text, for a log."""
+    from rich.console import Console
+
+    console = Console(width=160, file=StringIO())
+    console.print(table_of_run(metrics))
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
 def _cell(results: Mapping[str, float], key: str, with_interval: str = "") -> str:

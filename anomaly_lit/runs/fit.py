@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,8 @@ from anomaly_lit.callbacks.step import compile_error
 from anomaly_lit.callbacks.stopping import StopSignals, end_ranks
 from anomaly_lit.callbacks.training import LossCurves
 from anomaly_lit.config.build import instantiate
-from anomaly_lit.files import replace_file, without_secrets
+from anomaly_lit.config.hydra import message_of
+from anomaly_lit.files import environment, note, replace_file, tell, without_secrets
 from anomaly_lit.inference.checkpoint import read_checkpoint
 from anomaly_lit.runs.build import build, build_trainer
 from anomaly_lit.runs.failures import (
@@ -32,7 +35,7 @@ from anomaly_lit.runs.plan import print_plan
 from anomaly_lit.runs.ranks import check_launcher, check_shares, is_first_process, told_once
 from anomaly_lit.runs.record import Timings, record, record_pruned
 from anomaly_lit.runs.storage import LAST, Start, checkpoint_to_go_on_from
-from anomaly_lit.types import UserError
+from anomaly_lit.types import Stopped, UserError
 
 if TYPE_CHECKING:
     from anomaly_lit.callbacks.evaluation import Evaluation
@@ -70,7 +73,7 @@ def run(
         start = checkpoint_to_go_on_from(directory) if goes_on else None
         if start is not None:
             if start.remark:
-                print(f"warning: {start.remark}", file=sys.stderr)
+                tell(start.remark, warning=True)
             check_same_data(datamodule, start)
         pruner = instantiate(pruning, "pruning") if pruning else None
         trainer, evaluation = build_trainer(config, directory, datamodule, signals, pruner, start)
@@ -84,13 +87,16 @@ def run(
         )
         try:
             if trainer.is_global_zero:
+                note(origin())
                 print_plan(trainer, method, datamodule)
-                print(f"{'Resuming in' if goes_on else 'Writing to'} {directory}", flush=True)
+                tell(f"{'Resuming in' if goes_on else 'Writing to'} {directory}")
             return whole.fit_and_test()
         except SystemExit as end:  # Lightning's response to Ctrl-C
+            note("interrupted", logging.WARNING)
             raise KeyboardInterrupt from end
         except BaseException as error:
             words = in_words(error, trainer, config)
+            note_failure(error, words)
             if words is None:
                 raise
             raise UserError(words) from error
@@ -103,6 +109,17 @@ def note_configuration(config: dict[str, Any], directory: Path) -> None:
     with replace_file(directory / "config.yaml", encoding="utf-8") as file:
         yaml.safe_dump(without_secrets(config), file, sort_keys=False)
     (directory / PRUNED).unlink(missing_ok=True)
+
+
+def origin() -> str:
+    """Return the command, and what it runs on: commit, versions, machine."""
+    facts = environment()
+    versions = ", ".join(
+        f"{key.removeprefix('versions/')} {value}"
+        for key, value in facts.items()
+        if key.startswith("versions/")
+    )
+    return f"{facts['command']}\ncommit {facts['commit']}, {versions}\n{facts['hardware']}"
 
 
 def falling_words(trainer: pl.Trainer, falling: float | None) -> str | None:
@@ -132,6 +149,13 @@ def in_words(error: BaseException, trainer: pl.Trainer, config: dict[str, Any]) 
     if isinstance(error, RuntimeError) and (words := worker_failure(error)):
         return words
     return compile_error(error)
+
+
+def note_failure(error: BaseException, words: str | None) -> None:
+    """Note in the command's log what ended the run; with a traceback unless words suffice."""
+    if words is None and isinstance(error, UserError | Stopped | KeyboardInterrupt):
+        words = message_of(error)
+    note(words or "".join(traceback.format_exception(error)), logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -201,9 +225,12 @@ class Run:
         )
         words = falling_words(self.trainer, self.falling)
         if words and self.trainer.is_global_zero:
-            print(words)
+            tell(words)
         resumed = self.start is not None
-        return Timings(resumed, time.perf_counter() - start, time.process_time() - cpu_start)
+        seconds = time.perf_counter() - start
+        if self.trainer.is_global_zero:
+            note(f"trained to step {self.trainer.global_step} in {seconds:.0f} s")
+        return Timings(resumed, seconds, time.process_time() - cpu_start)
 
     def calibrate(self) -> dict[str, float]:
         """Take thresholds from held-out images with the chosen weights, and save both.
@@ -219,11 +246,13 @@ class Run:
             self.trainer.validate(self.method, datamodule=self.datamodule, verbose=False)
             logged = self.trainer.callback_metrics
             validation = {k: float(v) for k, v in logged.items() if k.startswith("val/")}
+            if self.trainer.is_global_zero:
+                note(", ".join(f"{name} {value:.4g}" for name, value in validation.items()))
         self.trainer.save_checkpoint(self.chosen)
         if self.trainer.is_global_zero:
             held = bool(self.evaluation.calibration)
             words = promise_sentence(self.evaluation.calibration)
-            print(words if held else f"warning: {words}", file=sys.stdout if held else sys.stderr)
+            tell(words, warning=not held)
         return validation
 
     def test(self) -> float:

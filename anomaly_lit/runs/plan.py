@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from anomaly_lit.data.companions import FEATURES
+from anomaly_lit.files import tell
 from anomaly_lit.types import Batch, UserError
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ def plan_of(trainer: pl.Trainer, method: Method, datamodule: AnomalyDataModule) 
 
 def print_plan(trainer: pl.Trainer, method: Method, datamodule: AnomalyDataModule) -> None:
     """Print what is about to happen: data, parameters, memory, time."""
-    print(datamodule.summary())
+    tell(datamodule.summary())
     for line in plan_of(trainer, method, datamodule):
-        print(line)
+        tell(line)
 
 
 def steps_of(trainer: pl.Trainer, steps_per_epoch: int) -> int | None:

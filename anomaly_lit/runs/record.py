@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from anomaly_lit.files import environment, peak_memory_mb, write_json
+from anomaly_lit.files import environment, note, peak_memory_mb, tell, write_json
 from anomaly_lit.reporting.read import SEEN
-from anomaly_lit.reporting.terminal import print_results
+from anomaly_lit.reporting.terminal import print_results, results_text
 from anomaly_lit.runs.code import code_digest
 from anomaly_lit.runs.objective import ORACLE, PRUNED
 
@@ -55,8 +55,9 @@ def record(run: Run, timings: Timings, validation: dict[str, float]) -> dict[str
     if run.trainer.is_global_zero:
         write_json(run.directory / "metrics.json", metrics)
         print_results(metrics, run.directory)
+        note(results_text(metrics))
         for name, fact in facts.items():
-            print(f"{name}: {fact}")
+            tell(f"{name}: {fact}")
     return metrics
 
 
@@ -99,7 +100,7 @@ def record_pruned(directory: Path, trainer: pl.Trainer, pruner: Pruning) -> dict
     facts = {"step": pruner.step, pruner.metric: pruner.value}
     if trainer.is_global_zero:
         write_json(directory / PRUNED, facts)
-        print(f"pruned at step {pruner.step}: {pruner.metric}={pruner.value:.6g}", flush=True)
+        tell(f"pruned at step {pruner.step}: {pruner.metric}={pruner.value:.6g}")
     return facts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -101,6 +102,41 @@ def test_metrics_say_what_they_depend_on(finished: Path) -> None:
     assert metrics["peak_memory_mb"] > 0
     assert metrics["training_seconds"] > 0
     assert {"commit", "hardware", "command", "precision", "threshold_fpr"} <= metrics.keys()
+
+
+def test_the_log_tells_what_a_run_was_and_what_it_gave(finished: Path) -> None:
+    log = (finished / "train.log").read_text()
+    metrics = read_json(finished / "metrics.json")
+    expected = [
+        metrics["command"],
+        f"commit {metrics['commit']}, ",
+        f"torch {metrics['versions/torch']}",
+        metrics["hardware"],
+        "6 steps of",
+        f"Writing to {finished}",
+        "trained to step 6 in",
+        f"val/loss {metrics['val/loss']:.4g}",
+        "image AUROC",
+        f"{100 * metrics['test/bolt/image_auroc']:.1f}",
+    ]
+    places = [log.find(words) for words in expected]
+    assert -1 not in places, expected[places.index(-1)]
+    assert places == sorted(places)
+    assert "\x1b" not in log  # no colours
+    assert re.match(r"\[20\d\d-\d\d-\d\d \d\d:\d\d:\d\d", log)
+
+
+def test_the_log_tells_why_a_run_failed(
+    run_here: Run, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anomaly_lit.runs.fit import Run as Training
+
+    def fail(run: Training) -> None:
+        raise UserError("the drive is gone")
+
+    monkeypatch.setattr(Training, "test", fail)
+    assert run_here("train", *overrides, f"output_dir={tmp_path / 'run'}").code == 1
+    assert "[ERROR] - the drive is gone" in (tmp_path / "run" / "train.log").read_text()
 
 
 def test_predictions_have_a_row_and_a_verdict_per_image(finished: Path, mvtec_folder: Path) -> None:

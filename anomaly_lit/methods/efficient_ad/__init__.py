@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from anomaly_lit.files import tell
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.methods.efficient_ad.network import Autoencoder
 from anomaly_lit.nn.pdn import LOST, PDN, Kind, channel_statistics, load_teacher
@@ -178,13 +179,13 @@ class EfficientAD(Method):
 
     def tell_of(self, facts: Mapping[str, str]) -> None:
         """Print where the teacher comes from, and what is missing without the penalty."""
-        print(
+        tell(
             f"teacher: distilled from {facts['backbone']} in {facts['steps']} steps on "
             f"{facts['images']} images; error on held-out images "
             f"{float(facts['held_out_error']):.3f}"
         )
         if not self.penalty:
-            print(
+            tell(
                 "no penalty: the student sees no images of other things; for the paper's "
                 "training set method.penalty=true dataset.outlier_dir=DIR"
             )
