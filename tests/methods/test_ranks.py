@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -121,41 +121,63 @@ def prepared(file: Path) -> Any:
     return method
 
 
-def compared(folder: Path, name: str, rank: int, batch: Any) -> dict[str, Any]:
-    """Gives by parameter how far the gradients of two ranks are from those of the whole batch."""
-    alone, shared = prepared(folder / f"{name}.pt"), prepared(folder / f"{name}.pt")
-    try:  # where rounding cannot move a value over the kink of a ReLU
-        wide = {key: value.double() if key in FLOATS else value for key, value in batch.items()}
-        expected = gradients(Loss(alone.double()), alone, wide)
-        shared, batch = shared.double(), wide
+def widened(batch: Any) -> Any:
+    return {key: value.double() if key in FLOATS else value for key, value in batch.items()}
+
+
+class Alone(NamedTuple):
+    """What one process learns from the whole batch."""
+
+    gradients: dict[str, Tensor]
+    wide: bool  # in double precision, where rounding cannot move a value over the kink of a ReLU
+    leaves_unused: bool
+
+
+def alone(folder: Path, name: str, batch: Any) -> Alone:
+    method = prepared(folder / f"{name}.pt")
+    try:
+        found = gradients(Loss(method.double()), method, widened(batch))
+        return Alone(found, True, method.leaves_unused)
     except RuntimeError as error:  # the method insists on float32 somewhere
         if "type" not in str(error):
             raise
-        alone = prepared(folder / f"{name}.pt")
-        expected = gradients(Loss(alone), alone, batch)
-    synced(shared)
-    loss = Loss(shared)
-    model = DistributedDataParallel(loss, find_unused_parameters=alone.leaves_unused)
-    found = gradients(model, shared, share(batch, rank))
-    found, expected = (
-        {key.replace(".norm.", "."): value for key, value in of.items()} for of in (found, expected)
-    )
+    method = prepared(folder / f"{name}.pt")
+    return Alone(gradients(Loss(method), method, batch), False, method.leaves_unused)
+
+
+def compared(folder: Path, name: str, rank: int, batch: Any, of_one: Alone) -> dict[str, Any]:
+    """Gives by parameter how far the gradients of two ranks are from those of the whole batch."""
+    method = prepared(folder / f"{name}.pt")
+    if of_one.wide:
+        method, batch = method.double(), widened(batch)
+    synced(method)
+    model = DistributedDataParallel(Loss(method), find_unused_parameters=of_one.leaves_unused)
+    found = gradients(model, method, share(batch, rank))
+    found = {key.replace(".norm.", "."): value for key, value in found.items()}
+    expected = {key.replace(".norm.", "."): value for key, value in of_one.gradients.items()}
     size = max(float(value.abs().max()) for value in expected.values())
     if found.keys() != expected.keys():
         return {"keys": found.keys() ^ expected.keys()}
     return {key: float((found[key] - value).abs().max()) / size for key, value in expected.items()}
 
 
+def attempted(task: Any, *arguments: Any) -> Any:
+    """Gives what a task gives, or its error in words."""
+    try:
+        return task(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def worker(rank: int, folder: str, names: list[str]) -> None:
     torch.set_num_threads(1)
+    batch, path = torch.load(f"{folder}/batch.pt", weights_only=False), Path(folder)
+    of_one = {name: attempted(alone, path, name, batch) for name in names}  # not yet of two
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    batch = torch.load(f"{folder}/batch.pt", weights_only=False)
-    for name in names:
-        try:
-            result: Any = compared(Path(folder), name, rank, batch)
-        except Exception as error:
-            result = f"{type(error).__name__}: {error}"
-        torch.save(result, f"{folder}/{name}_{rank}.pt")
+    for name, found in of_one.items():
+        if isinstance(found, Alone):
+            found = attempted(compared, path, name, rank, batch, found)
+        torch.save(found, f"{folder}/{name}_{rank}.pt")
         dist.barrier()
     dist.destroy_process_group()
 
