@@ -15,6 +15,9 @@ Sizes, memory and score are those of MNAD (Park et al., CVPR 2020), the rest is 
   through.
 - The loss for patterns (`dispersion`) keeps the mean queries of two items apart. It takes the
   place of MNAD's triplet loss, `dispersion=false`.
+- The squared distance of queries to their items is a mean over channels in the loss, as in MNAD's
+  code. As a sum it would weigh as many times more as there are channels, and the queries, which
+  carry the picture to the decoder, would shrink to the items.
 - A single frame's score, which thresholds need, scales its two parts by their range on training
   clips. In a test of clips each part is scaled to [0, 1] within its clip, as published, which needs
   frames that come later.
@@ -71,8 +74,8 @@ class VideoAE(Method):
         memory: Items of the memory at the coarsest level, at least 2.
         skip_memory: Items of the memories at the finer levels, coarsest first, at least 2; 0 leaves
             out the lateral of that level.
-        compact_weight: Weight of the distance of queries to their items; None: 0.1 for `predict`,
-            0.01 for `rebuild`.
+        compact_weight: Weight of the mean squared difference of queries and their items; None: 0.1
+            for `predict`, 0.01 for `rebuild`.
         separate_weight: Weight of what keeps patterns apart; None: the same.
         dispersion: Keep mean patterns apart; false: MNAD's triplet loss of queries.
         entropy_weight: Weight of the entropy of reading, within `dispersion`.
@@ -154,7 +157,7 @@ class VideoAE(Method):
         target = 2 * batch["image"] - 1
         found, recalls = self.network(self.clip(batch["image"], batch.get("frames")))
         found = found.float()
-        compact = torch.stack([recall.distance.mean() for recall in recalls]).mean()
+        compact = torch.stack([r.distance.mean() / r.query.shape[1] for r in recalls]).mean()
         apart = [self.apart(r, m) for r, m in zip(recalls, self.memories(), strict=True)]
         terms = {
             "frame": (found - target).square().mean(),
