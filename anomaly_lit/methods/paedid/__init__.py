@@ -7,10 +7,16 @@ draws the background towards it, so that the defect keeps its contour.
 
 Only the abstract was at hand: the auto-encoder, the energy, its weights and the solver are ours.
 
-- The prior is a plug-in: each iteration draws the background towards its own reconstruction.
+- The prior is a plug-in: each iteration draws the background towards the reconstruction of the
+  image without its defect. For a projection this is the best background, and the same as drawing it
+  towards its own reconstruction. An auto-encoder is none, above all after a short training: every
+  further pass through it blurs, the background ran away from the image, and the defect was
+  everywhere.
 - If `sparsity` or `smoothness` is null, it is 2.5 or 1.5 standard deviations of the noise, which is
   what the auto-encoder fails to rebuild of held-out normal images. Lower weights find larger and
-  fainter defects.
+  fainter defects. Where more than 1 % of the pixels of normal images would be defects, as what is
+  left has structure, such as blurred edges, the deviation counts as larger.
+- An image is not done before the prior has its full weight, with which fainter defects show.
 - `solver=residual` is the comparison that only subtracts the reconstruction.
 - Left out: a search for the background among the auto-encoder's codes by gradients, priors of
   low rank or by splines, and features of a frozen network as patches.
@@ -46,11 +52,13 @@ from torchmetrics.classification import (
 from anomaly_lit.losses import ssim_map
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.methods.paedid.network import PatchAutoencoder
-from anomaly_lit.methods.paedid.solver import Decomposition, decompose
+from anomaly_lit.methods.paedid.solver import Decomposition, decompose, defect_in
 from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 TIE_BREAKER = 1e-3  # weight of the residual in the map: the defect alone is 0 at most pixels
 NOISE_IMAGES = 64  # held-out images from which the noise is measured
+DEVIATIONS = {"sparsity": 2.5, "smoothness": 1.5}  # of the noise, where a weight is not set
+MOST_NORMAL = 0.01  # share of the pixels of normal images that may be defects
 
 
 class PAEDID(Method):
@@ -163,9 +171,9 @@ class PAEDID(Method):
     def calibrate(self) -> None:
         """Measure the noise: what the prior leaves of held-out normal images."""
         batches = self.normal_batches("holdout", NOISE_IMAGES)
-        squares = [(b["image"] - self.prior(b["image"])).square().mean() for b in batches]
-        if squares:
-            self.noise_std.copy_(torch.stack(squares).mean().sqrt())
+        residuals = [b["image"] - self.prior(b["image"]) for b in batches]
+        if residuals:
+            self.noise_std.copy_(deviation(torch.cat(residuals)))
 
     # ------------------------------------------------------------------------------ scoring
 
@@ -182,8 +190,8 @@ class PAEDID(Method):
         return decompose(
             image,
             self.prior,
-            self.weight_of("sparsity", 2.5),
-            self.weight_of("smoothness", 1.5),
+            self.weight_of("sparsity"),
+            self.weight_of("smoothness"),
             self.prior_weight,
             self.prior_growth,
             self.prior_most,
@@ -192,7 +200,7 @@ class PAEDID(Method):
             self.allowed(image),
         )
 
-    def weight_of(self, name: str, deviations: float) -> float:
+    def weight_of(self, name: str) -> float:
         """Return a weight of the energy: as set, or else from the measured noise.
 
         Raises:
@@ -207,7 +215,7 @@ class PAEDID(Method):
                 f"method.{name} is null, so it follows from held-out images, and none is held out: "
                 f"set dataset.holdout above 0, or method.{name}=0.05"
             )
-        return deviations * noise
+        return DEVIATIONS[name] * noise
 
     def allowed(self, image: Tensor) -> Tensor | None:
         """Return where a defect may be, (1, 1, H, W) bool; None: everywhere."""
@@ -253,6 +261,23 @@ class PAEDID(Method):
             self.segmentation.update(found.flatten().int(), batch["gt_mask"][known].flatten().int())
             self.log_dict(self.segmentation, on_step=False, on_epoch=True)
         return prediction
+
+
+def deviation(residual: Tensor) -> Tensor:
+    """Return the standard deviation of the noise that a residual of normal images is.
+
+    It is raised in steps of 10 % until the weights that follow from it leave a defect at no more
+    than 1 % of the pixels.
+
+    Args:
+        residual: (N, 3, H, W), the images less their reconstructions.
+    """
+    noise = residual.square().mean().sqrt()
+    while True:
+        weights = [factor * noise for factor in DEVIATIONS.values()]
+        if (defect_in(residual, *weights) != 0).any(dim=1).float().mean() <= MOST_NORMAL:
+            return noise
+        noise = 1.1 * noise
 
 
 def is_region(values: Sequence[float]) -> bool:

@@ -38,7 +38,13 @@ def decompose(
 
     1/2 |Y - B - S|^2 + sparsity sum_u |S(u)| + smoothness TV(S) + weight / 2 |B - P(B)|^2.
 
-    Each image stops by itself, so that its result does not depend on the others.
+    Its last term supposes that P is a projection, so that P(B) is the normal image nearest to B.
+    Then the best B for a given S is a mean of Y - S and P(Y - S), which is what each iteration
+    takes. P never sees its own output, so that B stays between the image without its defect and one
+    reconstruction of it, also where P is no projection.
+
+    Each image stops by itself, so that its result does not depend on the others, and not before the
+    prior has its full weight: a defect has to exceed `sparsity` (1 + 1 / weight).
 
     Args:
         image: Y, (B, 3, H, W).
@@ -49,7 +55,7 @@ def decompose(
         growth: Factor of `weight` after each iteration.
         most_weight: Largest weight of the prior, where it stops growing.
         iterations: Largest number of iterations.
-        tolerance: Relative change of S below which an image is done.
+        tolerance: Relative change of S below which an image is done, once `weight` has grown.
         region: (1, 1, H, W) bool, where a defect may be; None: everywhere.
         smoothing_iterations: Iterations within each step of S.
     """
@@ -58,19 +64,28 @@ def decompose(
     moving = torch.arange(len(image), device=image.device)
     for _ in range(iterations):
         y, b, s = image[moving], background[moving], defect[moving]
-        smooth = reduce_variation(y - b, smoothness, smoothing_iterations)
-        new = shrink_colours(smooth, sparsity)
+        new = defect_in(y - b, sparsity, smoothness, smoothing_iterations)
         if region is not None:
             new = new * region
-        background[moving] = (y - new + weight * prior(b)) / (1 + weight)
+        rest = y - new
+        background[moving] = (rest + weight * prior(rest)) / (1 + weight)
         defect[moving] = new
         spent[moving] += 1
         change = (new - s).flatten(1).norm(dim=1) / (s.flatten(1).norm(dim=1) + 1e-8)
-        moving = moving[change >= tolerance]
+        grown = min(weight * growth, most_weight)
+        if grown == weight:
+            moving = moving[change >= tolerance]
         if not len(moving):
             break
-        weight = min(weight * growth, most_weight)
+        weight = grown
     return Decomposition(background, defect, spent)
+
+
+def defect_in(
+    residual: Tensor, sparsity: float | Tensor, smoothness: float | Tensor, iterations: int = 10
+) -> Tensor:
+    """Return the sparse and smooth part of what differs from the background, (B, 3, H, W)."""
+    return shrink_colours(reduce_variation(residual, smoothness, iterations), sparsity)
 
 
 def shrink_colours(x: Tensor, amount: float | Tensor) -> Tensor:
