@@ -220,6 +220,10 @@ def test_deviation_of_noise_is_raised_where_what_is_left_has_structure(structure
     assert (left != 0).any(dim=1).float().mean() <= 0.01
 
 
+def test_deviation_of_a_residual_that_is_not_finite_is_not_either() -> None:
+    assert paedid.deviation(torch.full((1, 3, 8, 8), torch.nan)).isnan()
+
+
 def test_an_image_stops_by_itself_whatever_its_batch() -> None:
     torch.manual_seed(0)
     image = projector(torch.rand(3, 3, 16, 16))

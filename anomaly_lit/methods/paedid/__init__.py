@@ -273,11 +273,15 @@ def deviation(residual: Tensor) -> Tensor:
         residual: (N, 3, H, W), the images less their reconstructions.
     """
     noise = residual.square().mean().sqrt()
-    while True:
-        weights = [factor * noise for factor in DEVIATIONS.values()]
-        if (defect_in(residual, *weights) != 0).any(dim=1).float().mean() <= MOST_NORMAL:
-            return noise
+    while noise.isfinite() and share_of_defects(residual, noise) > MOST_NORMAL:
         noise = 1.1 * noise
+    return noise
+
+
+def share_of_defects(residual: Tensor, noise: Tensor) -> float:
+    """Return at how many pixels the weights that follow from the noise leave a defect."""
+    sparsity, smoothness = DEVIATIONS["sparsity"] * noise, DEVIATIONS["smoothness"] * noise
+    return float((defect_in(residual, sparsity, smoothness) != 0).any(dim=1).float().mean())
 
 
 def is_region(values: Sequence[float]) -> bool:
