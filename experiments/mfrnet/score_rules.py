@@ -31,8 +31,9 @@ from anomaly_lit.metrics import auroc
 from anomaly_lit.nn.aggregate import resize, smooth
 from anomaly_lit.runs.build import build, default_precision
 
-STEPS = 200
+STEPS = 100
 HELD_OUT = 1 / 3
+MOST = 32  # held-out images
 LEAST = 48  # corrupted images of each recipe; small categories are corrupted several times
 RECIPES = ("cutpaste", "nsa", "draem", "smudge")
 
@@ -91,7 +92,7 @@ def trained(category: str) -> tuple[MFRNet, Tensor]:
         enable_model_summary=False,
     )
     trainer.fit(method, datamodule=datamodule)
-    held_out = [batch["image"] for batch in datamodule.normal_batches("holdout", None)]
+    held_out = [batch["image"] for batch in datamodule.normal_batches("holdout", MOST)]
     assert isinstance(method, MFRNet)
     return method.eval(), torch.cat(held_out)
 
