@@ -108,12 +108,14 @@ def environment() -> dict[str, Any]:
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    threads = torch.get_num_threads()
     return {
         **{f"versions/{name}": _version(name) for name in PACKAGES},
         "versions/python": platform.python_version(),
         "commit": code_commit(),
         "hardware": gpu
-        or f"CPU, {cores()} cores ({platform.machine()}), {torch.get_num_threads()} threads",
+        or f"CPU, {cores()} core{'s'[: cores() > 1]} ({platform.machine()}), "
+        f"{threads} thread{'s'[: threads > 1]}",
         "command": without_secrets(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
     }
 

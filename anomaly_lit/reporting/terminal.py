@@ -75,11 +75,15 @@ def table_of_run(metrics: Mapping[str, Any]) -> Table:
 
 def results_text(metrics: Mapping[str, Any]) -> str:
     """Return the table of a run's results as plain text, for a log."""
+    from rich.box import ASCII
     from rich.console import Console
 
+    table = table_of_run(metrics)
+    table.box = ASCII  # a log may have any encoding
     console = Console(width=160, file=StringIO())
-    console.print(table_of_run(metrics))
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+    console.print(table)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _cell(results: Mapping[str, float], key: str, with_interval: str = "") -> str:
