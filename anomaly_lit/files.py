@@ -192,6 +192,17 @@ def note(text: str, level: int = logging.INFO) -> None:
             handler.handle(record)
 
 
+def note_origin() -> None:
+    """Note in the command's log the command and what it runs on: commit, versions, machine."""
+    facts = environment()
+    versions = ", ".join(
+        f"{key.removeprefix('versions/')} {value}"
+        for key, value in facts.items()
+        if key.startswith("versions/")
+    )
+    note(f"{facts['command']}\ncommit {facts['commit']}, {versions}\n{facts['hardware']}")
+
+
 def peak_memory_mb() -> dict[str, float]:
     """Return this process's peak memory in MB, on the GPU too if there is one."""
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 from anomaly_lit.commands.entry import run_command
 from anomaly_lit.config.hydra import output_folder, plain
 from anomaly_lit.config.validate import validate
+from anomaly_lit.files import note, note_origin, tell
 from anomaly_lit.types import UserError
 
 GOOD, DEFECT, NOT_JUDGED, FAILED = 0, 1, 2, 3  # 1 and 2: with exit_code=true only
@@ -55,11 +57,12 @@ def predict(cfg: DictConfig) -> int:
     for folder in found.results:
         print(f"skipped: results of an earlier anomaly-predict in {folder}")
     detector = load(config["ckpt_path"], config["device"], config["trust"], config["engine"])
+    note_origin()
     if not detector.calibration:
-        print(
-            "warning: this checkpoint has no threshold, since no image was held out "
-            "(dataset.holdout=0): images get a score but no verdict",
-            file=sys.stderr,
+        tell(
+            "this checkpoint has no threshold, since no image was held out (dataset.holdout=0): "
+            "images get a score but no verdict",
+            warning=True,
         )
     if config["engine"] == "openvino":
         print("Compiling for OpenVINO and comparing with torch, 5 to 10 s ...", flush=True)
@@ -106,10 +109,11 @@ def show(judge: Any, directory: Path, seconds: float) -> None:
     """Print what was found, the seconds that an image took, and where it was written."""
     for error in judge.errors:
         print(error, file=sys.stderr)
+        note(error, logging.WARNING)
     order = ("good", "defect", "unknown", "unreadable")
-    print(", ".join(f"{judge.counts[name]} {name}" for name in order if judge.counts.get(name)))
-    print(f"{seconds:.3g} s per image")
-    print(f"Overlays: {directory / 'overlays'}\nVerdicts: {directory / 'predictions.csv'}")
+    tell(", ".join(f"{judge.counts[name]} {name}" for name in order if judge.counts.get(name)))
+    tell(f"{seconds:.3g} s per image")
+    tell(f"Overlays: {directory / 'overlays'}\nVerdicts: {directory / 'predictions.csv'}")
 
 
 if __name__ == "__main__":

@@ -41,9 +41,9 @@ def test(cfg: DictConfig) -> None:
     from anomaly_lit.callbacks.outputs import Outputs
     from anomaly_lit.callbacks.progress import progress_bar
     from anomaly_lit.callbacks.run import StepSeeds
-    from anomaly_lit.files import environment, write_json
+    from anomaly_lit.files import environment, note, note_origin, write_json
     from anomaly_lit.inference.checkpoint import build_method, read_checkpoint
-    from anomaly_lit.reporting.terminal import print_results
+    from anomaly_lit.reporting.terminal import print_results, results_text
     from anomaly_lit.runs.build import made_by
     from anomaly_lit.runs.failures import quiet
     from anomaly_lit.runs.record import seen_names, selection_of, tested
@@ -87,6 +87,8 @@ def test(cfg: DictConfig) -> None:
         ],
     )
     trainer = made_by(make, {"accelerator": config["accelerator"]})
+    note_origin()
+    note(datamodule.summary())
     if config["method"]:  # other scores need other thresholds
         datamodule.setup("validate")
         trainer.validate(method, datamodule=datamodule, verbose=False)
@@ -106,6 +108,7 @@ def test(cfg: DictConfig) -> None:
     }
     write_json(directory / "metrics.json", metrics)
     print_results(metrics, directory)
+    note(results_text(metrics))
 
 
 def check_seen(trained: dict[str, Any], tested: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from anomaly_lit.callbacks.stopping import StopSignals, end_ranks
 from anomaly_lit.callbacks.training import LossCurves
 from anomaly_lit.config.build import instantiate
 from anomaly_lit.config.hydra import message_of
-from anomaly_lit.files import environment, note, replace_file, tell, without_secrets
+from anomaly_lit.files import note, note_origin, replace_file, tell, without_secrets
 from anomaly_lit.inference.checkpoint import read_checkpoint
 from anomaly_lit.runs.build import build, build_trainer
 from anomaly_lit.runs.failures import (
@@ -87,7 +87,7 @@ def run(
         )
         try:
             if trainer.is_global_zero:
-                note(origin())
+                note_origin()
                 print_plan(trainer, method, datamodule)
                 tell(f"{'Resuming in' if goes_on else 'Writing to'} {directory}")
             return whole.fit_and_test()
@@ -109,17 +109,6 @@ def note_configuration(config: dict[str, Any], directory: Path) -> None:
     with replace_file(directory / "config.yaml", encoding="utf-8") as file:
         yaml.safe_dump(without_secrets(config), file, sort_keys=False)
     (directory / PRUNED).unlink(missing_ok=True)
-
-
-def origin() -> str:
-    """Return the command, and what it runs on: commit, versions, machine."""
-    facts = environment()
-    versions = ", ".join(
-        f"{key.removeprefix('versions/')} {value}"
-        for key, value in facts.items()
-        if key.startswith("versions/")
-    )
-    return f"{facts['command']}\ncommit {facts['commit']}, {versions}\n{facts['hardware']}"
 
 
 def falling_words(trainer: pl.Trainer, falling: float | None) -> str | None:

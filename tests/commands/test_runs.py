@@ -664,6 +664,9 @@ def test_testing_a_checkpoint_repeats_the_metrics_of_training(
     assert {key: one[key] for key in keys} == {key: other[key] for key in keys}
     assert other["data_digest"] == one["data_digest"]
     assert other["selection"] == "last step"
+    log = (tmp_path / "out" / "test.log").read_text()
+    for words in (other["command"], "torch", "bolt: ", "image AUROC"):
+        assert words in log
     for name in ("predictions.csv", "curves.png"):
         assert (tmp_path / "out" / name).exists()
     assert read_rows(tmp_path / "out" / "predictions.csv") == read_rows(
@@ -732,6 +735,9 @@ def test_predictions_come_with_overlays_at_the_original_size(
     maps = [np.load(path) for path in sorted((folder / "maps").rglob("*.npy"))]
     assert [(map_.shape, map_.dtype) for map_ in maps] == [((48, 80), np.float16)] * 4
     assert all(np.isfinite(map_).all() and map_.any() for map_ in maps)
+    log = (folder / "predict.log").read_text()
+    assert all(f" - {line}" in log for line in outcome.out.splitlines()[:2])
+    assert f"ckpt_path={weights}" in log
 
 
 @pytest.mark.slow
