@@ -50,7 +50,9 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
         nonlocal started
         started = True
         try:
-            return task(cfg)
+            result = task(cfg)
+            drop_empty_log()  # such as that of each rank but the first
+            return result
         except Exception as error:
             if not in_sweep():
                 leave_nothing(existed)
@@ -98,13 +100,18 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
 
 def leave_nothing(existed: bool) -> None:
     """Remove the empty log and the new folder that Hydra made for a task that then failed."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    log = folder / f"{HydraConfig.get().job.name}.log"
+    drop_empty_log()
+    if not existed:
+        with suppress(OSError):
+            Path(HydraConfig.get().runtime.output_dir).rmdir()
+
+
+def drop_empty_log() -> None:
+    """Remove the log that Hydra opened for this command if nothing was written."""
+    log = Path(HydraConfig.get().runtime.output_dir, f"{HydraConfig.get().job.name}.log")
     with suppress(OSError):
-        if log.is_file() and not (log.stat().st_size or (folder / "config.yaml").exists()):
+        if not log.stat().st_size:
             log.unlink()
-        if not existed:
-            folder.rmdir()
 
 
 def register_plugins() -> None:

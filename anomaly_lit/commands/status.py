@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from anomaly_lit.runs.claim import holder
 from anomaly_lit.runs.objective import PRUNED
 from anomaly_lit.types import UserError
 
+ENTRY = re.compile(r"\[\d{4}-\d\d-\d\d ")  # how an entry of Hydra's logs begins
 STATES = ("done", "pruned", "running", "failed", "waiting")
 
 
@@ -131,7 +133,7 @@ def is_running(folder: Path, log: Path | None, facts: dict[str, Any]) -> bool:
     """Return whether a run holds the folder, or is just starting.
 
     The log shows that a job is starting: a launcher's process holds the lock of the log, and a job
-    of SLURM or without a launcher has written to it within the last minute.
+    of SLURM or without a launcher has written to it within the last minute, other than its end.
     """
     if holder(folder) is not None:
         return True
@@ -139,7 +141,7 @@ def is_running(folder: Path, log: Path | None, facts: dict[str, Any]) -> bool:
         return False
     of_slurm = "slurm" in facts and facts.get("ended") is None
     begins = (of_slurm or not facts) and time.time() - log.stat().st_mtime < 60
-    return begins or is_held(log)
+    return (begins and not ends_in_error(log)) or is_held(log)
 
 
 def is_held(file: Path) -> bool:
@@ -152,11 +154,21 @@ def last_line(log: Path | None) -> str:
     """Return the last line with text in the last 4 kB of a log."""
     if log is None:
         return ""
+    return next((line for line in reversed(tail(log)) if not line.startswith("srun: ")), "")
+
+
+def ends_in_error(log: Path) -> bool:
+    """Return whether a run's last entry in `train.log` says why it ended."""
+    entries = [line for line in tail(log) if ENTRY.match(line)]
+    return bool(entries) and "[ERROR]" in entries[-1]
+
+
+def tail(log: Path) -> list[str]:
+    """Return the lines with text in the last 4 kB of a log."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode("utf-8", "replace").splitlines()
-    said = [line.strip() for line in lines if line.strip()]
-    return next((line for line in reversed(said) if not line.startswith("srun: ")), "")
+    return [line.strip() for line in lines if line.strip()]
 
 
 def report(jobs: list[JobStatus], at_a_time: int) -> str:

@@ -92,7 +92,7 @@ def run(
                 tell(f"{'Resuming in' if goes_on else 'Writing to'} {directory}")
             return whole.fit_and_test()
         except SystemExit as end:  # Lightning's response to Ctrl-C
-            note("interrupted", logging.WARNING)
+            note("interrupted", logging.ERROR)
             raise KeyboardInterrupt from end
         except BaseException as error:
             words = in_words(error, trainer, config)

@@ -201,9 +201,12 @@ def test_a_renamed_folder_is_the_same_run(
     run_here: Run, overrides: list[str], finished: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(finished, tmp_path / "renamed")
+    log = tmp_path / "renamed" / "train.log"
+    log.unlink()
     outcome = run_here("train", *overrides, f"output_dir={tmp_path / 'renamed'}", "logger=csv")
     assert outcome.code == 0, outcome.err
     assert "already finished" in outcome.out
+    assert not log.exists()  # nothing was told that is worth a file
 
 
 def test_results_without_their_configuration_are_left_alone(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from anomaly_lit import files
-from anomaly_lit.commands.status import is_held, main, read_sweep
+from anomaly_lit.commands.status import is_held, is_running, main, read_sweep
 
 
 @pytest.fixture
@@ -41,6 +41,15 @@ def test_a_broken_plan_is_an_error_in_words(sweep: Path, content: str) -> None:
     (sweep / "sweep.json").write_text(content)
     with pytest.raises(SystemExit, match=r"error: .*sweep\.json"):
         main([str(sweep)])
+
+
+def test_a_log_that_ends_in_an_error_is_of_no_running_job(tmp_path: Path) -> None:
+    log = tmp_path / "train.log"
+    start = "[2025-01-01 10:00:00,000][anomaly_lit][INFO] - 500 steps of 8 images\n"
+    log.write_text(start)
+    assert is_running(tmp_path, log, {})
+    log.write_text(f"{start}[2025-01-01 10:00:09,000][anomaly_lit][ERROR] - Traceback\n  line 1\n")
+    assert not is_running(tmp_path, log, {})
 
 
 @pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf"])
