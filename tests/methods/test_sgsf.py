@@ -111,11 +111,14 @@ def test_parameters_are_as_many_as_stated(published_method: Build) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="from some starts it learns one answer for all")
 def test_forgeries_on_stripes_are_told_from_clean_images_after_200_steps(
     small_method: Build,
 ) -> None:
-    """Images and forgeries that training has not seen."""
+    """Images and forgeries that training has not seen; the rate drops as the authors' does.
+
+    At a constant rate, the running statistics of batch normalisation do not catch up with the
+    weights, and from some starts the network gives one answer for all in evaluation.
+    """
     generator = torch.Generator().manual_seed(0)
     recipe = SaliencyPerlin("none", probability=1.0)
 
@@ -128,10 +131,12 @@ def test_forgeries_on_stripes_are_told_from_clean_images_after_200_steps(
     torch.manual_seed(0)
     method = small_method("sgsf", widths=[8, 16, 16], window=5).train()
     optimizer = torch.optim.Adam(method.parameters(), lr=1e-2)
+    drops = torch.optim.lr_scheduler.MultiStepLR(optimizer, [100, 140, 180], 0.1)
     for _ in range(200):
         optimizer.zero_grad()
         total(method.losses(draw(4))).backward()
         optimizer.step()
+        drops.step()
     unseen = draw(32)
     with torch.no_grad():
         forged, clean = (method.eval()(unseen[of]).score for of in ("corrupted", "image"))
