@@ -10,6 +10,8 @@ different numbers of batches and would wait for each other; each then goes by it
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -32,11 +34,7 @@ def all_ranks(values: Tensor) -> Tensor:
 
 def sum_of_ranks(values: Tensor) -> Tensor:
     """Return the sum of a tensor over all ranks; the gradient reaches each of them."""
-    if ranks() == 1:
-        return values
-    from torch.distributed.nn.functional import all_reduce
-
-    return all_reduce(values)
+    return values if ranks() == 1 else _Sum.apply(values)
 
 
 def mean_of_marked(values: Tensor, where: Tensor) -> Tensor:
@@ -73,6 +71,22 @@ def copy_first(module: nn.Module, parameters: bool = True) -> None:
             first = value.contiguous()
             dist.broadcast(first, src=0)
             value.copy_(first)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all ranks, of values and of their gradients; torch's own is deprecated."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
 
 
 def _several() -> bool:

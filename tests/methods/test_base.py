@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from anomaly_lit.callbacks.run import FillFeatureCache
 from anomaly_lit.data import FeatureCache, HostCache, MVTecAD
+from anomaly_lit.methods import base
 from anomaly_lit.methods.base import Method
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.types import UserError
@@ -50,6 +51,34 @@ def test_gradients_are_clipped_at_the_trainer_s_norm_else_the_method_s(
     )
     trainer.fit(method, DataLoader([{"image": torch.zeros(1, 3, 8, 8)}], batch_size=None))
     assert method.weight.item() == pytest.approx(expected, rel=1e-4)
+
+
+class Counted(Steep):
+    """Notes in a buffer what was computed from images."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def learn(self) -> None:
+        self.seen.fill_(1)
+
+    def calibrate(self) -> None:
+        self.seen.fill_(2)
+
+
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*")
+def test_ranks_take_over_what_the_first_has_learned_and_calibrated(
+    fit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[tuple[float, bool]] = []
+
+    def note(module: Any, parameters: bool = True) -> None:
+        shared.append((float(module.seen), parameters))
+
+    monkeypatch.setattr(base, "copy_first", note)
+    fit(Counted(), {"image": torch.zeros(1, 3, 8, 8), "category": ["bolt"]}, 1)
+    assert shared == [(1, True), (2, False)]
 
 
 @pytest.mark.parametrize(
