@@ -27,7 +27,7 @@ image, so the method cannot be exported. The test reports the defect region itse
 
 Paper: Mou, Cao, Bai, Huang, Shi, Shan: PAEDID: Patch Autoencoder Based Deep Image Decomposition
 For Pixel-level Defective Region Segmentation. arXiv:2203.14457.
-Status: works; measured small (experiments/small), too short to compare.
+Status: works; measured small (experiments/small), too short to compare: it finds next to nothing.
 Note: no code was published and its text was not at hand: network, energy and solver are ours;
 the docstring says how.
 """
