@@ -84,3 +84,16 @@ def test_a_mean_needs_every_category():
     assert tables.mean_of(own, "pixel_ap", ["a", "b"]) == pytest.approx(0.6)
     assert tables.mean_of(own, "pixel_ap", ["a", "b", "c"]) is None
     assert tables.mean_of([{**own[0], "pixel_ap": ""}], "pixel_ap", ["a"]) is None
+
+
+def test_the_page_on_memories_says_what_results_csv_says():
+    tables = load_tables("memory")
+    rows = tables.read()
+    written = tables.PAGE.read_text(encoding="utf-8")
+    generated = written.split(tables.BEGIN)[1].split(tables.END)[0].lstrip("\n")
+    assert generated == tables.as_markdown(rows)
+    assert tables.as_csv(rows) == tables.RESULTS.read_text(encoding="utf-8")
+    for row in rows:
+        assert row["commit"], row
+        assert not row["commit"].endswith("+changes"), row
+        assert row["hardware"]
