@@ -222,6 +222,7 @@ def test_rules_for_the_score() -> None:
     anomaly_map = torch.rand(2, 1, 20, 30)
     flat = anomaly_map.flatten(1)
     torch.testing.assert_close(score_of(anomaly_map, "max"), flat.max(dim=1).values)
+    torch.testing.assert_close(score_of(anomaly_map, "mean"), flat.mean(dim=1))
     torch.testing.assert_close(score_of(anomaly_map, "std"), flat.std(dim=1, correction=0))
     top = flat.sort(dim=1).values[:, -6:].mean(dim=1)  # a hundredth of 600 pixels
     torch.testing.assert_close(score_of(anomaly_map, "top"), top)

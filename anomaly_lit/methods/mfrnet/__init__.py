@@ -23,6 +23,9 @@ are our own choice, and so are the answers to the questions that they leave open
   losses' gradients differed by a factor of 5 to 16. With 0.1, the pixel loss's norm was 3.6, 2.0
   and 0.6 times the structural one's at steps 10, 20 and 30 (toothbrush). `train/gradient_pixel` and
   `train/gradient_structure` log both;
+- the score of an image is the largest value of its map. The small preset takes the mean: after 100
+  steps it told held-out normal images far better from the same with synthetic defects (image AUROC
+  86, the largest value 60; experiments/mfrnet), since rough but normal textures stand out, too;
 - convolutions start with the variance 2 / fan-out, as in networks of this family;
 - hidden positions are filled with a learned vector, features are scaled to [0, 1] channel by
   channel between percentiles of the training images, and SSIM is taken channel by channel.
@@ -81,7 +84,7 @@ class MFRNet(Method):
         combine: `sum` or `product` of the two maps.
         smoothing: Standard deviation of the Gaussian filter on the map, in pixels.
         score: How the image's score follows from the map: `max`, `top` (mean of the highest
-            hundredth of its values) or `std` (their standard deviation).
+            hundredth of its values), `mean` or `std` (their standard deviation).
         mask_seed: Seed of the masks in scoring.
 
     Raises:
@@ -110,7 +113,7 @@ class MFRNet(Method):
         structure_weight: float = 1.0,
         combine: Literal["sum", "product"] = "sum",
         smoothing: float = 4.0,
-        score: Literal["max", "top", "std"] = "max",
+        score: Literal["max", "top", "mean", "std"] = "max",
         mask_seed: int = 0,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
@@ -127,7 +130,7 @@ class MFRNet(Method):
             )
         check_choice("method", ("joint", "per_stage"), restoration=restoration)
         check_choice("method", ("sum", "product"), combine=combine)
-        check_choice("method", ("max", "top", "std"), score=score)
+        check_choice("method", ("max", "top", "mean", "std"), score=score)
         if any(dim % head_dim for dim in dims):
             raise UserError(f"method.head_dim={head_dim} must divide method.dims={list(dims)}")
         self.backbone = backbone
@@ -255,6 +258,8 @@ class MFRNet(Method):
 def score_of(anomaly_map: Tensor, rule: str) -> Tensor:
     """Map (B, 1, H, W) to scores (B,); see `score` of `MFRNet`."""
     values = anomaly_map.flatten(1)
+    if rule == "mean":
+        return values.mean(dim=1)
     if rule == "std":
         return values.std(dim=1, unbiased=False)
     count = max(values.shape[1] // 100, 1) if rule == "top" else 1
