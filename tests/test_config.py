@@ -143,7 +143,7 @@ def test_all_misfits_are_listed_at_once_with_path_and_suggestion(config: dict[st
         "dataset.batch_size: expected int, found 2.5",
         "seed: expected int from 0 to 4294967295, found 'zero'",
         "selection: expected one of ",
-        "last, best, oracle",
+        "last, best, synthetic, oracle",
     ):
         assert line in text
 
