@@ -214,14 +214,22 @@ def write_longer(name: str) -> None:
     """Write the option of `experiment` that runs a method `TIMES` times as long."""
     import yaml
 
-    steps = (
-        TIMES * yaml.safe_load(option_of(name).read_text(encoding="utf-8"))["trainer"]["max_steps"]
-    )
+    steps = TIMES * steps_of(f"small_{name}")
     every = max(1, steps // LOGGED)
     trainer = {"max_steps": steps, "val_check_interval": steps, "log_every_n_steps": every}
     text = yaml.safe_dump({"defaults": [f"small_{name}"], "trainer": trainer}, sort_keys=False)
     head = f"# @package _global_\n# Written by experiments/small/plan.py: {TIMES} minutes.\n"
     (OPTIONS / f"long_{name}.yaml").write_text(head + text, encoding="utf-8")
+
+
+def steps_of(option: str) -> int:
+    """Return the steps that an option names, or else the one that it builds on."""
+    import yaml
+
+    values = yaml.safe_load((OPTIONS / f"{option}.yaml").read_text(encoding="utf-8"))
+    if "trainer" in values:
+        return int(values["trainer"]["max_steps"])
+    return steps_of(values["defaults"][0])
 
 
 # ------------------------------------------------------------------------------ few test images
