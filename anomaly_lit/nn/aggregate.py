@@ -32,9 +32,17 @@ def aggregate(features: Sequence[Tensor], grid: Sequence[int], average: bool = F
     return torch.cat(maps, dim=1)
 
 
-def resize(anomaly_map: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize a (B, C, h, w) map to `size`, bilinearly with aligned corners."""
-    return F.interpolate(anomaly_map, (size[0], size[1]), mode="bilinear", align_corners=True)
+def resize(anomaly_map: Tensor, size: Sequence[int], align_corners: bool = True) -> Tensor:
+    """Resize a (B, C, h, w) map to `size`, bilinearly.
+
+    Args:
+        anomaly_map: (B, C, h, w) float.
+        size: Height and width of the result.
+        align_corners: Corner values keep their places, as most published methods have it; false:
+            values are squares of pixels, as when an image is resized.
+    """
+    wanted = (size[0], size[1])
+    return F.interpolate(anomaly_map, wanted, mode="bilinear", align_corners=align_corners)
 
 
 def shrink(feature: Tensor, size: Sequence[int]) -> Tensor:

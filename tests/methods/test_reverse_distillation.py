@@ -126,6 +126,22 @@ def test_the_map_is_the_sum_over_scales(method: Any, monkeypatch: pytest.MonkeyP
     assert torch.allclose(method(torch.zeros(2, 3, 16, 16)).anomaly_map, product)
 
 
+def test_maps_may_be_resized_as_squares_of_pixels(
+    method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, rebuilt = golden()
+    monkeypatch.setattr(method.backbone, "forward", lambda image: given)
+    monkeypatch.setattr(method, "rebuild", lambda features: rebuilt)
+    monkeypatch.setattr(method, "check_size", lambda image: None)
+    method.smoothing, method.align_corners = 0.0, False
+    gaps = [
+        1 - F.cosine_similarity(one, other)[:, None]
+        for one, other in zip(given, rebuilt, strict=True)
+    ]
+    whole = sum(F.interpolate(gap, (16, 16), mode="bilinear") for gap in gaps)
+    assert torch.allclose(method(torch.zeros(2, 3, 16, 16)).anomaly_map, whole)
+
+
 def test_perfectly_rebuilt_features_of_any_length_are_normal(
     method: Any, make_batch: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,12 @@ def test_resize_keeps_the_corners() -> None:
     assert torch.equal(large[..., [0, -1], :][..., [0, -1]], map_[..., [0, -1], :][..., [0, -1]])
 
 
+def test_resize_may_treat_values_as_squares_of_pixels() -> None:
+    map_ = torch.arange(4.0).view(1, 1, 1, 4)
+    found = resize(map_, (1, 8), align_corners=False)
+    assert found.flatten().tolist() == [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
+
+
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 4.0, 9.5])
 @pytest.mark.parametrize("size", [(32, 32), (7, 40), (1, 5)])
 def test_smoothing_equals_scipy_s(sigma: float, size: tuple[int, int]) -> None:

@@ -69,6 +69,8 @@ class ReverseDistillation(Method):
             `position` compares each position, as the paper's formula does; it is reported to be
             clearly worse.
         combine: How the maps of the scales are combined: `sum` or `product`.
+        align_corners: How maps are brought to the image's size: with aligned corners, as the
+            authors' code does, or as squares of pixels (false).
         smoothing: Standard deviation of the Gaussian filter on the map, in pixels.
         score: `max` of the map, or `top`: the mean of its top 1 %.
 
@@ -91,6 +93,7 @@ class ReverseDistillation(Method):
         final_activation: Literal["relu", "none"] = "relu",
         distance: Literal["flat", "position"] = "flat",
         combine: Literal["sum", "product"] = "sum",
+        align_corners: bool = True,
         smoothing: float = 4.0,
         score: Literal["max", "top"] = "max",
     ) -> None:
@@ -113,6 +116,7 @@ class ReverseDistillation(Method):
         self.backbone = backbone
         self.multiple = 2 * backbone.strides[-1]  # the embedding halves the last map once more
         self.combine = combine
+        self.align_corners = align_corners
         self.smoothing = smoothing
         self.score = score
         self.distance = FlatCosineLoss() if distance == "flat" else CosineLoss()
@@ -139,11 +143,12 @@ class ReverseDistillation(Method):
         """Score images; see the base class."""
         self.check_size(image)
         features = self.backbone(image)
+        gaps = [
+            1 - F.cosine_similarity(rebuilt, given)[:, None]
+            for rebuilt, given in zip(self.rebuild(features), features, strict=True)
+        ]
         maps = torch.stack(
-            [
-                resize(1 - F.cosine_similarity(rebuilt, given)[:, None], image.shape[-2:])
-                for rebuilt, given in zip(self.rebuild(features), features, strict=True)
-            ]
+            [resize(gap, image.shape[-2:], self.align_corners) for gap in gaps]
         )  # (3, B, 1, H, W)
         combined = maps.sum(dim=0) if self.combine == "sum" else maps.prod(dim=0)
         anomaly_map = smooth(combined, self.smoothing)
