@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ from typing import Any, NamedTuple
 # One thread, or tests on a busy machine wait for each other. Set before anything imports torch,
 # which reads it once; commands and workers that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell without job control starts `pytest ... &` with Ctrl-C ignored, and commands that tests
+# start would inherit that and never hear theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest
