@@ -220,6 +220,29 @@ def test_deviation_of_noise_is_raised_where_what_is_left_has_structure(structure
     assert (left != 0).any(dim=1).float().mean() <= 0.01
 
 
+def test_sparsity_is_higher_where_normal_images_vary_more(small_method: Build) -> None:
+    torch.manual_seed(0)
+    method, image = small_method("paedid", sparsity=None).eval(), torch.zeros(1, 3, 64, 64)
+    residual = 0.02 * torch.randn(6, 3, 64, 64)
+    residual[..., 32:] *= 5
+    method.measure(residual)
+    weight = method.sparsity_in(image)
+    assert weight.shape == (1, 1, 64, 64)
+    torch.testing.assert_close(weight[..., 40:] / weight[..., :24], torch.tensor(5.0).expand(
+        1, 1, 64, 24), rtol=0.1, atol=0)  # fmt: skip
+    places = paedid.spread(method.noise_places, residual)
+    assert paedid.share_of_defects(residual, method.noise_std, places) <= 0.01
+    assert method.sparsity_in(torch.zeros(1, 3, 40, 72)).shape == (1, 1, 40, 72)
+    method.sparsity = 0.05
+    assert method.sparsity_in(image) == 0.05
+
+
+def test_even_noise_has_no_places() -> None:
+    places = paedid.places_of(0.1 * torch.randn(8, 3, 64, 64))
+    torch.testing.assert_close(places, torch.ones(1, 1, 8, 8), rtol=0.1, atol=0)
+    assert not paedid.places_of(torch.zeros(1, 3, 16, 16)).any()
+
+
 def test_deviation_of_a_residual_that_is_not_finite_is_not_either() -> None:
     assert paedid.deviation(torch.full((1, 3, 8, 8), torch.nan)).isnan()
 
@@ -284,7 +307,8 @@ def test_weights_follow_from_the_noise_of_held_out_images(
         method.eval()(batch["image"])
     fit(method, batch, 1)
     with torch.no_grad():
-        noise = paedid.deviation(batch["image"] - method.eval().prior(batch["image"]))
+        residual = batch["image"] - method.eval().prior(batch["image"])
+        noise = paedid.deviation(residual, paedid.spread(paedid.places_of(residual), residual))
     torch.testing.assert_close(method.noise_std, noise)
     assert method.weight_of("sparsity") == pytest.approx(2.5 * float(noise))
     assert method.weight_of("smoothness") == 0.03

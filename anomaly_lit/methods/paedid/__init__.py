@@ -16,6 +16,8 @@ Only the abstract was at hand: the auto-encoder, the energy, its weights and the
   what the auto-encoder fails to rebuild of held-out normal images. Lower weights find larger and
   fainter defects. Where more than 1 % of the pixels of normal images would be defects, as what is
   left has structure, such as blurred edges, the deviation counts as larger.
+- A `sparsity` that follows from the noise is higher where normal images vary more, such as along
+  the edges of a part, and lower elsewhere: a grid of 8 x 8 places.
 - An image is not done before the prior has its full weight, with which fainter defects show.
 - `solver=residual` is the comparison that only subtracts the reconstruction.
 - Left out: a search for the background among the auto-encoder's codes by gradients, priors of
@@ -59,6 +61,7 @@ TIE_BREAKER = 1e-3  # weight of the residual in the map: the defect alone is 0 a
 NOISE_IMAGES = 64  # held-out images from which the noise is measured
 DEVIATIONS = {"sparsity": 2.5, "smoothness": 1.5}  # of the noise, where a weight is not set
 MOST_NORMAL = 0.01  # share of the pixels of normal images that may be defects
+PLACES = 8  # rows and columns of places that each have their noise
 
 
 class PAEDID(Method):
@@ -78,7 +81,7 @@ class PAEDID(Method):
         ssim_weight: Weight of the structural dissimilarity in training.
         solver: `decomposition`, or `residual`, the distance to the reconstruction.
         sparsity: Weight of the defect's size, in units of brightness; None: 2.5 deviations of the
-            noise.
+            noise at its place.
         smoothness: Weight of the defect's total variation; None: 1.5 deviations of the noise.
         prior_weight: Weight of the prior in the first iteration.
         prior_growth: Factor of that weight in each further iteration.
@@ -95,6 +98,7 @@ class PAEDID(Method):
 
     optimises = True
     noise_std: Tensor
+    noise_places: Tensor
 
     def __init__(
         self,
@@ -143,6 +147,7 @@ class PAEDID(Method):
         self.region = region
         self.least_region = least_region
         self.register_buffer("noise_std", torch.full((), torch.nan))
+        self.register_buffer("noise_places", torch.ones(1, 1, PLACES, PLACES))
         self.segmentation = MetricCollection(
             {
                 "precision": BinaryPrecision(),
@@ -173,7 +178,12 @@ class PAEDID(Method):
         batches = self.normal_batches("holdout", NOISE_IMAGES)
         residuals = [b["image"] - self.prior(b["image"]) for b in batches]
         if residuals:
-            self.noise_std.copy_(deviation(torch.cat(residuals)))
+            self.measure(torch.cat(residuals))
+
+    def measure(self, residual: Tensor) -> None:
+        """Take the noise, and how strong it is at each place, from a residual (N, 3, H, W)."""
+        self.noise_places.copy_(places_of(residual))
+        self.noise_std.copy_(deviation(residual, spread(self.noise_places, residual)))
 
     # ------------------------------------------------------------------------------ scoring
 
@@ -190,7 +200,7 @@ class PAEDID(Method):
         return decompose(
             image,
             self.prior,
-            self.weight_of("sparsity"),
+            self.sparsity_in(image),
             self.weight_of("smoothness"),
             self.prior_weight,
             self.prior_growth,
@@ -216,6 +226,11 @@ class PAEDID(Method):
                 f"set dataset.holdout above 0, or method.{name}=0.05"
             )
         return DEVIATIONS[name] * noise
+
+    def sparsity_in(self, image: Tensor) -> float | Tensor:
+        """Return the weight of the defect's size, (1, 1, H, W) if it follows from the noise."""
+        weight = self.weight_of("sparsity")
+        return weight if self.sparsity is not None else weight * spread(self.noise_places, image)
 
     def allowed(self, image: Tensor) -> Tensor | None:
         """Return where a defect may be, (1, 1, H, W) bool; None: everywhere."""
@@ -263,7 +278,26 @@ class PAEDID(Method):
         return prediction
 
 
-def deviation(residual: Tensor) -> Tensor:
+def places_of(residual: Tensor) -> Tensor:
+    """Return how strong a residual of normal images is at each place, relative to all of it.
+
+    Args:
+        residual: (N, 3, H, W), the images less their reconstructions.
+
+    Returns:
+        (1, 1, PLACES, PLACES), with a mean square of 1.
+    """
+    energy = residual.square().mean(dim=(0, 1), keepdim=True)
+    places = F.adaptive_avg_pool2d(energy, PLACES)
+    return (places / places.mean().clamp(min=1e-12)).sqrt()
+
+
+def spread(places: Tensor, image: Tensor) -> Tensor:
+    """Bring values of places, (1, 1, n, n), to the size of images (B, 3, H, W)."""
+    return F.interpolate(places, image.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def deviation(residual: Tensor, places: float | Tensor = 1.0) -> Tensor:
     """Return the standard deviation of the noise that a residual of normal images is.
 
     It is raised in steps of 10 % until the weights that follow from it leave a defect at no more
@@ -271,16 +305,17 @@ def deviation(residual: Tensor) -> Tensor:
 
     Args:
         residual: (N, 3, H, W), the images less their reconstructions.
+        places: Factor of the sparsity, (1, 1, H, W) if it differs by place.
     """
     noise = residual.square().mean().sqrt()
-    while noise.isfinite() and share_of_defects(residual, noise) > MOST_NORMAL:
+    while noise.isfinite() and share_of_defects(residual, noise, places) > MOST_NORMAL:
         noise = 1.1 * noise
     return noise
 
 
-def share_of_defects(residual: Tensor, noise: Tensor) -> float:
+def share_of_defects(residual: Tensor, noise: Tensor, places: float | Tensor) -> float:
     """Return at how many pixels the weights that follow from the noise leave a defect."""
-    sparsity, smoothness = DEVIATIONS["sparsity"] * noise, DEVIATIONS["smoothness"] * noise
+    sparsity, smoothness = DEVIATIONS["sparsity"] * noise * places, DEVIATIONS["smoothness"] * noise
     return float((defect_in(residual, sparsity, smoothness) != 0).any(dim=1).float().mean())
 
 

@@ -49,7 +49,7 @@ def decompose(
     Args:
         image: Y, (B, 3, H, W).
         prior: P, brings images (n, 3, H, W) near to normal ones.
-        sparsity: Weight of the number of pixels with a defect.
+        sparsity: Weight of the number of pixels with a defect; (1, 1, H, W) if it differs by place.
         smoothness: Weight of the total variation of each channel.
         weight: Weight of the prior.
         growth: Factor of `weight` after each iteration.
