@@ -5,13 +5,15 @@
     python scripts/methods_table.py --check   fails if README.md has a different table
 
 The docstring of a method's file begins with its name and a colon, and ends with lines that begin
-with Paper:, Status: and Note:, each up to the next.
+with Paper:, Status: and Note:, each up to the next. Folders of `experiments` that have its numbers
+are linked.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import csv
 import re
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- scripts/methods_table.py writes this table -->", "<!-- end of the table -->"
 COLUMNS = ("status", "paper", "note")
+SHARED = ("small", "memory")  # folders of experiments on several methods
 
 
 def facts_of(file: Path) -> dict[str, str] | None:
@@ -38,7 +41,19 @@ def facts_of(file: Path) -> dict[str, str] | None:
             f"{file}: the docstring has no line that begins with {missing[0].title()}:"
         )
     lines = {key: " ".join(value.split()).removesuffix(".") for key, value in facts.items()}
-    return {"method": found[0].partition(":")[0], **lines}
+    name = file.parent.name if file.stem == "__init__" else file.stem
+    return {"method": found[0].partition(":")[0], "measured": measured(name), **lines}
+
+
+def measured(name: str) -> str:
+    """Return links to the folders of `experiments` that have numbers of a method."""
+    folder = ROOT / "experiments"
+    found = [name] if (folder / name / "README.md").exists() else []
+    for shared in SHARED:
+        with (folder / shared / "results.csv").open(encoding="utf-8", newline="") as lines:
+            if any(row["method"] == name for row in csv.DictReader(lines)):
+                found.append(shared)
+    return ", ".join(f"[{each}](experiments/{each}/README.md)" for each in found) or "-"
 
 
 def table() -> str:
@@ -46,10 +61,11 @@ def table() -> str:
     folder = ROOT / "anomaly_lit" / "methods"
     files = [*folder.glob("*.py"), *folder.glob("*/__init__.py")]
     rows = [facts for file in files if (facts := facts_of(file))]
-    lines = ["| method | status | paper | note |", "| --- | --- | --- | --- |"]
+    head = ["method", "status", "measured", "paper", "note"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for row in sorted(rows, key=lambda row: row["method"].lower()):
         status = re.sub(r"\((experiments/\w+)\)", r"([\1](\1/README.md))", row["status"])
-        lines.append(f"| {row['method']} | {status} | {row['paper']} | {row['note']} |")
+        lines.append(f"| {' | '.join({**row, 'status': status}[key] for key in head)} |")
     return "\n".join(lines)
 
 
