@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anomaly_lit.losses import total
+from anomaly_lit.methods import DSR, dsr
 from anomaly_lit.methods.dsr.network import (
     Codebook,
     LatentModel,
@@ -154,6 +155,7 @@ def test_shapes() -> None:
     joined = latent.joined(codes)
     assert latent.decoder(joined).shape == (2, 3, 64, 96)
     assert ObjectDecoder(8, 4, 8)(joined).shape == (2, 3, 64, 96)
+    assert ObjectDecoder(8, 4, 8, 5)[4](torch.rand(2, 32, 4, 6)).shape == (2, 5, 4, 6)
     assert Restriction(8, 4)(codes.low).shape == codes.low.shape
     assert UNet(6, (4, 8, 8))(torch.rand(2, 6, 64, 96)).shape == (2, 2, 64, 96)
 
@@ -224,6 +226,42 @@ def test_rate_falls_within_the_second_stage_only(
     )
     fit(method, make_batch(), 20)
     assert rates == pytest.approx([1.0] * 13 + [0.1] * 2 + [1.0] * 5)
+
+
+def test_rate_falls_in_each_scheduled_stage(
+    small_method: Build, fit: Build, make_batch: Build
+) -> None:
+    method = small_method("dsr", shares=[0, 0.5, 0.5], scheduled=["detection", "upsampling"])
+    rates: list[float] = []
+    method.on_after_backward = lambda: rates.append(
+        method.trainer.optimizers[0].param_groups[0]["lr"] / 2e-4
+    )
+    fit(method, make_batch(), 20)
+    assert rates == pytest.approx(2 * ([1.0] * 8 + [0.1] * 2))
+
+
+@pytest.mark.parametrize(("done", "term", "stage"), [(0.5, "image", 0), (0.9, "upsampling", 1)])
+def test_images_are_turned_in_their_stage_alone(
+    done: float,
+    term: str,
+    stage: int,
+    small_method: Build,
+    make_batch: Build,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(DSR, "done", done)
+    shares = []
+    monkeypatch.setattr(dsr, "turn", lambda image, share, generator: shares.append(share) or image)
+    method = small_method("dsr", turned=[0.25, 0.75]).train()
+    assert term in method.losses(make_batch(2))
+    assert shares == [[0.25, 0.75][stage]]
+
+
+def test_no_image_is_turned_at_a_share_of_zero_and_each_at_one(make_batch: Build) -> None:
+    image = make_batch(16)["image"]
+    turned = [dsr.turn(image, share, torch.Generator().manual_seed(0)) for share in (0.0, 1.0)]
+    assert torch.equal(turned[0], image)
+    assert (turned[1] != image).flatten(1).any(dim=1).all()
 
 
 def test_evaluation_sums_all_stages(small_method: Build, make_batch: Build) -> None:

@@ -66,7 +66,7 @@ class DSR(Method):
 
     Args:
         optimizer: Builds the optimiser; each stage updates only its own parameters.
-        schedule: Factor of the learning rate over the second stage; the others use the full rate.
+        schedule: Factor of the learning rate over each stage of `scheduled`.
         gradient_clip: Largest norm of all gradients together.
         hidden: Channels of the latent model, and length D of a code's vector.
         residual: Channels inside its residual blocks.
@@ -76,7 +76,10 @@ class DSR(Method):
         texture_dir: Folder of the textures; None generates them.
         restriction: Channels of the restriction networks' first stage.
         object_width: Channels of the object decoder's first stage, a multiple of 4.
+        object_neck: Channels of its narrowest map, (H / 16, W / 16); None for `object_width` / 4.
         detector: Channels of the stages of the detector and the upsampling network.
+        turned: Shares of images that the last two stages turn by up to 90 degrees.
+        scheduled: Names of these stages: some of `latent`, `detection` and `upsampling`.
         shares: Shares of training of the three stages. With [1, 0, 0] a run trains only the latent
             model, for other runs to read.
         latent_weights: Checkpoint of another run of DSR with the same latent model, or the authors'
@@ -104,7 +107,10 @@ class DSR(Method):
         texture_dir: str | None = None,
         restriction: int = 128,
         object_width: int = 256,
+        object_neck: int | None = None,
         detector: Sequence[int] = (64, 128, 256, 256),
+        turned: Sequence[float] = (0.4, 0.3),
+        scheduled: Sequence[str] = ("detection",),
         shares: Sequence[float] = (0.25, 0.5, 0.25),
         latent_weights: str | None = None,
         window: int = 21,
@@ -114,10 +120,17 @@ class DSR(Method):
         check_range("method", "[1, inf)", restriction=restriction, detector=detector, window=window)
         check_range("method", "[1, inf)", object_width=object_width)
         check_range("method", "[0, inf)", textures=textures, shares=shares)
+        check_range("method", "[1, inf)", object_neck=object_neck)
+        check_range("method", "[0, 1]", turned=turned)
         if codes < 20 or hidden % 2 or object_width % 4 or window % 2 == 0:
             raise UserError(
                 f"method.codes={codes} must be at least 20, hidden={hidden} even, object_width="
                 f"{object_width} a multiple of 4 and window={window} odd"
+            )
+        if len(turned) != 2 or not set(scheduled) <= set(STAGES):
+            raise UserError(
+                f"method.turned={list(turned)} must be two shares, and method.scheduled="
+                f"{list(scheduled)} some of {', '.join(STAGES)}"
             )
         needed = sum(shares[1:]) if latent_weights else sum(shares)
         if len(shares) != 3 or needed <= 0:
@@ -129,12 +142,14 @@ class DSR(Method):
         self.texture_folder = None if texture_dir is None else TextureFolder(texture_dir)
         self.latent_weights = latent_weights
         self.window = window
+        self.turned = turned
+        self.scheduled_stages = scheduled
         first = 0.0 if latent_weights else shares[0]
         self.stages = Stages(dict(zip(STAGES, [first, *shares[1:]], strict=True)))
         self.latent = LatentModel(hidden, residual, codes, reseed)
         self.restrict_low = Restriction(hidden, restriction)
         self.restrict_high = Restriction(hidden, restriction)
-        self.object_decoder = ObjectDecoder(hidden, residual, object_width)
+        self.object_decoder = ObjectDecoder(hidden, residual, object_width, object_neck)
         self.detector = UNet(6, detector)
         self.upsampler = UNet(8, detector)
         for part in (self.object_decoder, self.detector):  # the upsampler keeps torch's start
@@ -177,7 +192,7 @@ class DSR(Method):
         generator = self.generator()
         image = batch["image"]
         if self.training:
-            image = turned(image, 0.4, generator)
+            image = turn(image, self.turned[0], generator)
         with torch.no_grad():
             clean, corrupted, truth = self.corrupted_codes(image, generator)
             general = self.latent.decoder(self.latent.joined(corrupted))
@@ -194,7 +209,7 @@ class DSR(Method):
         """Return the loss of the upsampling network on smudged images."""
         whole = torch.cat([batch["corrupted"], batch["corruption"].to(batch["image"].dtype)], dim=1)
         if self.training:
-            whole = turned(whole, 0.3, self.generator())
+            whole = turn(whole, self.turned[1], self.generator())
         with torch.no_grad():
             seen = self.detect(whole[:, :3])
         logits = self.upsampler(torch.cat(seen, dim=1))
@@ -215,11 +230,8 @@ class DSR(Method):
         draw = torch.rand(2, len(image), 1, 1, 1, generator=generator, device=image.device)
         with torch.autocast(image.device.type, enabled=False):
             region = self.perlin(image, generator) & (draw[0] < 0.5)
-        both, low_only, high_only = (
-            draw[1] < 0.5,
-            (draw[1] >= 0.5) & (draw[1] < 0.75),
-            draw[1] >= 0.75,
-        )
+        both, high_only = draw[1] < 0.5, draw[1] >= 0.75
+        low_only = ~both & ~high_only
         at_low, at_high = (
             F.adaptive_max_pool2d(region.float(), codes.shape[-2:]) > 0 for codes in clean
         )
@@ -305,12 +317,14 @@ class DSR(Method):
             self.log(f"train/perplexity_{name}", torch.exp(-(used * (used + 1e-10).log()).sum()))
 
     def configure_optimizers(self) -> Any:
-        """Return one optimiser; in the second stage its rate follows the schedule."""
+        """Return one optimiser; in the stages of `scheduled` its rate follows the schedule."""
         optimizer = self.optimizer(list(self.parameters()))
 
         def factor(done: float) -> float:
             stage, within = self.stages.at(done)
-            return self.schedule(within) if self.schedule and stage == "detection" else 1.0
+            if self.schedule is None or stage not in self.scheduled_stages:
+                return 1.0
+            return self.schedule(within)
 
         return self.scheduled(optimizer, factor)
 
@@ -326,7 +340,7 @@ def mirrored(image: Tensor) -> Tensor:
     return torch.where(chosen, image.flip(-1), image)
 
 
-def turned(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
+def turn(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Turn about a share of the images by up to 90 degrees; fill what is empty with black."""
     draw = torch.rand(2, len(image), generator=generator, device=image.device)
     angle = torch.where(draw[0] < share, 180 * draw[1] - 90, torch.zeros_like(draw[1]))

@@ -262,10 +262,11 @@ class ObjectDecoder(nn.Sequential):
         dim: Length D of the vectors.
         residual: Channels inside residual blocks.
         width: Channels of the first stage.
+        neck: Channels of the narrowest map, (B, neck, h / 4, w / 4); None for a quarter of `width`.
     """
 
-    def __init__(self, dim: int, residual: int, width: int) -> None:
-        w, thin = width, width // 4
+    def __init__(self, dim: int, residual: int, width: int, neck: int | None = None) -> None:
+        w, thin = width, neck or width // 4
         super().__init__(
             conv3(2 * dim, w, 2 * w),
             nn.MaxPool2d(2),
