@@ -73,9 +73,10 @@ def measure(
     name: str, root: Path, folder: Path, batch: int, rounds: int, arguments: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return rows of the stages and of the variants of one method, in batches of one size."""
+    name, *settings = name.split(",")
     checkpoint = folder / f"{name}.ckpt"
     if not checkpoint.exists():
-        trained(name, root, folder, arguments.size)
+        trained(name, root, folder, arguments.size, settings)
     detector = load(checkpoint, arguments.device)
     engines = Engines(checkpoint, folder, arguments.device, arguments.threads)
     paths = sorted(root.glob("part/train/good/*.png"))[:batch]
@@ -241,7 +242,9 @@ def tables(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="options of conf/method")
+    parser.add_argument("--methods", nargs="+", default=METHODS,
+                        help="options of conf/method, each with more settings after commas: "
+                        "efficient_ad_small,image_size=128")  # fmt: skip
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS)[1:],
                         default=list(VARIANTS)[1:])  # fmt: skip
     parser.add_argument("--no-peers", action="store_true", help="leave anomalib out")

@@ -42,13 +42,22 @@ def timed(run: Callable[[Tensor], Any], image: Tensor) -> float:
     return now() - start
 
 
-def trained(name: str, root: Path, folder: Path, size: int) -> Path:
-    """Write a checkpoint of a method after one step, with thresholds from held-out images."""
+def trained(name: str, root: Path, folder: Path, size: int, settings: Sequence[str] = ()) -> Path:
+    """Write a checkpoint of a method after one step, with thresholds from held-out images.
+
+    Args:
+        name: Option of conf/method.
+        root: Folder of the images.
+        folder: Where the checkpoint is written.
+        size: Side of what the method sees.
+        settings: More settings, which go before these.
+    """
     from hydra import compose, initialize_config_dir
 
     overrides = [f"method={name}", "dataset=mvtec_ad", f"dataset.root={root}", "cache=host",
                  "dataset.masks=none", "dataset.holdout=0.25", "dataset.batch_size=2",
-                 "dataset.feature_cache=null", f"image_size={size}", "output_dir=none"]  # fmt: skip
+                 "dataset.feature_cache=null", f"image_size={size}", "output_dir=none",
+                 *settings]  # fmt: skip
     with initialize_config_dir(config_dir(), version_base="1.3"):
         config = plain(compose("train", overrides=overrides))
     for node in config["method"].values():  # backbones and teachers
