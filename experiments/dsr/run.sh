@@ -20,7 +20,7 @@ run() {  # name, categories, steps, further settings
 run latent "$(IFS=, && echo "${all[*]}")" 1000 'method.shares=[1,0,0]' dataset.balanced=true \
   'method.texture_dir=${oc.env:ANOMALY_LIT_DATA}/textures'
 for category in "${categories[@]}"; do
-  run "$category" "$category" 1000 "method.latent_weights=$out/latent/checkpoints/last.ckpt" \
+  run "$category" "$category" 800 "method.latent_weights=$out/latent/checkpoints/last.ckpt" \
     dataset.batch_size=4 trainer.precision=bf16-mixed
 done
 for name in latent "${categories[@]}"; do

@@ -264,6 +264,29 @@ def test_no_image_is_turned_at_a_share_of_zero_and_each_at_one(make_batch: Build
     assert (turned[1] != image).flatten(1).any(dim=1).all()
 
 
+def test_a_levelled_image_differs_by_a_constant_and_has_no_median_difference() -> None:
+    image, seen = torch.rand(2, 2, 3, 5, 5)
+    image.requires_grad_()
+    shifted = dsr.levelled(image, seen)
+    for number, colour in itertools.product(range(2), range(3)):
+        gaps = (seen - image)[number, colour].flatten().sort().values
+        expected = image[number, colour] + gaps[12]
+        torch.testing.assert_close(shifted[number, colour], expected)
+    shifted.sum().backward()
+    assert torch.equal(image.grad, torch.ones_like(image))  # the shift is a constant
+
+
+def test_brightness_is_levelled_only_if_asked(small_method: Build, make_batch: Build) -> None:
+    image = make_batch()["image"]
+    for level in (False, True):
+        torch.manual_seed(0)
+        method = small_method("dsr", level=level).eval()
+        with torch.no_grad():
+            specific, general, _ = method.detect(image)
+        gap = (general - specific).flatten(2).median(dim=2).values.abs().max()
+        assert (gap < 1e-6) == level
+
+
 def test_evaluation_sums_all_stages(small_method: Build, make_batch: Build) -> None:
     losses = small_method("dsr").eval().losses(make_batch())
     names = {"latent", "commitment", "codes", "image", "detection", "upsampling"}

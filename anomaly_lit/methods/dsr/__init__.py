@@ -47,12 +47,14 @@ from anomaly_lit.methods.dsr.network import (
     Restriction,
     corrupt_codes,
     init_gaussian,
+    levelled,
+    mirrored,
+    turn,
 )
 from anomaly_lit.methods.dsr.pretrained import load_latent
 from anomaly_lit.nn.aggregate import check_multiple
 from anomaly_lit.nn.stages import Stages
 from anomaly_lit.nn.unet import UNet
-from anomaly_lit.synthesis.augment import rotate
 from anomaly_lit.synthesis.perlin import PerlinMask
 from anomaly_lit.synthesis.textures import TextureFolder, procedural_textures
 from anomaly_lit.types import Batch, Prediction, UserError, check_range
@@ -79,6 +81,9 @@ class DSR(Method):
         object_neck: Channels of its narrowest map, (H / 16, W / 16); None for `object_width` / 4.
         detector: Channels of the stages of the detector and the upsampling network.
         turned: Shares of images that the last two stages turn by up to 90 degrees.
+        level: Shift each image as it should be, so that its median difference to the image as it is
+            becomes zero in each colour. Instance normalisation tells the networks next to nothing
+            of an image's overall brightness.
         scheduled: Names of these stages: some of `latent`, `detection` and `upsampling`.
         shares: Shares of training of the three stages. With [1, 0, 0] a run trains only the latent
             model, for other runs to read.
@@ -110,6 +115,7 @@ class DSR(Method):
         object_neck: int | None = None,
         detector: Sequence[int] = (64, 128, 256, 256),
         turned: Sequence[float] = (0.4, 0.3),
+        level: bool = False,
         scheduled: Sequence[str] = ("detection",),
         shares: Sequence[float] = (0.25, 0.5, 0.25),
         latent_weights: str | None = None,
@@ -143,6 +149,7 @@ class DSR(Method):
         self.latent_weights = latent_weights
         self.window = window
         self.turned = turned
+        self.level = level
         self.scheduled_stages = scheduled
         first = 0.0 if latent_weights else shares[0]
         self.stages = Stages(dict(zip(STAGES, [first, *shares[1:]], strict=True)))
@@ -198,10 +205,11 @@ class DSR(Method):
             general = self.latent.decoder(self.latent.joined(corrupted))
         low, high = self.restrict_low(corrupted.low), self.restrict_high(corrupted.high)
         specific = self.show(low, high)
-        logits = self.detector(torch.cat([specific.detach(), general], dim=1))
+        expected = self.expected(specific, general).detach()
+        logits = self.detector(torch.cat([expected, general], dim=1))
         return {
             "codes": F.mse_loss(low, clean.low) + F.mse_loss(high, clean.high),
-            "image": 10 * F.mse_loss(specific, image),
+            "image": 10 * F.mse_loss(self.expected(specific, image), image),
             "detection": focal_loss(odds(logits), truth, smooth=SMOOTH),
         }
 
@@ -254,11 +262,16 @@ class DSR(Method):
         )
         return self.object_decoder(torch.cat([fine, self.latent.high(high)], dim=1))
 
+    def expected(self, specific: Tensor, seen: Tensor) -> Tensor:
+        """Return decoded images, with the brightness of those seen if `level` is set."""
+        return levelled(specific, seen) if self.level else specific
+
     def detect(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return images as they should be, as they are, and (B, 2, H, W) class probabilities."""
         codes, _, _ = self.latent.codes(image)
         general = self.latent.decoder(self.latent.joined(codes))
         specific = self.show(self.restrict_low(codes.low), self.restrict_high(codes.high))
+        specific = self.expected(specific, general)
         logits = self.detector(torch.cat([specific, general], dim=1))
         return specific, general, logits.softmax(dim=1)
 
@@ -332,18 +345,3 @@ class DSR(Method):
 def odds(logits: Tensor) -> Tensor:
     """Map (B, 2, H, W) logits to (B, 1, H, W); the sigmoid is the second class's probability."""
     return (logits[:, 1:] - logits[:, :1]).float()
-
-
-def mirrored(image: Tensor) -> Tensor:
-    """Mirror each image left to right, or leave it as it is."""
-    chosen = torch.rand(len(image), 1, 1, 1, device=image.device) < 0.5
-    return torch.where(chosen, image.flip(-1), image)
-
-
-def turn(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Turn about a share of the images by up to 90 degrees; fill what is empty with black."""
-    draw = torch.rand(2, len(image), generator=generator, device=image.device)
-    angle = torch.where(draw[0] < share, 180 * draw[1] - 90, torch.zeros_like(draw[1]))
-    with torch.autocast(image.device.type, enabled=False):
-        moved = rotate(image.float(), angle).to(image.dtype)
-    return torch.where((draw[0] < share).view(-1, 1, 1, 1), moved, image)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from anomaly_lit.nn.bank import nearest_rows, partial_distances
 from anomaly_lit.nn.unet import conv3, doubled
+from anomaly_lit.synthesis.augment import rotate
 
 ROWS = 4096  # vectors whose distances to all codes are sorted at once
 
@@ -289,3 +290,29 @@ def init_gaussian(module: nn.Module) -> None:
     """Draw weights of convolutions from N(0, 0.02^2)."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
+
+
+def levelled(image: Tensor, seen: Tensor) -> Tensor:
+    """Add to each colour of each image its median difference to `seen`, as a constant.
+
+    Args:
+        image: (B, 3, H, W).
+        seen: The same shape.
+    """
+    gap = (seen - image).detach().float().flatten(2).median(dim=2).values
+    return image + gap.to(image.dtype)[..., None, None]
+
+
+def mirrored(image: Tensor) -> Tensor:
+    """Mirror each image left to right, or leave it as it is."""
+    chosen = torch.rand(len(image), 1, 1, 1, device=image.device) < 0.5
+    return torch.where(chosen, image.flip(-1), image)
+
+
+def turn(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Turn about a share of the images by up to 90 degrees; fill what is empty with black."""
+    draw = torch.rand(2, len(image), generator=generator, device=image.device)
+    angle = torch.where(draw[0] < share, 180 * draw[1] - 90, torch.zeros_like(draw[1]))
+    with torch.autocast(image.device.type, enabled=False):
+        moved = rotate(image.float(), angle).to(image.dtype)
+    return torch.where((draw[0] < share).view(-1, 1, 1, 1), moved, image)
