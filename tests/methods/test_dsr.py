@@ -20,6 +20,8 @@ from anomaly_lit.methods.dsr.network import (
     ObjectDecoder,
     Restriction,
     corrupt_codes,
+    levelled,
+    turn,
 )
 from anomaly_lit.methods.dsr.pretrained import load_latent
 from anomaly_lit.nn.unet import UNet
@@ -250,8 +252,13 @@ def test_images_are_turned_in_their_stage_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(DSR, "done", done)
-    shares = []
-    monkeypatch.setattr(dsr, "turn", lambda image, share, generator: shares.append(share) or image)
+    shares: list[float] = []
+
+    def note(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
+        shares.append(share)
+        return image
+
+    monkeypatch.setattr(dsr, "turn", note)
     method = small_method("dsr", turned=[0.25, 0.75]).train()
     assert term in method.losses(make_batch(2))
     assert shares == [[0.25, 0.75][stage]]
@@ -259,7 +266,7 @@ def test_images_are_turned_in_their_stage_alone(
 
 def test_no_image_is_turned_at_a_share_of_zero_and_each_at_one(make_batch: Build) -> None:
     image = make_batch(16)["image"]
-    turned = [dsr.turn(image, share, torch.Generator().manual_seed(0)) for share in (0.0, 1.0)]
+    turned = [turn(image, share, torch.Generator().manual_seed(0)) for share in (0.0, 1.0)]
     assert torch.equal(turned[0], image)
     assert (turned[1] != image).flatten(1).any(dim=1).all()
 
@@ -267,7 +274,7 @@ def test_no_image_is_turned_at_a_share_of_zero_and_each_at_one(make_batch: Build
 def test_a_levelled_image_differs_by_a_constant_and_has_no_median_difference() -> None:
     image, seen = torch.rand(2, 2, 3, 5, 5)
     image.requires_grad_()
-    shifted = dsr.levelled(image, seen)
+    shifted = levelled(image, seen)
     for number, colour in itertools.product(range(2), range(3)):
         gaps = (seen - image)[number, colour].flatten().sort().values
         expected = image[number, colour] + gaps[12]
