@@ -43,6 +43,7 @@ from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.nn.aggregate import aggregate, resize, smooth
 from anomaly_lit.nn.attention import init_as_one
 from anomaly_lit.nn.backbone import Backbone
+from anomaly_lit.nn.neighbours import answer_with_mean, silence
 from anomaly_lit.nn.transformer import TransformerBlock, init_linear, sincos_positions
 from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
@@ -66,6 +67,8 @@ class SIVT(Method):
         decoder_heads: Its attention heads.
         placed_induction: Add the position code to induction tokens in the encoder. PSA-VT's code
             does not, so that all those of a set are equal, and only the decoder tells them apart.
+        head: How the last layer starts: `random` as in PSA-VT, or `mean`, which outputs the mean
+            training token, for short trainings (see `nn.neighbours.answer_with_mean`).
         cosine_per: What the loss compares in direction: whole `token`s (PSA-VT's code) or single
             `position`s (its text).
         smoothing: Standard deviation of the Gaussian filter on the map, in pixels.
@@ -95,6 +98,7 @@ class SIVT(Method):
         decoder_depth: int = 8,
         decoder_heads: int = 16,
         placed_induction: bool = False,
+        head: Literal["random", "mean"] = "random",
         cosine_per: Literal["token", "position"] = "token",
         smoothing: float = 4.0,
         smooth_direction: bool = False,
@@ -116,6 +120,7 @@ class SIVT(Method):
                 f"and method.decoder_heads={decoder_heads}"
             )
         check_choice("method", ("std", "max"), score=score)
+        check_choice("method", ("random", "mean"), head=head)
         check_choice("method", ("token", "position"), cosine_per=cosine_per)
         self.backbone = backbone
         self.mask = mask
@@ -135,6 +140,16 @@ class SIVT(Method):
             nn.Sequential(*[TransformerBlock(dim, decoder_heads) for _ in range(decoder_depth)]),
             placed_induction,
         )
+        self.head_start = head
+        if head == "mean":
+            silence(self.transformer.head)
+
+    def learn(self) -> None:
+        """Start the head at the mean token if `head` says so."""
+        if self.head_start == "mean":
+            features = (self.features(self.backbone, b) for b in self.normal_batches("train"))
+            tokens = (self.token_map(self.tokens(maps)) for maps in features)
+            answer_with_mean(self.transformer.head, tokens)
 
     def tokens(self, features: Sequence[Tensor]) -> Tensor:
         """Join the stages and cut the map into tokens, (B, N, C * patch^2), in float32."""

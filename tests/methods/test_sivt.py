@@ -217,6 +217,18 @@ def test_score_of_an_image_rises_with_a_block_in_it(
     assert (corrupted > clean).all()
 
 
+def test_a_head_that_starts_at_the_mean_answers_with_the_mean_token(
+    small_method: Build, make_batch: MakeBatch
+) -> None:
+    method, batch = small_method("sivt", head="mean"), make_batch(3)
+    method.normal_batches = lambda split: iter([batch])
+    method.learn()
+    with torch.no_grad():
+        tokens = method.tokens(method.backbone(batch["image"]))
+        rebuilt = method.transformer(tokens, method.hidden[0].flatten(2))
+    torch.testing.assert_close(rebuilt, tokens.mean(dim=(0, 1)).expand_as(rebuilt))
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -225,6 +237,7 @@ def test_score_of_an_image_rises_with_a_block_in_it(
         ({"decoder_heads": 3}, "decoder_heads=3"),
         ({"score": "mean"}, "score=mean: choose std or max"),
         ({"cosine_per": "map"}, "cosine_per=map"),
+        ({"head": "zero"}, "head=zero: choose random or mean"),
     ],
 )
 def test_impossible_values_are_refused(
