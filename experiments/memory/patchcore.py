@@ -1,8 +1,9 @@
 """PatchCore as the leading library has it, and one change at a time towards PNI's older preset.
 
-    python experiments/memory/patchcore.py FOLDER CATEGORY   # prints a table
+    python experiments/memory/patchcore.py FOLDER CATEGORY [VARIANT ...]   # prints a table
 
-FOLDER is in MVTec layout. All variants see the same features of ResNet-18 at 256 x 256.
+FOLDER is in MVTec layout. VARIANT is a name of `VARIANTS`; default: all. They all see the
+same features of ResNet-18 at 256 x 256.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ VARIANTS = {
 }
 
 
-def main(root: str, category: str) -> None:
+def main(root: str, category: str, *names: str) -> None:
     """Print the table."""
     torch.set_num_threads(1)
     datamodule, method = built(root, category, 0.0)
@@ -72,7 +73,8 @@ def main(root: str, category: str) -> None:
     labels = torch.cat([batch["label"] for batch in tested])
     masks = torch.cat([batch["gt_mask"] for batch in tested]).flatten()
     print("| bank | vectors | image AUROC | pixel AP |\n| --- | --: | --: | --: |")
-    for name, settings in VARIANTS.items():
+    for name in names or VARIANTS:
+        settings = VARIANTS[name]
         bank = bank_of([m[mine] for m in train] if settings.holdout else train, settings)
         maps, scores = score(test, bank, settings)
         found = (auroc(scores, labels), average_precision(maps.flatten(), masks))
