@@ -29,7 +29,8 @@ image, so the method cannot be exported. The test reports the defect region itse
 
 Paper: Mou, Cao, Bai, Huang, Shi, Shan: PAEDID: Patch Autoencoder Based Deep Image Decomposition
 For Pixel-level Defective Region Segmentation. arXiv:2203.14457.
-Status: works; measured small (experiments/small), too short to compare: it finds next to nothing.
+Status: works on drawn defects; measured small (experiments/small), three minutes on magnetic_tile
+and ksdd: of real defects it finds next to nothing there. Not yet at the experiment's size.
 Note: no code was published and its text was not at hand: network, energy and solver are ours;
 the docstring says how.
 """
