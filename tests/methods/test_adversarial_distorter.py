@@ -66,7 +66,9 @@ def test_no_strength_changes_nothing_to_the_bit(mode: str) -> None:
     assert torch.equal(module.PERTURB[mode](z, torch.randn(2, 4, 5, 6), 0.0), z)
 
 
-def test_similarity_is_the_squared_mean_cosine_of_pairs(small_method: Build) -> None:
+def test_similarity_is_the_squared_mean_cosine_of_pairs_in_units_of_the_error(
+    small_method: Build,
+) -> None:
     method = small_method("adversarial_distorter", similarity_weight=0.1)
     z, answer = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
     change = (module.add(z, answer, 0.3) - z).flatten(1)
@@ -76,9 +78,12 @@ def test_similarity_is_the_squared_mean_cosine_of_pairs(small_method: Build) -> 
         for j in range(3)
         if i != j
     ]
-    expected = 0.1 * (sum(cosines) / 6) ** 2
-    torch.testing.assert_close(method.similarity(z, answer)["similarity"], expected)
-    assert method.similarity(z[:1], answer[:1])["similarity"] == 0
+    clean = torch.tensor(0.002, requires_grad=True)
+    expected = 0.1 * 0.002 * (sum(cosines) / 6) ** 2
+    found = method.similarity(z, answer, clean)["similarity"]
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad  # the error is a unit, and not lowered by it
+    assert method.similarity(z[:1], answer[:1], clean)["similarity"] == 0
 
 
 def test_auto_encoder_s_loss_does_not_reach_the_distorter(

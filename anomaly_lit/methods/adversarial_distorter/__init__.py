@@ -11,7 +11,8 @@ encoding, and the opposed aims. Everything else is ours:
 - A perturbation has a hard bound relative to its encoding; without one it would grow without
   limit. The encoding is normalised, or the encoder would outgrow the bound.
 - The clean image is rebuilt too, since scoring uses that path, and perturbations of different
-  images should differ, or one direction would serve for all.
+  images should differ, or one direction would serve for all. Their similarity counts in units of
+  the clean error, or it would soon outweigh the small errors that the Distorter is to raise.
 - Both networks take steps in turn (`adversary=alternating`), or one step whose gradient is
   reversed on its way to the Distorter (`adversary=reversal`).
 - Where the decoder rebuilds perturbed encodings it sees the clean ones in the same batch, also in
@@ -72,7 +73,7 @@ class AdversarialDistorter(Method):
         warmup: Share of training over which the strength rises from 0, in [0, 1].
         clean_weight: Weight of the error of the unperturbed reconstruction.
         similarity_weight: Weight of the squared mean cosine between the perturbations of different
-            images, which the Distorter lowers.
+            images, which the Distorter lowers, relative to the clean error.
         adversary: `alternating` or `reversal`, see above.
         distorter_every: The Distorter takes one step in this many; `alternating` only.
         average: Decay of the moving average of the weights that score, in [0, 1); 0 keeps none.
@@ -151,7 +152,7 @@ class AdversarialDistorter(Method):
         perturbed, clean = self.errors(x, z, Reversed.apply(answer) if reversal else answer)
         self.report({"ratio": perturbed.detach() / clean.detach()})
         terms = {"perturbed": perturbed, "clean": self.clean_weight * clean}
-        return terms | self.similarity(z, answer) if reversal else terms
+        return terms | self.similarity(z, answer, clean) if reversal else terms
 
     def distorter_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return what the Distorter lowers: the negative error, and the similarity."""
@@ -159,7 +160,8 @@ class AdversarialDistorter(Method):
         with torch.no_grad():
             z = self.encoder(x)
         answer = self.distorter(x)
-        return {"distorter": -self.errors(x, z, answer)[0]} | self.similarity(z, answer)
+        perturbed, clean = self.errors(x, z, answer)
+        return {"distorter": -perturbed} | self.similarity(z, answer, clean)
 
     def errors(self, x: Tensor, z: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean squared errors from the perturbed and from the clean encoding."""
@@ -168,14 +170,17 @@ class AdversarialDistorter(Method):
         perturbed, clean = squared.chunk(2)
         return perturbed.mean(), clean.mean()
 
-    def similarity(self, z: Tensor, answer: Tensor) -> dict[str, Tensor]:
-        """Return the weighted, squared mean cosine between perturbations of different images."""
+    def similarity(self, z: Tensor, answer: Tensor, clean: Tensor) -> dict[str, Tensor]:
+        """Return the squared mean cosine between perturbations of different images, weighted.
+
+        The clean error is part of the weight.
+        """
         z = z.detach()
         direction = F.normalize((self.perturb(z, answer) - z).flatten(1).float(), dim=1)
         count = len(z)
         pairs = direction.sum(dim=0).square().sum() - direction.square().sum()
         mean = pairs / max(1, count * (count - 1))
-        return {"similarity": self.similarity_weight * mean.square()}
+        return {"similarity": self.similarity_weight * clean.detach() * mean.square()}
 
     def perturb(self, z: Tensor, answer: Tensor) -> Tensor:
         """Return the perturbed encoding, (B, C, h, w), as the Distorter's answer says."""
