@@ -22,7 +22,9 @@ trainable parameters.
 
 Paper: Xing, Sun, Li: Self-Supervised Guided Segmentation Framework for Unsupervised Anomaly
 Detection. arXiv:2209.12440.
-Status: works; measured small (experiments/small), too short to compare.
+Status: works; measured small, 300 steps on toothbrush at 128 x 128 (experiments/small): image AUROC
+76.7, pixel AUROC 88.0, pixel AP 19.6. With fewer than 100 steps it finds nothing. One seed; not yet
+at the paper's size.
 Note: no code was published; what the abstract leaves open follows the authors' NIGSF. Set
 `dataset.synthesis.saliency=none` for textures.
 """

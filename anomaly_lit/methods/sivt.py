@@ -23,7 +23,9 @@ encoder and decoder these are the 14.59 million of PSA-VT.
 
 Paper: Yao et al.: Generalizable Industrial Visual Anomaly Detection with Self-Induction Vision
 Transformer. arXiv:2211.12311.
-Status: works; measured small (experiments/small), too short to compare.
+Status: works; measured small, 150 steps on toothbrush at 256 x 256 (experiments/small): image AUROC
+85.3, pixel AUROC 97.0, pixel AP 40.0, with its loss still falling; UniAD has 91.9, 98.7 and 53.0
+after as many steps. One seed; not yet at the paper's size.
 Note: no code was published; what the abstract leaves open follows PSA-VT (IEEE TIM 73, 2024), whose
 code has no licence; written anew from a description of both.
 """
