@@ -22,8 +22,8 @@ divides its sides.
 
 Paper: Yao, Yu, Wang: A Feature Memory Rearrangement Network for Visual Inspection of Textured
 Surface Defects Toward Edge Intelligent Manufacturing. IEEE T-ASE 20(4), 2023, arXiv:2206.10830.
-Status: works; one short run (toothbrush at 128 x 128, `fmr_net_small`, 60 steps of 4): image AUROC
-68.6, pixel AUROC 58.8; too short to compare.
+Status: works; measured small (experiments/small), and beside itself without its memory
+(experiments/memory), which gains 13 points of image AUROC on toothbrush. Too short to compare.
 Note: no code was published and its text was not at hand: formulas, sizes and losses are ours.
 """
 
