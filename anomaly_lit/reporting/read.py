@@ -62,7 +62,8 @@ def read_runs(folder: Path, warn: Callable[[str], None] = print_warning) -> list
 
     Args:
         folder: Such as the output folder of a sweep.
-        warn: Called with a sentence about each run that cannot be read; the run is left out.
+        warn: Called with a sentence about each run that cannot be read, and about each job of a
+            sweep that failed before it was one; they are left out.
     """
     runs = []
     for place in runs_below(folder):
@@ -70,7 +71,20 @@ def read_runs(folder: Path, warn: Callable[[str], None] = print_warning) -> list
             runs.append(read_run(place))
         except UserError as error:
             warn(f"{error}; the report leaves this run out")
+    for job in sorted(folder.rglob("job.json")):
+        if not (job.parent / "config.yaml").exists() and (why := _failure(job)):
+            warn(f"{job.parent} failed before it began: {why}; the report leaves this job out")
     return runs
+
+
+def _failure(job: Path) -> str:
+    """Return why a job of a sweep failed; empty if it did not, or its file says nothing."""
+    try:
+        facts = json.loads(job.read_text(encoding="utf-8"))
+        failed = facts["exit_code"] not in (None, 0)
+        return " ".join((facts["error"] or "see its job.log").split()) if failed else ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
 
 
 def read_run(folder: Path) -> Run:

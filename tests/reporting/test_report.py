@@ -284,6 +284,25 @@ def test_a_broken_run_is_named_and_left_out(
         assert "bad" not in (tmp_path / "report" / f"report.{suffix}").read_text()
 
 
+def test_a_job_that_failed_before_it_was_a_run_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "good")
+    files = {"failed": (1, "no such\nfile"), "silent": (137, ""), "waits": (None, ""), "": (0, "")}
+    for name, (code, error) in files.items():
+        (tmp_path / name).mkdir(exist_ok=True)
+        facts = json.dumps({"exit_code": code, "error": error})
+        (tmp_path / name / "job.json").write_text(facts)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "job.json").write_text("[]")
+    main([str(tmp_path)])
+    end = "; the report leaves this job out"
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {tmp_path / 'failed'} failed before it began: no such file{end}",
+        f"warning: {tmp_path / 'silent'} failed before it began: see its job.log{end}",
+    ]
+
+
 def test_small_aliases_are_read(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     file = tmp_path / "run" / "config.yaml"
