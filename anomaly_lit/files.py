@@ -93,9 +93,14 @@ def _umask() -> int:
     return mask
 
 
-def runs_below(folder: Path) -> list[Path]:
-    """Return the folders of all runs in and below a folder, except those in hidden folders."""
-    runs = [file.parent for file in sorted(folder.rglob("config.yaml"))]
+def runs_below(folder: Path, file: str = "config.yaml") -> list[Path]:
+    """Return the folders of all runs in and below a folder, except those in hidden folders.
+
+    Args:
+        folder: Such as the output folder of a sweep.
+        file: What each of them holds; `job.json` gives the jobs of a sweep, begun or not.
+    """
+    runs = [found.parent for found in sorted(folder.rglob(file))]
     hidden = [any(part[0] == "." for part in run.relative_to(folder).parts) for run in runs]
     return [run for run, is_hidden in zip(runs, hidden, strict=True) if not is_hidden]
 

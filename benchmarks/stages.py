@@ -50,7 +50,7 @@ def trained(name: str, root: Path, folder: Path, size: int, settings: Sequence[s
         root: Folder of the images.
         folder: Where the checkpoint is written.
         size: Side of what the method sees.
-        settings: More settings, which go before these.
+        settings: More settings; they win over those that this function makes.
     """
     from hydra import compose, initialize_config_dir
 

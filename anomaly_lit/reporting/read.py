@@ -71,9 +71,9 @@ def read_runs(folder: Path, warn: Callable[[str], None] = print_warning) -> list
             runs.append(read_run(place))
         except UserError as error:
             warn(f"{error}; the report leaves this run out")
-    for job in sorted(folder.rglob("job.json")):
-        if not (job.parent / "config.yaml").exists() and (why := _failure(job)):
-            warn(f"{job.parent} failed before it began: {why}; the report leaves this job out")
+    for place in runs_below(folder, "job.json"):
+        if not (place / "config.yaml").exists() and (why := _failure(place / "job.json")):
+            warn(f"{place} failed before it began: {why}; the report leaves this job out")
     return runs
 
 
