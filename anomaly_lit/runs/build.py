@@ -235,5 +235,7 @@ def default_precision(accelerator: str) -> str:
 
     if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda"):
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    native = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    native = any(
+        getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16")
+    )
     return "bf16-mixed" if native and accelerator in ("auto", "cpu") else "32-true"

@@ -4,7 +4,7 @@
     python experiments/small/tables.py write               # writes the tables again
 
 `collect` puts the finished runs below OUTPUT_DIR into `results.csv` beside this file, in place of
-older ones of the same method, category and number of steps. The tables stand in
+older ones of the same method, category, number of steps and seed. The tables stand in
 `docs/choosing_a_method.md` and in `experiments/README.md`, between marks. `baselines.csv`, here and
 one folder up, holds what another library's methods gave on the same images.
 """
@@ -75,7 +75,7 @@ def found_in(folder: Path) -> list[Row]:
 
 def named(folder: Path) -> re.Match[str] | None:
     """Match a run's folder, such as `toothbrush_small_uniad` or `toothbrush_long_uniad`."""
-    return re.fullmatch(r"(?P<category>\w+?)_(small|long)_(?P<method>\w+)", folder.name)
+    return re.fullmatch(r"(?P<category>\w+?)_(small|long|full)_(?P<method>\w+)", folder.name)
 
 
 def row_of(run: Any) -> Row:
@@ -113,8 +113,11 @@ def command_of(typed: str) -> str:
 
 
 def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
-    """Return all rows by method, category and steps; a new one takes the place of an old one."""
-    rows = {(row["method"], row["category"], int(row["steps"])): row for row in (*old, *new)}
+    """Return all rows in order; a new one takes the place of an old one of the same run."""
+    rows = {
+        (row["method"], row["category"], int(row["steps"]), int(row["seed"])): row
+        for row in (*old, *new)
+    }
     return [rows[key] for key in sorted(rows)]
 
 
