@@ -81,6 +81,8 @@ class INPFormer(Method):
             With it, the map is half of one minus the cosine plus half of the distance.
         score: `reconstruction`, or `inp_distance`: one minus the cosine to the nearest prototype,
             the paper's way to score a data set that it was not trained on.
+        align_corners: How maps are brought to the image's size: with aligned corners, as the
+            published code has it, or (false) as squares of pixels, each at the patch's place.
 
     Raises:
         UserError: A number is out of range, or the backbone returns prefix tokens.
@@ -101,6 +103,7 @@ class INPFormer(Method):
         coherence_weight: float = 0.2,
         mse: Literal["none", "mean", "sum"] = "none",
         score: Literal["reconstruction", "inp_distance"] = "reconstruction",
+        align_corners: bool = True,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
         check_range("method", "[1, inf)", prototypes=prototypes)
@@ -120,6 +123,7 @@ class INPFormer(Method):
         self.coherence_weight = coherence_weight
         self.mse = mse
         self.score = score
+        self.align_corners = align_corners
         self.distance = FlatCosineLoss()
         self.extractor = Extractor(dim, count, prototypes)
         self.bottleneck = mlp(dim, dropout)
@@ -174,7 +178,8 @@ class INPFormer(Method):
         tokens, prototypes, given, rebuilt = self.compare(self.backbone(image))
         if self.score == "inp_distance":
             nearest = 1 - cosines(tokens, prototypes).amax(dim=-1, keepdim=True)
-            return scored([to_map(nearest, given[0].shape[-2:])], image.shape[-2:])
+            gaps = [to_map(nearest, given[0].shape[-2:])]
+            return scored(gaps, image.shape[-2:], self.align_corners)
         gaps = [gap(one, other) for one, other in zip(given, rebuilt, strict=True)]
         if self.mse != "none":
             norms = [
@@ -182,7 +187,7 @@ class INPFormer(Method):
                 for one, other in zip(given, rebuilt, strict=True)
             ]
             gaps = [(one + other) / 2 for one, other in zip(gaps, norms, strict=True)]
-        return scored(gaps, image.shape[-2:])
+        return scored(gaps, image.shape[-2:], self.align_corners)
 
 
 def cosines(tokens: Tensor, prototypes: Tensor) -> Tensor:

@@ -78,7 +78,9 @@ def gap(given: Tensor, rebuilt: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(given, rebuilt, dim=1)[:, None]
 
 
-def scored(gaps: Sequence[Tensor], image_size: Sequence[int]) -> Prediction:
+def scored(
+    gaps: Sequence[Tensor], image_size: Sequence[int], align_corners: bool = True
+) -> Prediction:
     """Return the mean of maps at the image's size, smoothed, and the mean of its top 1 %.
 
     As in Dinomaly's code, the smoothing and the score belong to a map whose shorter side has 256
@@ -88,8 +90,10 @@ def scored(gaps: Sequence[Tensor], image_size: Sequence[int]) -> Prediction:
     Args:
         gaps: (B, 1, h, w) each.
         image_size: Height and width.
+        align_corners: How maps are brought to the image's size; see `nn.aggregate.resize`. The
+            value of a patch belongs to its centre, where only false puts it.
     """
-    mean = torch.stack([resize(each, image_size) for each in gaps]).mean(dim=0)
+    mean = torch.stack([resize(each, image_size, align_corners) for each in gaps]).mean(dim=0)
     height, width = image_size
     shorter = min(height, width)
     size = (round(SCORED_SIDE * height / shorter), round(SCORED_SIDE * width / shorter))

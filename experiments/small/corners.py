@@ -1,8 +1,9 @@
-"""How Reverse Distillation's maps should be brought to the image's size, without a test image.
+"""How maps should be brought to the image's size, without a test image.
 
     ANOMALY_LIT_DATA=DIR ANOMALY_LIT_WEIGHTS=DIR python experiments/small/corners.py RUN ...
 
-RUN is the folder of a trained run. Its held-out images are scored as they are and with the defects
+RUN is the folder of a trained run of a method with `align_corners` (Reverse Distillation, Dinomaly,
+INP-Former). Its held-out images are scored as they are and with the defects
 that `synthesis=mixed` draws, with aligned corners and as squares of pixels. The test images are
 scored beside them and decide nothing. Image AUROC / pixel AP / AUPRO in per cent.
 """
@@ -24,7 +25,7 @@ from anomaly_lit.config.build import instantiate
 from anomaly_lit.config.hydra import config_dir, plain
 from anomaly_lit.inference.checkpoint import method_of, read_checkpoint
 from anomaly_lit.metrics.functional import aupro, auroc, average_precision
-from anomaly_lit.runs.build import build, default_precision
+from anomaly_lit.runs.build import build
 
 MOST = 32  # held-out images
 LEAST = 32  # images with drawn defects; a few held-out images are drawn on several times
@@ -68,8 +69,7 @@ def drawn(held_out: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
 def scores(method: Any, pairs: Pairs) -> str:
     maps, masks, images = [], [], []
     for image, mask in pairs:
-        with torch.autocast("cpu", torch.bfloat16, default_precision("cpu") == "bf16-mixed"):
-            anomaly_map, score = method(image)
+        anomaly_map, score = method(image)
         maps.append(anomaly_map)
         images.append(score)
         masks.append(mask.bool())

@@ -63,3 +63,12 @@ def test_a_score_is_the_top_of_the_map_at_256_pixels(size: tuple[int, int]) -> N
     assert torch.allclose(score, top_mean(smoothed))
     flat, _ = scored([torch.ones(1, 1, 4, 4)], (56, 56))
     assert torch.allclose(flat, torch.ones(1, 1, 56, 56))  # no lower at the borders
+
+
+def test_the_value_of_a_patch_can_be_put_at_its_centre() -> None:
+    patches = torch.zeros(1, 1, 8, 8)
+    patches[..., 2, 5] = 1
+    anomaly_map, _ = scored([patches], (112, 112), align_corners=False)
+    weights, places = anomaly_map[0, 0] / anomaly_map.sum(), torch.arange(112.0)
+    assert float(weights.sum(1) @ places) == pytest.approx(2 * 14 + 6.5, abs=0.05)
+    assert float(weights.sum(0) @ places) == pytest.approx(5 * 14 + 6.5, abs=0.05)

@@ -84,6 +84,8 @@ class Dinomaly(Method):
             `input`: take the class token off before the bottleneck; `none`.
         first_rate: Factor of the learning rate of the bottleneck's first layer (0.1 in
             Dinomaly2).
+        align_corners: How maps are brought to the image's size: with aligned corners, as the
+            published code has it, or (false) as squares of pixels, each at the patch's place.
 
     Raises:
         UserError: A number is out of range, or the backbone lacks the tokens that a switch needs.
@@ -106,6 +108,7 @@ class Dinomaly(Method):
         easy_ramp: float = 0.1,
         recentering: Literal["none", "target", "input"] = "none",
         first_rate: float = 1.0,
+        align_corners: bool = True,
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
         check_range("method", "[0, 1)", dropout=dropout, easy_share=easy_share)
@@ -127,6 +130,7 @@ class Dinomaly(Method):
         self.easy = Ramp(easy_ramp, last=easy_share)
         self.easy_weight = easy_weight
         self.first_rate = first_rate
+        self.align_corners = align_corners
         self.distance = FlatCosineLoss()
         make = wide_bottleneck if bottleneck == "wide" else narrow_bottleneck
         self.bottleneck = make(dim, dropout)
@@ -196,7 +200,8 @@ class Dinomaly(Method):
     def forward(self, image: Tensor) -> Prediction:
         """Score images; see the base class."""
         pairs = self.compare(self.backbone(image))
-        return scored([gap(given, rebuilt) for given, rebuilt in pairs], image.shape[-2:])
+        gaps = [gap(given, rebuilt) for given, rebuilt in pairs]
+        return scored(gaps, image.shape[-2:], self.align_corners)
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser; the bottleneck's first layer may have a rate of its own."""
