@@ -147,9 +147,12 @@ def longer() -> list[Row]:
 def mean_of_seeds(group: list[Row]) -> Row:
     """Return one row with the means of the numbers that tables show."""
     numbers = [*METRICS, "training_cpu_seconds", "latency_seconds", "peak_memory_mb"]
-    means = {key: str(statistics.fmean(float(row[key]) for row in group)) for key in numbers}
-    seeds = ", ".join(sorted({row["seed"] for row in group}))
-    return {**group[0], **means, "seed": seeds, "training_loss_falling": ""}
+    if all(row.get("training_loss_falling") for row in group):
+        numbers.append("training_loss_falling")
+    means = {key: str(statistics.fmean(float(row[key]) for row in group))
+             for key in numbers if all(row[key] for row in group)}  # fmt: skip
+    told = {key: ", ".join(sorted({row[key] for row in group})) for key in ("seed", "commit")}
+    return {"training_loss_falling": "", **group[0], **means, **told}
 
 
 def as_csv(rows: list[Row]) -> str:
@@ -166,21 +169,41 @@ def as_csv(rows: list[Row]) -> str:
 def choosing(rows: list[Row], others: list[Row]) -> str:
     """Return the tables of `docs/choosing_a_method.md`: at a glance, then by category."""
     minute = [row for row in rows if not is_longer(row)]
-    more = [row for row in rows if is_longer(row)]
+    full = over_seeds([row for row in rows if "experiment=full_" in row["command"]])
+    more = [row for row in rows if is_longer(row) and "experiment=full_" not in row["command"]]
+    older = on_all_four([row for row in rows if "experiment=full_" not in row["command"]])
     parts = []
-    for title, own in (("Four categories", on_all_four(rows)), ("A minute of one core", minute)):
-        known, compared = on_the_same(own, others), compared_categories(own, others)
-        means = f"Means of {', '.join(compared)}; the worst of all that were measured.\n"
-        parts += [f"## {title}\n", means, glance(own, known, compared), notes(own)]
-    for title, own in (("### By category", minute), ("## More than a minute", more)):
-        if own:
-            parts += [f"{title}\n\nImage AUROC / pixel AP / AUPRO.\n", side_by_side(own, others)]
+    for title, own, again in (
+        ("Minutes of two cores", full, True),
+        ("Four categories, older code", older, False),
+        ("A minute of one core", minute, True),
+        ("More than a minute of one core", more, None),
+    ):
+        if not own:
+            continue
+        parts.append(f"## {title}\n")
+        if again is not None:
+            known, compared = on_the_same(own, others), compared_categories(own, others)
+            means = f"Means of {', '.join(compared)}; the worst of all that were measured.\n"
+            parts += [means, glance(own, known, compared), notes(own)]
+        if again:
+            parts.append(f"### {title}, by category\n")
+        if again is not False:
+            parts += ["Image AUROC / pixel AP / AUPRO.\n", side_by_side(own, others)]
     return "\n".join(parts)
 
 
 def is_longer(row: Row) -> bool:
     """Return whether a run had more steps than a minute allows."""
-    return re.search(r"experiment=long_|trainer\.max_steps=", row["command"]) is not None
+    return re.search(r"experiment=(long|full)_|trainer\.max_steps=", row["command"]) is not None
+
+
+def over_seeds(rows: list[Row]) -> list[Row]:
+    """Return one row for each method, number of steps and category, the mean of its seeds."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["steps"], row["category"]), []).append(row)
+    return [mean_of_seeds(group) for group in groups.values()]
 
 
 def on_all_four(rows: list[Row]) -> list[Row]:
@@ -315,6 +338,9 @@ def notes(rows: list[Row]) -> str:
         f"Per cent, on {told['category']}. Weights of the last step; seed {told['seed']}; commit "
         f"{told['commit']}; {told['hardware']}."
     )
+    drawn = sorted({row["method"] for row in rows if "synthetic" in row["selection"]})
+    if drawn:
+        text += f" Drawn defects in held-out images chose the step of {', '.join(drawn)}."
     if few:
         text += f" On 20 test images only: {', '.join(few)}."
     if any(mark([row]) for row in rows):
