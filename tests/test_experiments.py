@@ -74,7 +74,7 @@ def test_every_small_run_carries_its_commit_seed_hardware_and_command():
         assert row["commit"], row
         assert not row["commit"].endswith("+changes"), row
         assert f"seed={row['seed']}" in row["command"]
-        assert re.search(f"experiment=(small|long)_{row['method']}\\b", row["command"])
+        assert re.search(f"experiment=(small|long|full)_{row['method']}\\b", row["command"])
         assert row["hardware"]
 
 

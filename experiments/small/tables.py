@@ -4,7 +4,7 @@
     python experiments/small/tables.py write               # writes the tables again
 
 `collect` puts the finished runs below OUTPUT_DIR into `results.csv` beside this file, in place of
-older ones of the same method, category, number of steps and seed. The tables stand in
+older ones of the same method, setting, category, number of steps and seed. The tables stand in
 `docs/choosing_a_method.md` and in `experiments/README.md`, between marks. `baselines.csv`, here and
 one folder up, holds what another library's methods gave on the same images.
 """
@@ -41,7 +41,7 @@ FACTS = (
     "precision", "selection", "commit", "hardware",
 )  # fmt: skip
 COLUMNS = (
-    "method", "backbone", "image_size", "category", *METRICS, "image_auroc_low",
+    "method", "setting", "backbone", "image_size", "category", *METRICS, "image_auroc_low",
     "image_auroc_high", *FACTS, "command",
 )  # fmt: skip
 OF_THIS_MACHINE = re.compile(r"(hydra\.run\.dir|output_dir)=\S+ ?")
@@ -67,10 +67,17 @@ def pages(rows: list[Row], others: list[Row]) -> dict[Path, str]:
 
 
 def found_in(folder: Path) -> list[Row]:
-    """Return a row for each finished run below a folder."""
+    """Return a row for each category of each finished run below a folder."""
     from anomaly_lit.reporting.read import read_runs
 
-    return [row_of(run) for run in read_runs(folder) if run.metrics and named(run.folder)]
+    runs = [run for run in read_runs(folder) if run.metrics and named(run.folder)]
+    return [row_of(run, category) for run in runs for category in categories_of(run)]
+
+
+def categories_of(run: Any) -> list[str]:
+    """Return the categories that a run was tested on."""
+    found = (re.fullmatch(r"test/(\w+)/image_auroc", key) for key in run.metrics)
+    return [match[1] for match in found if match]
 
 
 def named(folder: Path) -> re.Match[str] | None:
@@ -78,17 +85,18 @@ def named(folder: Path) -> re.Match[str] | None:
     return re.fullmatch(r"(?P<category>\w+?)_(small|long|full)_(?P<method>\w+)", folder.name)
 
 
-def row_of(run: Any) -> Row:
+def row_of(run: Any, category: str) -> Row:
     name = named(run.folder)
     assert name is not None
-    scores = {key: run.metrics.get(f"test/{name['category']}/{key}")
+    scores = {key: run.metrics.get(f"test/{category}/{key}")
               for key in (*METRICS, "image_auroc_low", "image_auroc_high")}  # fmt: skip
     facts = {key: run.metrics.get(key) for key in FACTS}
     values = {
         "method": name["method"],
         "backbone": backbone_of(run.settings),
         "image_size": run.settings["image_size"],
-        "category": name["category"],
+        "setting": run.metrics["setting"],
+        "category": category,
         **scores,
         **facts,
         "command": command_of(run.metrics["command"]),
@@ -115,7 +123,7 @@ def command_of(typed: str) -> str:
 def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
     """Return all rows in order; a new one takes the place of an old one of the same run."""
     rows = {
-        (row["method"], row["category"], int(row["steps"]), int(row["seed"])): row
+        (row["method"], row["setting"], row["category"], int(row["steps"]), int(row["seed"])): row
         for row in (*old, *new)
     }
     return [rows[key] for key in sorted(rows)]
@@ -202,7 +210,8 @@ def over_seeds(rows: list[Row]) -> list[Row]:
     """Return one row for each method, number of steps and category, the mean of its seeds."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["method"], row["steps"], row["category"]), []).append(row)
+        key = (row["method"], row["setting"], row["steps"], row["category"])
+        groups.setdefault(key, []).append(row)
     return [mean_of_seeds(group) for group in groups.values()]
 
 
@@ -222,10 +231,11 @@ def on_all_four(rows: list[Row]) -> list[Row]:
 
 
 def grouped(rows: Iterable[Row]) -> list[list[Row]]:
-    """Return the rows of each method and number of steps."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+    """Return the rows of each method, setting and number of steps."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["method"], row.get("steps", "")), []).append(row)
+        key = (row["method"], row.get("setting", ""), row.get("steps", ""))
+        groups.setdefault(key, []).append(row)
     return list(groups.values())
 
 
@@ -289,8 +299,9 @@ def ranked(rows: list[Row], others: list[Row], compared: list[str]) -> list[tupl
 
 
 def mark(own: list[Row]) -> str:
-    """Return the mark of a method that took something from the test set."""
-    return " †" if any(re.search("SEEN|ORACLE", row["selection"]) for row in own) else ""
+    """Return the mark of one model for all, and of one that took something from the test set."""
+    seen = any(re.search("SEEN|ORACLE", row["selection"]) for row in own)
+    return ", one model" * (own[0].get("setting") == "multi-class") + " †" * seen
 
 
 def mean_of(own: list[Row], metric: str, categories: list[str]) -> float | None:
@@ -343,7 +354,7 @@ def notes(rows: list[Row]) -> str:
         text += f" Drawn defects in held-out images chose the step of {', '.join(drawn)}."
     if few:
         text += f" On 20 test images only: {', '.join(few)}."
-    if any(mark([row]) for row in rows):
+    if any("†" in mark([row]) for row in rows):
         text += " † took something from the test set: no fair comparison."
     return text + "\n"
 
