@@ -50,6 +50,7 @@ def main(names: list[str]) -> None:
     warnings.simplefilter("ignore")
     print("| texture | blobs | PAEDID | residual | low rank | normal pixels marked | s an image |")
     print("| --- | --- | --: | --: | --: | --: | --: |")
+    shares: dict[tuple[str, str], list[list[float]]] = {}
     for name in names or [*FORMULAS, *(f"bent {name}" for name in FORMULAS), *PICTURES]:
         torch.manual_seed(0)
         texture = picture(name) if "/" in name else formula(name)
@@ -61,8 +62,22 @@ def main(names: list[str]) -> None:
             )
             for blobs, contrast in CONTRASTS.items():
                 *found, seconds = compared(method, texture, contrast)
+                for group in (kind_of(name), "all"):
+                    shares.setdefault((group, blobs), []).append(found)
                 cells = " | ".join(f"{100 * share:.1f}" for share in (*found, marked))
                 print(f"| {name} | {blobs} | {cells} | {seconds:.2f} |", flush=True)
+    print("\n| textures | blobs | PAEDID | residual | low rank |")
+    print("| --- | --- | --: | --: | --: |")
+    for (group, blobs), rows in shares.items():
+        means = " | ".join(f"{100 * sum(way) / len(way):.1f}" for way in zip(*rows, strict=True))
+        print(f"| {group} ({len(rows)}) | {blobs} | {means} |")
+
+
+def kind_of(name: str) -> str:
+    """Return the group of a texture."""
+    if "/" in name:
+        return "pictures"
+    return "bent formulas" if name.startswith("bent ") else "formulas"
 
 
 def compared(
