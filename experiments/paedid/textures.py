@@ -68,7 +68,7 @@ def main(names: list[str]) -> None:
                 print(f"| {name} | {blobs} | {cells} | {seconds:.2f} |", flush=True)
     print("\n| textures | blobs | PAEDID | residual | low rank |")
     print("| --- | --- | --: | --: | --: |")
-    for (group, blobs), rows in shares.items():
+    for (group, blobs), rows in sorted(shares.items(), key=lambda item: item[0][0] == "all"):
         means = " | ".join(f"{100 * sum(way) / len(way):.1f}" for way in zip(*rows, strict=True))
         print(f"| {group} ({len(rows)}) | {blobs} | {means} |")
 
