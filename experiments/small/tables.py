@@ -294,8 +294,20 @@ def ranked(rows: list[Row], others: list[Row], compared: list[str]) -> list[tupl
     named = []
     for own in grouped((*rows, *others)):
         name = own[0]["method"]
-        named.append((f"*{name}*" if name in known else f"`{name}_small`{mark(own)}", own))
+        named.append((f"*{name}*" if name in known else f"{preset_of(name)}{mark(own)}", own))
     return sorted(named, key=place)
+
+
+def preset_of(name: str) -> str:
+    """Return a method's preset, and what a run has in place of its sizes or backbone.
+
+    >>> preset_of("uniad"), preset_of("dinomaly_336"), preset_of("rstpm_lite0")
+    ('`uniad_small`', '`dinomaly_small`, 336 px', '`rstpm_small`, Lite0')
+    """
+    found = re.fullmatch(r"(\w+?)(?:_(\d+|lite0))?", name)
+    assert found is not None
+    other = {None: "", "lite0": ", Lite0"}.get(found[2], f", {found[2]} px")
+    return f"`{found[1]}_small`{other}"
 
 
 def mark(own: list[Row]) -> str:
