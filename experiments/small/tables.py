@@ -177,9 +177,10 @@ def as_csv(rows: list[Row]) -> str:
 def choosing(rows: list[Row], others: list[Row]) -> str:
     """Return the tables of `docs/choosing_a_method.md`: at a glance, then by category."""
     minute = [row for row in rows if not is_longer(row)]
-    full = over_seeds([row for row in rows if "experiment=full_" in row["command"]])
-    more = [row for row in rows if is_longer(row) and "experiment=full_" not in row["command"]]
-    older = on_all_four([row for row in rows if "experiment=full_" not in row["command"]])
+    full = over_seeds([row for row in rows if is_full(row)])
+    shorter = [row for row in rows if not is_full(row)]
+    more = [row for row in shorter if is_longer(row)]
+    older = on_all_four(shorter)
     parts = []
     for title, own, again in (
         ("Minutes of two cores", full, True),
@@ -204,6 +205,11 @@ def choosing(rows: list[Row], others: list[Row]) -> str:
 def is_longer(row: Row) -> bool:
     """Return whether a run had more steps than a minute allows."""
     return re.search(r"experiment=(long|full)_|trainer\.max_steps=", row["command"]) is not None
+
+
+def is_full(row: Row) -> bool:
+    """Return whether a run had minutes of two cores."""
+    return "experiment=full_" in row["command"]
 
 
 def over_seeds(rows: list[Row]) -> list[Row]:
