@@ -4,7 +4,8 @@
     python experiments/small/plan.py longer METHOD ...      # writes conf/experiment/long_*.yaml
     python experiments/small/plan.py full METHOD ...        # writes conf/experiment/full_*.yaml
     python experiments/small/plan.py list                  # the options of `experiment`, in order
-    python experiments/small/plan.py few FOLDER            # 20 test images of each category
+    python experiments/small/plan.py few FOLDER            # 20 test images of each category, and
+                                                           # images for EfficientAD's teacher
 
 The methods are those with a `_small` preset that read single images. The preset is taken as it is;
 `SETTINGS` names what it needs besides. Methods without a pretrained backbone see images of 128 x
@@ -88,6 +89,7 @@ def main(arguments: list[str]) -> None:
         for category, folder in CATEGORIES.items():
             data = Path(os.environ["ANOMALY_LIT_DATA"]).resolve()
             link_few(data / folder / category, Path(names[0]))
+        link_teacher(data, Path(names[0]) / "teacher")
     else:
         sys.exit(__doc__)
 
@@ -262,6 +264,16 @@ def link_few(category: Path, folder: Path) -> None:
         if image.parent.name != "good":
             mask = f"{image.stem}_mask.png"
             link(own, category, category / "ground_truth" / image.parent.name / mask)
+
+
+def link_teacher(data: Path, own: Path) -> None:
+    """Link the images that EfficientAD's teacher learns from: none of a category of the sweep."""
+    if own.exists():
+        return
+    own.mkdir(parents=True)
+    (own / "textures").symlink_to(data / "textures")
+    for cells in sorted((data / "cells").glob("*/train/good")):
+        (own / cells.parents[1].name).symlink_to(cells)
 
 
 def link(own: Path, category: Path, file: Path) -> None:
