@@ -22,6 +22,8 @@ COLUMNS = {
     "true_positive_rate": "found",
 }
 
+UNTESTED = "There are no test images, so nothing was tested."
+
 
 def results_table(results: Mapping[str, float], selection: str) -> Table:
     """Return a row for each category and their mean, with `-` where a metric is undefined.
@@ -58,9 +60,17 @@ def print_table(table: Table) -> None:
 
 def print_results(metrics: Mapping[str, Any], directory: Path) -> None:
     """Print the table of a run's results, and where its files are."""
+    if not was_tested(metrics):
+        print(f"{UNTESTED}\nNumbers:  {directory / 'metrics.json'}")
+        return
     print_table(table_of_run(metrics))
     print(f"Pictures: {directory / 'images'}")
     print(f"Numbers:  {directory / 'metrics.json'}, {directory / 'predictions.csv'}")
+
+
+def was_tested(metrics: Mapping[str, Any]) -> bool:
+    """Return whether there were any test images."""
+    return any(key.startswith("test/") for key in metrics)
 
 
 def table_of_run(metrics: Mapping[str, Any]) -> Table:
@@ -78,6 +88,8 @@ def results_text(metrics: Mapping[str, Any]) -> str:
     from rich.box import ASCII
     from rich.console import Console
 
+    if not was_tested(metrics):
+        return UNTESTED
     table = table_of_run(metrics)
     table.box = ASCII  # a log may have any encoding
     console = Console(width=160, file=StringIO())
