@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from anomaly_lit.data.inspect import Report
 
 
-# below trainer, in conf/dataset/demo.yaml
-DEMO_KEYS = ("max_steps", "val_check_interval", "precision")
+DEMO_KEYS = ("max_steps", "val_check_interval")  # below trainer, in conf/dataset/demo.yaml
 
 
 def main() -> None:
@@ -49,7 +48,7 @@ def run(config: DictConfig) -> None:
 
 
 def without_demo_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration without what dataset=demo sets of the trainer."""
+    """Return the configuration without the length of training, which dataset=demo sets."""
     trainer = config.get("trainer") or {}
     left = {key: value for key, value in trainer.items() if key not in DEMO_KEYS}
     rest = {key: value for key, value in config.items() if key != "trainer"}
