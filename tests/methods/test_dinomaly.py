@@ -14,7 +14,7 @@ from anomaly_lit.losses import total
 from anomaly_lit.methods.dinomaly import Dinomaly, recentred
 from anomaly_lit.methods.dinomaly.network import DecoderBlock, LinearAttention
 from anomaly_lit.nn.aggregate import resize
-from anomaly_lit.nn.rebuilding import gap
+from anomaly_lit.nn.rebuilding import gap, scored
 from anomaly_lit.optim import StableAdamW
 from anomaly_lit.schedules import Cosine
 from anomaly_lit.types import UserError
@@ -120,6 +120,18 @@ def test_the_map_is_the_mean_over_groups() -> None:
     maps = torch.stack([resize(gap(e, d), (8, 8)) for e, d in golden()]).mean(dim=0)
     assert float(maps.mean()) == pytest.approx(0.886443, abs=1e-6)
     assert float(maps.max()) == pytest.approx(1.299207, abs=1e-6)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_a_patch_counts_at_its_corner_or_at_its_centre(
+    small_method: Build, make_batch: Build, aligned: bool
+) -> None:
+    method, image = small_method("dinomaly", align_corners=aligned).eval(), make_batch()["image"]
+    gaps = [gap(given, rebuilt) for given, rebuilt in method.compare(method.backbone(image))]
+    found = method(image).anomaly_map
+    size = image.shape[-2:]
+    torch.testing.assert_close(found, scored(gaps, size, aligned).anomaly_map)
+    assert not torch.allclose(found, scored(gaps, size, not aligned).anomaly_map)
 
 
 def test_the_schedule_is_the_authors() -> None:

@@ -19,7 +19,7 @@ from anomaly_lit.methods.inp_former import (
     soft_coherence,
 )
 from anomaly_lit.nn.backbone import Backbone
-from anomaly_lit.nn.rebuilding import scored, to_map, to_tokens
+from anomaly_lit.nn.rebuilding import gap, scored, to_map, to_tokens
 from anomaly_lit.optim import StableAdamW
 from anomaly_lit.types import UserError
 
@@ -157,18 +157,32 @@ def test_the_backbone_and_its_tokens_take_no_gradient(method: Any, make_batch: B
     assert method.extractor.query.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("aligned", [True, False])
 def test_a_new_data_set_may_be_scored_by_the_nearest_prototype(
-    small_method: Build, make_batch: Build
+    small_method: Build, make_batch: Build, aligned: bool
 ) -> None:
-    method, image = small_method("inp_former", score="inp_distance").eval(), make_batch()["image"]
+    method = small_method("inp_former", score="inp_distance", align_corners=aligned).eval()
+    image = make_batch()["image"]
     tokens, prototypes, given, _ = method.compare(method.backbone(image))
     nearest = torch.ones(2, 16, 1)
     for b in range(2):
         for n in range(16):
             cosine = F.cosine_similarity(tokens[b, n], prototypes[b], dim=1)
             nearest[b, n, 0] = 1 - cosine.max()
-    expected = scored([to_map(nearest, given[0].shape[-2:])], (64, 64))
+    expected = scored([to_map(nearest, given[0].shape[-2:])], (64, 64), aligned)
     torch.testing.assert_close(method(image).anomaly_map, expected.anomaly_map)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_a_patch_counts_at_its_corner_or_at_its_centre(
+    small_method: Build, make_batch: Build, aligned: bool
+) -> None:
+    method, image = small_method("inp_former", align_corners=aligned).eval(), make_batch()["image"]
+    _, _, given, rebuilt = method.compare(method.backbone(image))
+    gaps = [gap(one, other) for one, other in zip(given, rebuilt, strict=True)]
+    found = method(image).anomaly_map
+    torch.testing.assert_close(found, scored(gaps, (64, 64), aligned).anomaly_map)
+    assert not torch.allclose(found, scored(gaps, (64, 64), not aligned).anomaly_map)
 
 
 @pytest.mark.parametrize("mse", ["mean", "sum"])
