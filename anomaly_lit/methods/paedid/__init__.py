@@ -29,9 +29,10 @@ image, so the method cannot be exported. The test reports the defect region itse
 
 Paper: Mou, Cao, Bai, Huang, Shi, Shan: PAEDID: Patch Autoencoder Based Deep Image Decomposition
 For Pixel-level Defective Region Segmentation. arXiv:2203.14457.
-Status: works on drawn defects, on textures ahead of a residual and of a low rank where they are
-faint (experiments/paedid); measured small (experiments/small), three minutes on magnetic_tile and
-ksdd: of real defects it finds next to nothing there. Not yet at the experiment's size.
+Status: works on drawn defects, in the mean of 15 textures ahead of a residual and of a low rank
+where the defects are faint (experiments/paedid); measured small (experiments/small), three minutes
+on magnetic_tile and ksdd: of real defects it finds next to nothing there. Not yet at the
+experiment's size.
 Note: no code was published and its text was not at hand: network, energy and solver are ours;
 the docstring says how.
 """
