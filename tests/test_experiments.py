@@ -68,6 +68,37 @@ def test_the_pages_on_small_runs_say_what_results_csv_says(page):
     assert written.split(tables.BEGIN)[1].split(tables.END)[0].lstrip("\n") == expected
 
 
+def test_every_preset_that_the_tables_name_is_one():
+    tables = load_tables("small")
+    for row in tables.read(tables.RESULTS):
+        preset = re.match(r"`(\w+)`", tables.preset_of(row["method"]))[1]
+        assert (ROOT / "conf" / "method" / f"{preset}.yaml").exists(), row["method"]
+    assert tables.preset_of("dinomaly_336") == "`dinomaly_small`, 336 px"
+    assert tables.preset_of("rstpm_lite0") == "`rstpm_small`, Lite0"
+    assert tables.preset_of("uniad") == "`uniad_small`"
+
+
+def test_seeds_are_averaged_and_a_missing_value_is_not_made_up():
+    tables = load_tables("small")
+    row = tables.read(tables.RESULTS)[0]
+    first = {**row, "seed": "0", "image_auroc": "0.5", "pixel_ap": "0.2"}
+    second = {**row, "seed": "1", "image_auroc": "0.75", "pixel_ap": ""}
+    first["training_loss_falling"], second["training_loss_falling"] = "0.1", ""
+    other = {**row, "seed": "0", "category": "another"}
+    both, alone = tables.over_seeds([first, other, second])
+    assert both["image_auroc"] == "0.625"
+    assert both["seed"] == "0, 1"
+    assert (both["pixel_ap"], both["training_loss_falling"]) == ("", "")
+    assert (alone["category"], alone["seed"]) == ("another", "0")
+
+
+def test_one_model_for_all_is_told_from_one_for_each():
+    tables = load_tables("small")
+    row = tables.read(tables.RESULTS)[0]
+    assert tables.mark([{**row, "setting": "multi-class"}]) == ", one model"
+    assert tables.mark([{**row, "setting": "one-class"}]) == ""
+
+
 def test_every_small_run_carries_its_commit_seed_hardware_and_command():
     tables = load_tables("small")
     for row in tables.read(tables.RESULTS):

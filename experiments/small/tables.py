@@ -34,6 +34,13 @@ METRICS = {
     "pixel_f1max": "pixel F1-max",
     "pixel_aupro": "AUPRO",
 }
+OTHER = {  # than the preset: the end of an option's name, and what tables say
+    "lite0": "Lite0",
+    "masks": "masks",
+    "no_search": "no search",
+    "outliers": "outliers",
+    "seen": "seen",
+}
 SHOWN = ("image_auroc", "pixel_ap", "pixel_aupro")
 FACTS = (
     "seed", "steps", "images/train", "images/test", "training_seconds", "training_cpu_seconds",
@@ -154,13 +161,16 @@ def longer() -> list[Row]:
 
 def mean_of_seeds(group: list[Row]) -> Row:
     """Return one row with the means of the numbers that tables show."""
-    numbers = [*METRICS, "training_cpu_seconds", "latency_seconds", "peak_memory_mb"]
-    if all(row.get("training_loss_falling") for row in group):
-        numbers.append("training_loss_falling")
-    means = {key: str(statistics.fmean(float(row[key]) for row in group))
-             for key in numbers if all(row[key] for row in group)}  # fmt: skip
+    numbers = [*METRICS, "training_cpu_seconds", "latency_seconds", "peak_memory_mb",
+               "training_loss_falling"]  # fmt: skip
+    means = {key: mean_or_nothing([row.get(key, "") for row in group]) for key in numbers}
     told = {key: ", ".join(sorted({row[key] for row in group})) for key in ("seed", "commit")}
-    return {"training_loss_falling": "", **group[0], **means, **told}
+    return {**group[0], **means, **told}
+
+
+def mean_or_nothing(values: list[str]) -> str:
+    """Return the mean, or nothing if a value is missing, since other means would be of fewer."""
+    return str(statistics.fmean(map(float, values))) if all(values) else ""
 
 
 def as_csv(rows: list[Row]) -> str:
@@ -305,15 +315,11 @@ def ranked(rows: list[Row], others: list[Row], compared: list[str]) -> list[tupl
 
 
 def preset_of(name: str) -> str:
-    """Return a method's preset, and what a run has in place of its sizes or backbone.
-
-    >>> preset_of("uniad"), preset_of("dinomaly_336"), preset_of("rstpm_lite0")
-    ('`uniad_small`', '`dinomaly_small`, 336 px', '`rstpm_small`, Lite0')
-    """
-    found = re.fullmatch(r"(\w+?)(?:_(\d+|lite0))?", name)
+    """Return a method's preset, and what a run has in place of its sizes, backbone or parts."""
+    found = re.fullmatch(rf"(\w+?)(?:_(\d+|{'|'.join(OTHER)}))?", name)
     assert found is not None
-    other = {None: "", "lite0": ", Lite0"}.get(found[2], f", {found[2]} px")
-    return f"`{found[1]}_small`{other}"
+    other = OTHER[found[2]] if found[2] in OTHER else found[2] and f"{found[2]} px"
+    return f"`{found[1]}_small`" + (f", {other}" if other else "")
 
 
 def mark(own: list[Row]) -> str:
@@ -363,13 +369,11 @@ def notes(rows: list[Row]) -> str:
             for key in ("category", "seed", "commit")}  # fmt: skip
     told["hardware"] = " or ".join(sorted({row["hardware"] for row in rows}))
     few = sorted({row["method"] for row in rows if row.get("images/test") == "20"})
-    text = (
-        f"Per cent, on {told['category']}. Weights of the last step; seed {told['seed']}; commit "
-        f"{told['commit']}; {told['hardware']}."
-    )
     drawn = sorted({row["method"] for row in rows if "synthetic" in row["selection"]})
-    if drawn:
-        text += f" Drawn defects in held-out images chose the step of {', '.join(drawn)}."
+    last = f"Weights of the last step{' but for ' + ', '.join(drawn) if drawn else ''}"
+    parts = (f"seed {told['seed']}", f"commit {told['commit']}", told["hardware"])
+    chosen = ", whose step drawn defects in held-out images chose" if drawn else ""
+    text = f"Per cent, on {told['category']}. {last}{chosen}; {'; '.join(parts)}."
     if few:
         text += f" On 20 test images only: {', '.join(few)}."
     if any("†" in mark([row]) for row in rows):
