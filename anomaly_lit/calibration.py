@@ -8,10 +8,12 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import optimize, special
 from torch import Tensor
 
 CONFIDENCE = 0.95  # of the intervals in a promise
+ROUNDING = 1e-5  # share of a threshold by which a score changes with the size of its batch
 LEAST_RISE = 1e-9  # tolerance for rounding errors in count * fpr
 
 
@@ -206,13 +208,23 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
+def exceeds(scores: Tensor, threshold: float) -> Tensor:
+    """Return which scores lie above a threshold by more than rounding, of any shape.
+
+    A threshold may be the score of a held-out image, which should not become a defect when it is
+    scored in another batch.
+    """
+    return scores > threshold + ROUNDING * abs(threshold)
+
+
 def verdict(score: float, threshold: float) -> dict[str, Any]:
     """Return threshold and verdict of an image; `unknown` without a threshold or a finite score."""
     if math.isnan(threshold):
         return {"threshold": None, "verdict": "unknown"}
     if not math.isfinite(score):
         return {"threshold": threshold, "verdict": "unknown"}
-    return {"threshold": threshold, "verdict": "defect" if score > threshold else "good"}
+    found = bool(exceeds(torch.tensor(score, dtype=torch.float64), threshold))
+    return {"threshold": threshold, "verdict": "defect" if found else "good"}
 
 
 def limits_of(calibration: dict[str, Any], category: str | None) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from scipy import stats
 
 from anomaly_lit.calibration import (
     colour_range,
+    exceeds,
     outline_of,
     pixel_threshold,
     promise,
     promise_sentence,
     rule_of,
     threshold_at,
+    verdict,
 )
 
 CASES = [(1, 0.01), (3, 0.01), (20, 0.01), (99, 0.01), (100, 0.01), (20, 0.1), (250, 0.02)]
@@ -112,6 +114,13 @@ def test_pixel_threshold_is_the_lowest_value_that_few_enough_exceed(
     lower = [value for value in values if value < threshold]
     if lower:
         assert sum(value > max(lower) for value in values) > fpr * len(values) - 1e-9
+
+
+def test_a_score_at_the_threshold_stays_good_in_another_batch() -> None:
+    threshold = 0.05520697683
+    assert verdict(threshold * (1 + 1e-6), threshold)["verdict"] == "good"
+    assert verdict(threshold * (1 + 1e-4), threshold)["verdict"] == "defect"
+    assert exceeds(torch.tensor([-2.0, -1.999]), -2.0).tolist() == [False, True]
 
 
 def test_pixel_threshold_needs_the_highest_values_only() -> None:

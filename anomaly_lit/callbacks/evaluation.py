@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from anomaly_lit.calibration import limits_of, pixel_threshold, promise, threshold_at
+from anomaly_lit.calibration import exceeds, limits_of, pixel_threshold, promise, threshold_at
 from anomaly_lit.callbacks.records import (
     MapMetrics,
     NormalMaps,
@@ -270,7 +270,7 @@ class Evaluation(pl.Callback):
         return results | mean_over_categories(per_category)
 
     def _at_threshold(self, category: str, images: OfCategory) -> dict[str, float]:
-        found = images.scores > self.threshold_of(category)
+        found = exceeds(images.scores, self.threshold_of(category))
         if not self.limits_of(category):
             return {}
         return {

@@ -60,7 +60,7 @@ def predict(cfg: DictConfig) -> int:
     note_origin()
     if not detector.calibration:
         tell(
-            "this checkpoint has no threshold, since no image was held out (dataset.holdout=0): "
+            "this checkpoint has no threshold, since no image was held out in training: "
             "images get a score but no verdict",
             warning=True,
         )

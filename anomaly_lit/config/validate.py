@@ -177,7 +177,8 @@ def _endless(config: Mapping[str, Any]) -> Iterator[str]:
             f"trainer.val_check_interval: {interval} is no whole number of steps, which it must be "
             "with trainer.check_val_every_n_epoch=null"
         )
-    for key in ("val_check_interval", "limit_train_batches", "limit_test_batches"):
+    limits = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
+    for key in ("val_check_interval", *limits):
         if trainer.get(key) == 0:
             yield f"trainer.{key}: 0 would leave it out: give a number above 0"
 

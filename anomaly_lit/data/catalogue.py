@@ -241,7 +241,8 @@ class Catalogue:
         tested = [sample for sample in self.test_samples if sample.label]
         anomalous = [*tested, *self.seen_samples]
         without = [sample for sample in anomalous if sample.mask_path is None]
-        if self.masks == "required" or (self.masks == "optional" and len(without) < len(anomalous)):
+        expected = self.layout.expects_masks or len(without) < len(anomalous)
+        if self.masks == "required" or (self.masks == "optional" and expected):
             place = self.layout.mask_hint.replace("ROOT", str(self.root))
             gaps += missing_masks(without, len(anomalous), place)
         elif self.seen_samples and without:

@@ -96,6 +96,17 @@ def test_a_kind_of_defect_called_ok_is_refused(mvtec: Path, write_image: Write) 
         MVTecAD(str(mvtec), image_size=32, masks="optional").setup()
 
 
+def test_a_folder_of_masks_of_which_none_fits_is_an_error(plain: Path) -> None:
+    for mask in [*(plain / "masks").rglob("*.png")]:
+        mask.rename(mask.with_name(f"{mask.stem}_truth.png"))
+    datamodule = folder(plain, abnormal_dir="bad", mask_dir="masks")
+    expected = r"have no mask \(.*masks/<place of the image>/<stem>_mask\.png or <stem>\.png\)"
+    with pytest.raises(UserError, match=expected):
+        datamodule.setup()
+    assert "have no mask" in said_by_the_check(datamodule)
+    folder(plain, abnormal_dir="bad", mask_dir="masks", masks="none").setup()
+
+
 def test_one_mask_for_two_pictures_is_an_error_that_names_both(plain: Path) -> None:
     shutil.move(plain / "masks" / "chip" / "b0.png", plain / "masks" / "b0.png")
     shutil.rmtree(plain / "masks" / "stain")

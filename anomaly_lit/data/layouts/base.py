@@ -34,6 +34,7 @@ class Layout:
             without normal test images.
         names_defects: Whether `defect_type` of an anomalous sample names its kind of defect; false
             where all have the same word.
+        expects_masks: Whether a folder of masks was named, so that none at all is a mistake.
         excludes_others: Whether what is normal in one category is anomalous in another, so that
             one model cannot learn several.
     """
@@ -44,6 +45,7 @@ class Layout:
     frames = 0
     test_share = 0.0
     names_defects = True
+    expects_masks = False
     excludes_others = False
 
     @property

@@ -54,6 +54,7 @@ class ClipsLayout(Layout):
         self.test_dir = test_dir
         self.labels_dir = labels_dir
         self.mask_dir = mask_dir
+        self.expects_masks = mask_dir is not None
         self.category = category
         self.mask_hint = f"ROOT/{mask_dir or 'dataset.layout.mask_dir'}/<clip>/<stem>.png"
 

@@ -46,8 +46,6 @@ class FolderLayout(Layout):
         UserError: `test_share` is out of range.
     """
 
-    mask_hint = "dataset.mask_dir/<place of the image>/<stem>_mask.png"
-
     def __init__(
         self,
         normal_dir: str = "good",
@@ -65,6 +63,9 @@ class FolderLayout(Layout):
         self.abnormal_dir = abnormal_dir
         self.normal_test_dir = normal_test_dir
         self.mask_dir = mask_dir
+        self.expects_masks = mask_dir is not None
+        place = "<place of the image>/<stem>_mask.png or <stem>.png"
+        self.mask_hint = f"ROOT/{mask_dir or 'dataset.mask_dir'}/{place}"
         self.test_share = test_share if normal_test_dir is None else 0.0
         self.category = category
 
