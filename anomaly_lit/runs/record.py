@@ -69,7 +69,7 @@ def metrics_of(run: Run, timings: Timings, validation: dict[str, float]) -> dict
         **tested(run.trainer, run.evaluation),
         **validation,
         "setting": "one-class" if len(datamodule.categories) == 1 else "multi-class",
-        "selection": selection_of(run.config, method),
+        "selection": "; ".join([selection_of(run.config, method), *partly(run.config)]),
         "seed": run.config["seed"],
         "method": run.config["method"]["_target_"],
         "steps": run.trainer.global_step,
@@ -112,6 +112,14 @@ def selection_of(config: dict[str, Any], method: Method) -> str:
     sweep = f"ORACLE: swept for {metric}" if metric.startswith(ORACLE) else ""
     texts = (SELECTIONS[config["selection"]], learned if seen else "", method.oracle, sweep)
     return "; ".join(text for text in texts if text)
+
+
+def partly(config: dict[str, Any]) -> list[str]:
+    """Return the note of a test that left images out, for tables; nothing if it took them all."""
+    limit = config["trainer"].get("limit_test_batches")
+    if limit is None or (isinstance(limit, float) and limit == 1):  # 1 is one batch, 1.0 are all
+        return []
+    return [f"PART of the test images: trainer.limit_test_batches={limit}"]
 
 
 def seen_names(datamodule: AnomalyDataModule) -> str:
