@@ -193,7 +193,7 @@ def choosing(rows: list[Row], others: list[Row]) -> str:
     older = on_all_four(shorter)
     parts = []
     for title, own, again in (
-        ("Minutes of two cores", full, True),
+        ("Some minutes of one core", full, True),
         ("Four categories, older code", older, False),
         ("A minute of one core", minute, True),
         ("More than a minute of one core", more, None),
@@ -218,7 +218,7 @@ def is_longer(row: Row) -> bool:
 
 
 def is_full(row: Row) -> bool:
-    """Return whether a run had minutes of two cores."""
+    """Return whether a run had some minutes of one core."""
     return "experiment=full_" in row["command"]
 
 
@@ -286,15 +286,18 @@ def glance(rows: list[Row], others: list[Row], compared: list[str]) -> str:
 
 
 def side_by_side(rows: list[Row], others: list[Row]) -> str:
-    """Return one compact table: image AUROC / pixel AP / AUPRO, a column for each category."""
+    """Return one compact table: image AUROC / pixel AP / AUPRO, a column for each category.
+
+    Where there are no masks, image AUROC stands alone.
+    """
     compared = compared_categories(rows, others)
     categories = sorted({row["category"] for row in rows})
     head = ["method", "backbone", "steps", *categories]
     lines = [line(head), rule(head, 2)]
     for name, own in ranked(rows, on_the_same(rows, others), compared):
         by_name = {c: [row for row in own if row["category"] == c] for c in categories}
-        cells = [" / ".join(cell(part, metric) for metric in SHOWN) if part else "-"
-                 for part in by_name.values()]  # fmt: skip
+        cells = [" / ".join(cell(part, metric) for metric in SHOWN) for part in by_name.values()]
+        cells = [text.removesuffix(" / - / -") for text in cells]
         lines.append(line([name, own[0]["backbone"], own[0].get("steps") or "", *cells]))
     return "\n".join([*lines, "", notes(rows)])
 
