@@ -7,6 +7,7 @@ import pytest
 
 from anomaly_lit.data import AnomalyDataModule
 from anomaly_lit.data.layouts.btad import BTADLayout
+from anomaly_lit.data.layouts.clips import ClipsLayout
 from anomaly_lit.data.layouts.folder import FolderLayout
 from anomaly_lit.data.layouts.ksdd2 import KolektorSDD2Layout
 from anomaly_lit.data.layouts.mvtec_ad import MVTecADLayout
@@ -144,3 +145,11 @@ def test_plain_folder_without_sub_folders_names_the_defect_type(plain: Path) -> 
     layout = FolderLayout("good", "bad/chip")
     _, test = layout.list_category(plain, "p")
     assert [(sample.defect_type, sample.mask_path) for sample in test] == [("chip", None)]
+
+
+@pytest.mark.parametrize("name", ["a/b", "a\\b", "", " "])
+def test_a_category_is_one_name(name: str) -> None:
+    with pytest.raises(UserError, match=r"dataset\.category=.*without / and"):
+        FolderLayout(category=name)
+    with pytest.raises(UserError, match=r"dataset\.layout\.category=.*without / and"):
+        ClipsLayout(category=name)

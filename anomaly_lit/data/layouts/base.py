@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from anomaly_lit.types import Sample
+from anomaly_lit.types import Sample, UserError
 
 
 class Listing(NamedTuple):
@@ -81,3 +81,18 @@ class Layout:
             seed: `dataset.seed`.
         """
         return []
+
+
+def checked_category(key: str, name: str) -> str:
+    """Return the name of a category, which stands in keys of results and in names of files.
+
+    Args:
+        key: The setting that names it, for the message.
+        name: Its name.
+
+    Raises:
+        UserError: It is empty, or has a slash or a backslash.
+    """
+    if not name.strip() or "/" in name or "\\" in name:
+        raise UserError(f"{key}={name}: give a name without / and \\, such as {key}=product")
+    return name

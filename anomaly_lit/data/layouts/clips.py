@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from anomaly_lit.data.layouts.base import Layout, Listing
+from anomaly_lit.data.layouts.base import Layout, Listing, checked_category
 from anomaly_lit.data.layouts.files import by_stem
 from anomaly_lit.folders import in_time, list_folders, list_images
 from anomaly_lit.types import Sample, UserError, check_range
@@ -34,7 +34,7 @@ class ClipsLayout(Layout):
         category: Name of the data set in tables.
 
     Raises:
-        UserError: `frames` is below 1.
+        UserError: `frames` is below 1, or `category` is no name.
     """
 
     names_defects = False
@@ -55,7 +55,7 @@ class ClipsLayout(Layout):
         self.labels_dir = labels_dir
         self.mask_dir = mask_dir
         self.expects_masks = mask_dir is not None
-        self.category = category
+        self.category = checked_category("dataset.layout.category", category)
         self.mask_hint = f"ROOT/{mask_dir or 'dataset.layout.mask_dir'}/<clip>/<stem>.png"
 
     def find_categories(self, root: Path) -> list[str]:

@@ -13,7 +13,7 @@ from anomaly_lit.data.caches.features import FeatureCache
 from anomaly_lit.data.caches.memory import ImageCache
 from anomaly_lit.data.checks import raise_all
 from anomaly_lit.data.datamodule import AnomalyDataModule
-from anomaly_lit.data.layouts.base import Layout, Listing
+from anomaly_lit.data.layouts.base import Layout, Listing, checked_category
 from anomaly_lit.data.layouts.files import (
     anomalous_samples,
     by_stem,
@@ -43,7 +43,7 @@ class FolderLayout(Layout):
         category: Name of the category.
 
     Raises:
-        UserError: `test_share` is out of range.
+        UserError: `test_share` is out of range, or `category` is no name.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class FolderLayout(Layout):
         place = "<place of the image>/<stem>_mask.png or <stem>.png"
         self.mask_hint = f"ROOT/{mask_dir or 'dataset.mask_dir'}/{place}"
         self.test_share = test_share if normal_test_dir is None else 0.0
-        self.category = category
+        self.category = checked_category("dataset.category", category)
 
     def find_categories(self, root: Path) -> list[str]:
         """Name the one category.
