@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,7 @@ class Run:
     folder: Path
     settings: dict[str, Value]  # every value of config.yaml by its path
     metrics: dict[str, Any]  # empty before the end
-
-    @cached_property
-    def categories(self) -> list[str]:
-        """Return the categories that were tested; before the test, those that will be."""
-        tested = [key.split("/")[1] for key in self.metrics if key.count("/") == 2]
-        told = str(self.settings.get("dataset.categories", "all")).strip("[]").split(", ")
-        return list(dict.fromkeys(tested)) or [name.strip("'") for name in told]
+    categories: list[str]  # tested, or to be tested; empty where only a test would tell them
 
     @property
     def has_seen(self) -> bool:
@@ -47,9 +40,15 @@ class Run:
 
     @property
     def setting(self) -> str:
-        """`one-class`, or `multi-class` where one model learns several categories."""
-        alone = len(self.categories) == 1 and self.categories != ["all"]
-        return "one-class" if alone else "multi-class"
+        """`one-class`, or `multi-class` where one model learns several categories.
+
+        `all categories` if neither the settings nor a test tell how many these are.
+        """
+        if "setting" in self.metrics:
+            return str(self.metrics["setting"])
+        if not self.categories:
+            return "all categories"
+        return "one-class" if len(self.categories) == 1 else "multi-class"
 
 
 def print_warning(text: str) -> None:
@@ -74,7 +73,22 @@ def read_runs(folder: Path, warn: Callable[[str], None] = print_warning) -> list
     for place in runs_below(folder, "job.json"):
         if not (place / "config.yaml").exists() and (why := _failure(place / "job.json")):
             warn(f"{place} failed before it began: {why}; the report leaves this job out")
-    return runs
+    return with_known_categories(runs)
+
+
+def with_known_categories(runs: Sequence[Run]) -> list[Run]:
+    """Give runs that ask for all categories those of a tested run of the same data set."""
+    known = {data_of(run): run.categories for run in runs if tested_categories(run.metrics)}
+    return [
+        run if run.categories else replace(run, categories=known.get(data_of(run), []))
+        for run in runs
+    ]
+
+
+def data_of(run: Run) -> frozenset[tuple[str, Value]]:
+    """Return the settings that decide which categories a run finds."""
+    keys = ("dataset._target_", "dataset.root", "dataset.categories", "dataset.layout.")
+    return frozenset((k, value) for k, value in run.settings.items() if k.startswith(keys))
 
 
 def _failure(job: Path) -> str:
@@ -95,7 +109,23 @@ def read_run(folder: Path) -> Run:
     """
     settings = _read(folder / "config.yaml", _parse_settings)
     results = folder / "metrics.json"
-    return Run(folder, settings, _read(results, _parse_metrics) if results.exists() else {})
+    metrics = _read(results, _parse_metrics) if results.exists() else {}
+    return Run(folder, settings, metrics, tested_categories(metrics) or named_categories(settings))
+
+
+def tested_categories(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the categories in the keys of results, `test/<category>/<metric>`, each once."""
+    keys = [key.removeprefix("test/") for key in metrics if key.startswith("test/")]
+    return list(dict.fromkeys(key.rpartition("/")[0] for key in keys if "/" in key))
+
+
+def named_categories(settings: Mapping[str, Value]) -> list[str]:
+    """Return the categories that settings name; empty where they ask for all that are there."""
+    several = settings.get("dataset.categories")
+    if several not in (None, "all"):
+        return [name.strip("'") for name in str(several).strip("[]").split(", ")]
+    one = settings.get("dataset.category", settings.get("dataset.layout.category"))
+    return [] if one is None else [str(one)]
 
 
 def _read(file: Path, parse: Callable[[str], dict[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 
 from anomaly_lit.reporting.read import Run, Value
 
-NOT_TOLD = ("output_dir", "seed", "dataset.categories", "dataset.root", "logger", "callbacks")
+NOT_TOLD = (
+    "output_dir", "seed", "dataset.categories", "dataset.category", "dataset.layout.category",
+    "dataset.root", "logger", "callbacks",
+)  # fmt: skip
 
 MARK = "†"  # on the names of rows whose runs learned from test images; `notes` says so
 
@@ -49,7 +52,7 @@ def rows_of(runs: Iterable[Run]) -> list[Row]:
     for run in runs:
         own = {k: v for k, v in run.settings.items() if not k.startswith(NOT_TOLD)}
         own["setting"] = run.setting
-        learnt = tuple(run.categories) if run.setting == "multi-class" else ()
+        learnt = tuple(sorted(run.categories)) if run.setting == "multi-class" else ()
         key = (learnt, *sorted((k, repr(v)) for k, v in own.items()))
         groups.setdefault(key, []).append(run)
         told[id(groups[key])] = own
@@ -110,6 +113,5 @@ def short_value(value: Value) -> str:
 
 
 def categories_of(rows: Iterable[Row]) -> list[str]:
-    """Return all categories in alphabetical order, without `all` if others are known."""
-    found = sorted({c for row in rows for run in row.runs for c in run.categories})
-    return [c for c in found if c != "all"] or found
+    """Return all categories in alphabetical order."""
+    return sorted({c for row in rows for run in row.runs for c in run.categories})

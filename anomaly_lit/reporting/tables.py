@@ -70,7 +70,7 @@ def as_csv(rows: Sequence[Row]) -> str:
     writer.writeheader()
     for row in rows:
         for run in row.runs:
-            for category in run.categories if run.metrics else []:
+            for category in (run.categories or [""]) if run.metrics else []:
                 scores = {key: run.metrics.get(f"test/{category}/{key}") for key in METRICS}
                 told = {key: run.metrics.get(key) for key in facts}
                 place = {"row": row.name, "folder": str(run.folder), "category": category}

@@ -33,13 +33,14 @@ def write_run(folder: Path, value: float | None = 0.9, **settings: Any) -> None:
             "_target_": settings.get("method", "anomaly_lit.methods.UniAD"),
             "backbone": {"_target_": "x", "name": settings.get("backbone", "resnet18.tv_in1k")},
         },
-        "dataset": {"categories": settings.get("categories", ["bolt"])},
+        "dataset": settings.get("dataset", {"categories": settings.get("categories", ["bolt"])}),
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     if value is None:
         return
     keys = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro")
-    metrics = {f"test/{c}/{key}": value for c in config["dataset"]["categories"] for key in keys}
+    tested = settings.get("tested", config["dataset"].get("categories"))
+    metrics = {f"test/{category}/{key}": value for category in tested for key in keys}
     metrics |= {
         "seed": config["seed"], "selection": settings.get("selection", "last step"),
         "commit": "abc", "hardware": "CPU", "command": "anomaly-train a=1",
@@ -81,6 +82,51 @@ def test_rows_gather_seeds_and_categories(sweep: Path) -> None:
         "UniAD one-class backbone=resnet50": 4,
         "UniAD multi-class backbone=resnet18": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("dataset", "tested"),
+    [
+        ({"category": "product"}, ["product"]),
+        ({"categories": "all", "layout": {"category": "clips"}}, ["clips"]),
+        ({"categories": "all", "layout": {"frames": 4}, "root": "ped2"}, ["ped2"]),
+        ({"categories": "all", "root": "demo"}, ["gear", "wood"]),
+        ({"categories": ["wood", "gear"]}, ["gear", "wood"]),
+    ],
+)
+def test_seeds_without_results_stand_beside_those_with(
+    tmp_path: Path, dataset: dict[str, Any], tested: list[str]
+) -> None:
+    for seed, value in enumerate((0.9, None)):
+        write_run(tmp_path / str(seed), value, seed=seed, dataset=dataset, tested=tested)
+    head, row = table(rows_of(read_runs(tmp_path)), "image_auroc")
+    assert head == ["image AUROC", *tested, "mean", "seeds"]
+    assert row == ["UniAD", *["90.0"] * len(tested), "90.0", "2"]
+
+
+def test_no_category_and_no_setting_is_made_up(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", None, dataset={"category": "product"})
+    write_run(tmp_path / "b", None, dataset={"categories": "all"})
+    write_run(tmp_path / "c", None, dataset={"categories": ["nut", "bolt"]})
+    rows = rows_of(read_runs(tmp_path))
+    assert [row.name for row in rows] == [
+        "UniAD all categories", "UniAD multi-class", "UniAD one-class"
+    ]  # fmt: skip
+    head = table(rows, "image_auroc")[0]
+    assert head == ["image AUROC", "bolt", "nut", "product", "mean", "seeds"]
+
+
+def test_own_folders_are_columns_of_one_row(tmp_path: Path) -> None:
+    for name in ("nut", "bolt"):
+        write_run(tmp_path / name, dataset={"category": name, "root": name}, tested=[name])
+    head, row = table(rows_of(read_runs(tmp_path)), "image_auroc")
+    assert head == ["image AUROC", "bolt", "nut", "mean", "seeds"]
+    assert row == ["UniAD", "90.0", "90.0", "90.0", "1"]
+
+
+def test_a_category_with_a_slash_keeps_its_results(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", dataset={"category": "a/b"}, tested=["a/b"])
+    assert table(rows_of(read_runs(tmp_path)), "image_auroc")[1] == ["UniAD", "90.0", "90.0", "1"]
 
 
 def test_table_has_means_deviations_and_gaps(sweep: Path) -> None:
