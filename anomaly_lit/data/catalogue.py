@@ -159,7 +159,7 @@ class Catalogue:
         """
         self.list_samples()
         raise_all(self.find_gaps(stage))
-        for note in self.notes():
+        for note in [*self.notes(), *(self.without_holdout() if stage in (None, "fit") else ())]:
             warn_once(note)
         raise_all(check_headers(self.listed(), self.max_pixels))
         for note in mask_notes([*self.test_samples, *self.seen_samples]):
@@ -261,6 +261,18 @@ class Catalogue:
         if not self.has_masks and any(sample.label for sample in self.test_samples):
             notes.append("no masks: pixel metrics are left out")
         return notes + self.layout.notes(self.test_samples, self.seed) + self.passed_over()
+
+    def without_holdout(self) -> list[str]:
+        """Say which categories have no held-out image, and what a model will lack."""
+        held = {sample.category for sample in self.holdout_samples}
+        train = Counter(sample.category for sample in self.train_samples)
+        return [
+            f"{category}: none of its {train[category]} normal training images is held out "
+            f"(dataset.holdout={self.holdout}), so there will be no threshold, and every verdict "
+            "will be unknown"
+            for category in self.categories
+            if category not in held and train[category]
+        ]
 
     def passed_over(self) -> list[str]:
         """Say how many files beside the images were not read, and of which kinds."""

@@ -82,7 +82,7 @@ def inspect_data(datamodule: AnomalyDataModule, pictures: list[Picture] | None =
     report = Report(layout.name, str(datamodule.root), layout.licence, datamodule.counts())
     for gap in datamodule.find_gaps():
         report.add("error", "incomplete", gap)
-    for note in datamodule.notes():
+    for note in [*datamodule.notes(), *datamodule.without_holdout()]:
         report.add("warning", "note", note)
     _describe(report, pictures)
     _gather_problems(report, pictures)

@@ -102,6 +102,7 @@ def test_holdout_of_zero_holds_nothing_out(mvtec: Path) -> None:
     datamodule = ready(mvtec, holdout=0)
     assert len(datamodule.train_samples) == 18
     assert list(datamodule.val_dataloader()) == []
+    assert [note.split(":")[0] for note in datamodule.without_holdout()] == datamodule.categories
 
 
 def test_a_single_training_image_is_not_held_out(mvtec: Path) -> None:

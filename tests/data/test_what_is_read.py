@@ -107,6 +107,13 @@ def test_a_folder_of_masks_of_which_none_fits_is_an_error(plain: Path) -> None:
     folder(plain, abnormal_dir="bad", mask_dir="masks", masks="none").setup()
 
 
+def test_the_check_says_that_there_will_be_no_threshold(plain: Path) -> None:
+    for path in sorted((plain / "good").glob("*.png"))[1:]:
+        path.unlink()
+    said = said_by_the_check(folder(plain, test_share=0.0))
+    assert "product: none of its 1 normal training images is held out" in said
+
+
 def test_one_mask_for_two_pictures_is_an_error_that_names_both(plain: Path) -> None:
     shutil.move(plain / "masks" / "chip" / "b0.png", plain / "masks" / "b0.png")
     shutil.rmtree(plain / "masks" / "stain")
