@@ -5,6 +5,7 @@ Nothing heavy is imported at the top.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -85,6 +86,8 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
             raise
         sys.exit(error_code)  # argparse, which has already said what is wrong
     except Exception as error:
+        if not started and (words := no_folder(error)):
+            error = UserError(words)
         of_hydra = (CompactHydraException, OmegaConfBaseException)  # such as a null group
         in_words = isinstance(error, (*of_hydra, UserError, OSError)) or (
             isinstance(error, ValueError) and not started
@@ -96,6 +99,20 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
     finally:
         if not full:
             os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+def no_folder(error: Exception) -> str:
+    """Say that Hydra could not make the folder of a run, or its log; empty for any other error."""
+    of_log = str(error).startswith("Unable to configure handler")
+    cause = error.__cause__ if of_log else error
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if not isinstance(cause, OSError) or not cause.filename or cause.errno in full:
+        return ""
+    place = Path(cause.filename)
+    file = next((path for path in (place, *place.parents) if path.is_file()), None)
+    reason = f"{file} is a file" if file else cause.strerror
+    name = f"{place} in output_dir" if of_log else f"output_dir={place}"
+    return f"{name} cannot be made ({reason}): choose another output_dir that you can write to"
 
 
 def leave_nothing(existed: bool) -> None:

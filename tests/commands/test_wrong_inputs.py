@@ -192,3 +192,22 @@ def test_checkpoint_that_is_none(run_command: Run, tmp_path: Path) -> None:
     damaged = run_command("predict", f"ckpt_path={file}", f"input={picture}", output)
     assert_refused(damaged, file, code=3)
     assert "weights_only" not in damaged.err
+
+
+@pytest.mark.parametrize("command", ["train", "test", "predict", "data"])
+def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(
+    run_here: Run, tmp_path: Path, command: str
+) -> None:
+    file = tmp_path / "notes"
+    file.write_text("these are notes")
+    code = 3 if command == "predict" else 1
+    for place in (file, file / "run"):
+        outcome = run_here(command, f"output_dir={place}")
+        assert_refused(outcome, f"output_dir={place}", f"{file} is a file", code=code)
+        assert "choose another output_dir" in outcome.err
+
+
+def test_a_log_that_cannot_be_opened_is_told_in_a_sentence(run_here: Run, tmp_path: Path) -> None:
+    (tmp_path / "predict.log").mkdir()
+    outcome = run_here("predict", f"output_dir={tmp_path}")
+    assert_refused(outcome, tmp_path / "predict.log", "choose another output_dir", code=3)
