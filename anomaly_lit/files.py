@@ -70,8 +70,18 @@ def replace_file(path: str | Path, mode: str = "w", **options: Any) -> Iterator[
         raise
 
 
+def printable(text: str | Path) -> str:
+    """Return text for terminals and UTF-8 files; bytes that are not UTF-8 are spelt out."""
+    return os.fsencode(str(text)).decode("utf-8", "backslashreplace")
+
+
+def name_bytes(name: str) -> bytes:
+    """Return a name as bytes to be hashed, also one that is not UTF-8; the same everywhere."""
+    return name.encode("utf-8", "surrogateescape")
+
+
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Write strict JSON: NaN and infinite numbers become null."""
+    """Write strict JSON: NaN and infinite numbers become null, and text becomes printable."""
     with replace_file(path, "w", encoding="utf-8") as file:
         json.dump(_strict(content), file, indent=2)
         file.write("\n")
@@ -79,12 +89,12 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
 
 def _strict(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
+        return {_strict(key): _strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_strict(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value
+    return printable(value) if isinstance(value, str) else value
 
 
 def _umask() -> int:
@@ -173,6 +183,7 @@ def tell(text: str, warning: bool = False) -> None:
         text: What to print.
         warning: Print it to the standard error, as a warning.
     """
+    text = printable(text)
     if warning:
         print(f"warning: {text}", file=sys.stderr, flush=True)
     else:
@@ -191,7 +202,7 @@ def note(text: str, level: int = logging.INFO) -> None:
         level: One of those of `logging`.
     """
     names = {"name": "anomaly_lit", "levelno": level, "levelname": logging.getLevelName(level)}
-    record = logging.makeLogRecord({**names, "msg": text})
+    record = logging.makeLogRecord({**names, "msg": printable(text)})
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(record)

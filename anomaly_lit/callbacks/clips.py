@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anomaly_lit.callbacks.records import gathered, in_order
 from anomaly_lit.drawing.timeline import Timeline, save_timeline
-from anomaly_lit.files import replace_file, tell
+from anomaly_lit.files import printable, replace_file, tell
 from anomaly_lit.metrics import auroc
 
 
@@ -83,13 +83,15 @@ class ClipScores(pl.Callback):
             for line in self.timelines:
                 value = None if math.isnan(line.auroc) else line.auroc
                 assert line.labels is not None
-                writer.writerow([line.name, len(line.scores), int(line.labels.sum()), value])
+                name, anomalous = printable(line.name), int(line.labels.sum())
+                writer.writerow([name, len(line.scores), anomalous, value])
         with replace_file(self.directory / "frames.csv", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["path", "clip", "label", "score_in_clip"])
             scores = np.concatenate([line.scores for line in self.timelines])
             for sample, score in zip(by_clip(samples), scores.tolist(), strict=True):
-                writer.writerow([sample.path, sample.group, int(sample.label), score])
+                names = printable(sample.path), printable(sample.group)
+                writer.writerow([*names, int(sample.label), score])
         save_timeline(self.directory / "timeline.png", self.timelines)
 
 

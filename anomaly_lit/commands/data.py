@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anomaly_lit.files import printable, write_json
 from anomaly_lit.types import UserError
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ def check_data(datamodule: AnomalyDataModule, output_dir: str | Path, columns: i
     report = inspect_data(datamodule, pictures)
     folder = Path(output_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+        write_json(folder / "report.json", asdict(report))
     except OSError as error:
         raise UserError(f"output_dir={folder} cannot be written: {error.strerror}") from error
     tiles = [
@@ -108,7 +107,7 @@ def show(report: Report, folder: Path, limit: int = 10) -> None:
         sizes, modes = (_most(facts.get(category, {})) for facts in (report.sizes, report.modes))
         for row, (split, count) in enumerate(counts.items() or [("nothing", 0)]):
             first = (category, sizes, modes) if row == 0 else ("", "", "")
-            table.add_row(first[0], split, str(count), *first[1:])
+            table.add_row(first[0], printable(split), str(count), *first[1:])
         table.add_section()
     console.print(table)
     if report.licence:
@@ -116,9 +115,9 @@ def show(report: Report, folder: Path, limit: int = 10) -> None:
     colours = {"error": "bold red", "warning": "yellow"}
     for finding in sorted(report.findings, key=lambda finding: finding.level):
         console.print(f"{finding.level}: ", style=colours[finding.level], end="")
-        console.print(finding.text, markup=False, soft_wrap=True)
+        console.print(printable(finding.text), markup=False, soft_wrap=True)
         for path in finding.paths[:limit]:
-            console.print(f"  {path}", markup=False, soft_wrap=True)
+            console.print(f"  {printable(path)}", markup=False, soft_wrap=True)
         if len(finding.paths) > limit:
             console.print(f"  and {len(finding.paths) - limit} more, see report.json")
     errors = sum(finding.level == "error" for finding in report.findings)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from anomaly_lit.commands.entry import run_command
 from anomaly_lit.config.hydra import output_folder, plain
 from anomaly_lit.config.validate import validate
-from anomaly_lit.files import note, note_origin, tell
+from anomaly_lit.files import note, note_origin, printable, tell
 from anomaly_lit.types import UserError
 
 GOOD, DEFECT, NOT_JUDGED, FAILED = 0, 1, 2, 3  # 1 and 2: with exit_code=true only
@@ -55,7 +55,7 @@ def predict(cfg: DictConfig) -> int:
     if found.others:
         print(found.others)
     for folder in found.results:
-        print(f"skipped: results of an earlier anomaly-predict in {folder}")
+        print(f"skipped: results of an earlier anomaly-predict in {printable(folder)}")
     detector = load(config["ckpt_path"], config["device"], config["trust"], config["engine"])
     note_origin()
     if not detector.calibration:

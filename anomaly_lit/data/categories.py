@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from anomaly_lit.data.layouts.base import Layout
+from anomaly_lit.files import printable
 from anomaly_lit.types import UserError
 
 
@@ -41,7 +42,7 @@ def choose_categories(layout: Layout, root: Path, requested: str | Sequence[str]
             raise UserError(
                 f"no category below dataset.root={root}: no folder {layout.train_hint}{_tip(root)}"
             )
-        return found
+        return _encoded(found, root)
     if layout.excludes_others and (requested == "all" or len(requested) > 1):
         raise UserError(
             f"dataset.categories={requested}: what is normal in one class is anomalous in another, "
@@ -59,7 +60,7 @@ def choose_categories(layout: Layout, root: Path, requested: str | Sequence[str]
             f"dataset.categories: no {', '.join(unknown) or 'name'} in {root}; it holds "
             f"{', '.join(found) or 'no category' + _tip(root)}"
         )
-    return list(dict.fromkeys(wanted))
+    return _encoded(list(dict.fromkeys(wanted)), root)
 
 
 def no_training_images(layout: Layout, root: Path | None, categories: Sequence[str]) -> list[str]:
@@ -80,6 +81,14 @@ def no_training_images(layout: Layout, root: Path | None, categories: Sequence[s
         f"no normal training images in {', '.join(places)}; put images there or set "
         "dataset.categories to others"
     ]
+
+
+def _encoded(names: list[str], root: Path) -> list[str]:
+    """Return names of categories, which results are filed under, if all of them are UTF-8."""
+    for name in names:
+        if name != printable(name):
+            raise UserError(f"{printable(root / name)}: the name is not UTF-8; rename the folder")
+    return names
 
 
 def _tip(root: Path) -> str:

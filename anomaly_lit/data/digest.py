@@ -9,6 +9,7 @@ from pathlib import Path
 from anomaly_lit.data.packed import packed_picture
 from anomaly_lit.data.progress import in_threads
 from anomaly_lit.data.splits import name_below
+from anomaly_lit.files import name_bytes
 from anomaly_lit.types import Sample
 
 
@@ -27,7 +28,7 @@ def digest(splits: Mapping[str, Sequence[Sample]], root: Path | None) -> str:
             f"{split} {name_below(path, root)} {mark}\n"
             for path, mark in zip(paths, prints, strict=True)
         ]
-    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+    return hashlib.sha256(name_bytes("".join(sorted(lines)))).hexdigest()
 
 
 def _fingerprint(path: str) -> str:

@@ -13,6 +13,8 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import Progress
 
+from anomaly_lit.files import printable
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
@@ -23,7 +25,7 @@ PATIENCE = 2.0  # seconds before a progress bar appears
 @rank_zero_only
 def warn_once(text: str) -> None:
     """Log a warning, once for all processes."""
-    log.warning(text)
+    log.warning(printable(text))
 
 
 def in_threads(work: Callable[[T], R], items: Sequence[T], title: str) -> list[R]:

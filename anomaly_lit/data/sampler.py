@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from anomaly_lit.files import name_bytes
 from anomaly_lit.types import Sample
 
 
@@ -115,7 +116,7 @@ class ShardSampler(Sampler[int]):
 
 def batch_seed(seed: int, step: int, names: Sequence[str]) -> int:
     """Return a seed for one batch, from names, since reading tensors may wait for a GPU."""
-    return mixed_seed(seed, step, zlib.crc32("\n".join(names).encode()))
+    return mixed_seed(seed, step, zlib.crc32(name_bytes("\n".join(names))))
 
 
 def mixed_seed(*numbers: int) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from anomaly_lit.data.layouts.base import Listing
+from anomaly_lit.files import name_bytes
 from anomaly_lit.types import Sample, UserError
 
 
@@ -80,7 +81,7 @@ class Draw:
         return sample.group or name_below(sample.path, self.root)
 
     def _rank(self, purpose: str, key: str) -> bytes:
-        return hashlib.sha256(f"{self.seed}/{purpose}/{key}".encode()).digest()
+        return hashlib.sha256(name_bytes(f"{self.seed}/{purpose}/{key}")).digest()
 
 
 def split_category(

@@ -21,6 +21,7 @@ from anomaly_lit.data.images import Pixels, read_header, read_image
 from anomaly_lit.data.opening import MAX_PIXELS
 from anomaly_lit.drawing.heat import overlay
 from anomaly_lit.drawing.png import save_image
+from anomaly_lit.files import printable
 from anomaly_lit.folders import passed_over, told, walk_images
 from anomaly_lit.inference.detector import Detector, Finding
 from anomaly_lit.inference.film import Film, is_film
@@ -273,11 +274,6 @@ def _marked(path: Path) -> Path:
     name = os.fsencode(path.name)
     mark = hashlib.sha256(name).hexdigest()[:12]
     return path.with_name(name[: ROOM - 13].decode("utf-8", "ignore") + f"-{mark}")
-
-
-def printable(text: str | Path) -> str:
-    """Return text for terminals and UTF-8 files; bytes that are not UTF-8 are spelt out."""
-    return os.fsencode(str(text)).decode("utf-8", "backslashreplace")
 
 
 def cell(text: str) -> str:

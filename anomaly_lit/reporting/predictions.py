@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from anomaly_lit.files import replace_file
+from anomaly_lit.files import printable, replace_file
 
 
 def choose_images(rows: list[dict[str, Any]], limit: int) -> list[int]:
@@ -54,10 +54,15 @@ def caption_of(row: dict[str, Any]) -> str:
     )
 
 
+def printable_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row whose text is printable, also where names of files are not UTF-8."""
+    return {key: printable(v) if isinstance(v, str) else v for key, v in row.items()}
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write a CSV file with a line for each row; true and false become 1 and 0."""
     with replace_file(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else ["path"])
         writer.writeheader()
-        for row in rows:
+        for row in map(printable_row, rows):
             writer.writerow({k: int(v) if isinstance(v, bool) else v for k, v in row.items()})

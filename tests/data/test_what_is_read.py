@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from anomaly_lit.commands.data import check_data, show
 from anomaly_lit.data import BTAD, AnomalyDataModule, Folder, MVTecAD
 from anomaly_lit.data.inspect import inspect_data
+from anomaly_lit.data.sampler import batch_seed
 from anomaly_lit.types import UserError
 
 Write = Callable[..., Path]
@@ -64,6 +67,34 @@ def test_pictures_below_a_folder_that_is_read_flat_are_told(
     shutil.copy(root / good / source, root / good / "more" / source)
     make(str(root), image_size=32).setup()
     assert "1 file was passed over: 1 unused picture" in caplog.text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows names files in Unicode")
+def test_names_that_are_no_utf_8_are_read_and_told(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = os.fsdecode(b"caf\xe9.png")
+    before = folder(plain)
+    before.setup()
+    for place in ("good", "bad/chip"):
+        shutil.copy(plain / "good" / "a0.png", plain / place / odd)
+    datamodule = folder(plain, abnormal_dir="bad")
+    datamodule.setup()
+    assert datamodule.digest not in ("", before.digest)
+    assert sum(sample.path.endswith(odd) for sample in datamodule.samples()) == 2
+    assert batch_seed(0, 0, [odd]) != batch_seed(0, 0, ["caf.png"])
+    (plain / "good" / os.fsdecode(b"\xff.png")).write_text("no picture")
+    report = check_data(folder(plain), tmp_path / "report")
+    show(report, tmp_path / "report")
+    assert "\\xff.png: not an image" in capsys.readouterr().out
+    assert "\\\\xff.png" in (tmp_path / "report" / "report.json").read_text("utf-8")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows names files in Unicode")
+def test_a_category_whose_name_is_no_utf_8_is_refused(mvtec: Path) -> None:
+    (mvtec / "bolt").rename(mvtec / os.fsdecode(b"bolt\xff"))
+    with pytest.raises(UserError, match=r"bolt\\xff: the name is not UTF-8; rename the folder"):
+        MVTecAD(str(mvtec), image_size=32).setup()
 
 
 def test_the_files_beside_a_public_set_are_no_news(

@@ -125,3 +125,10 @@ def test_rows_are_written_with_labels_as_numbers(tmp_path: Path) -> None:
 def test_no_rows_still_give_a_header(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.csv", [])
     assert (tmp_path / "rows.csv").read_text().startswith("path")
+
+
+def test_a_name_that_is_no_utf_8_is_spelt_out(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.csv", [row(False, 0.5, path="caf\udce9.png", category="büro")])
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        (written,) = csv.DictReader(file)
+    assert (written["path"], written["category"]) == ("caf\\xe9.png", "büro")
