@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ except ImportError:  # Windows
 else:
     HAS_LOCKS = True
 
+ROOM = 255 - len(".12345678.png") - 8  # bytes of a name that also leave room for that of a draft
 PACKAGES = ("anomaly-lit", "torch", "timm", "pytorch-lightning", "hydra-core", "numpy")
 
 
@@ -78,6 +80,18 @@ def printable(text: str | Path) -> str:
 def name_bytes(name: str) -> bytes:
     """Return a name as bytes to be hashed, also one that is not UTF-8; the same everywhere."""
     return name.encode("utf-8", "surrogateescape")
+
+
+def short_name(name: str) -> str:
+    """Return a file's name without its suffix; cut if no file system would take it."""
+    return name if len(os.fsencode(name)) <= ROOM else marked_name(name)
+
+
+def marked_name(name: str) -> str:
+    """Return a name with a hash of itself, which sets it apart, cut to what fits."""
+    own = os.fsencode(name)
+    mark = hashlib.sha256(own).hexdigest()[:12]
+    return own[: ROOM - 13].decode("utf-8", "ignore") + f"-{mark}"
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:

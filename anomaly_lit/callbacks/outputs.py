@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +17,12 @@ from anomaly_lit.callbacks.evaluation import Evaluation
 from anomaly_lit.drawing.curves import save_curves
 from anomaly_lit.drawing.panels import contact_sheet, panel
 from anomaly_lit.drawing.png import save_image
-from anomaly_lit.reporting.predictions import caption_of, choose_images, write_rows
+from anomaly_lit.files import short_name, tell
+from anomaly_lit.reporting.predictions import caption_of, choose_images, printable_row, write_rows
 from anomaly_lit.types import Batch, UserError, check_range
 
 OVERVIEW = 12  # panels on the overview
+NOT_IN_NAMES = re.compile(r'[/\\:*?"<>|\x00-\x1f]')  # on one file system or another
 KINDS = {
     (True, "good"): "missed",
     (False, "defect"): "false_alarm",
@@ -42,7 +46,8 @@ class Outputs(pl.Callback):
 
     The worst mistakes come first: defects far below their threshold, then normal images far above
     it, then correct verdicts of each category. The panels of a method that does not localise show
-    the image and its verdict only.
+    the image and its verdict only. Pictures that cannot be written cost no results: one warning
+    names the first.
 
     Args:
         directory: Where to write.
@@ -57,6 +62,7 @@ class Outputs(pl.Callback):
         self.directory = Path(directory)
         self.max_images = max_images
         self.findings: list[Finding] = []
+        self._failures: list[str] = []
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write everything, on the first rank only."""
@@ -66,8 +72,8 @@ class Outputs(pl.Callback):
         if not trainer.is_global_zero:
             return
         write_rows(self.directory / "predictions.csv", evaluation.rows)
-        save_curves(self.directory / "curves.png", evaluation.curves, "Test images")
-        self.findings = []
+        self.findings, self._failures = [], []
+        self._written(save_curves, self.directory / "curves.png", evaluation.curves, "Test images")
         loader: Any = trainer.test_dataloaders
         loader = loader[0] if isinstance(loader, list) else loader
         panels = []
@@ -78,7 +84,11 @@ class Outputs(pl.Callback):
             panels.append(self._draw(number, row, batch, anomaly_map, evaluation))
         if panels:
             sheet = contact_sheet(panels[:OVERVIEW], columns=2)
-            save_image(sheet, self.directory / "overview.png")
+            self._written(save_image, sheet, self.directory / "overview.png")
+        if self._failures:
+            first, *others = self._failures
+            more = f" ({len(others)} more were not written)" if others else ""
+            tell(f"{first}{more}", warning=True)
 
     def _draw(
         self,
@@ -97,13 +107,23 @@ class Outputs(pl.Callback):
         image = (batch["image"][0].permute(1, 2, 0) * 255).round().byte().cpu().numpy()
         has_truth = not row["label"] or bool(batch["gt_mask"].any())
         truth = batch["gt_mask"][0, 0].cpu().numpy() if has_truth else None
+        row = printable_row(row)
         shown = panel(image, anomaly_map, truth, low, high, caption_of(row), outline)
         kind = KINDS.get((row["label"], row["verdict"]), "unjudged")
-        name = f"{number:03d}_{kind}_{row['category']}_{row['defect_type']}"
-        file = self.directory / "images" / f"{name}_{Path(row['path']).stem}.png"
-        save_image(shown, file)
-        self.findings.append(Finding(row, image, truth, outline, file))
+        name = short_name(f"{row['category']}_{row['defect_type']}_{Path(row['path']).stem}")
+        file = self.directory / "images" / f"{number:03d}_{kind}_{NOT_IN_NAMES.sub('_', name)}.png"
+        if self._written(save_image, shown, file):
+            self.findings.append(Finding(row, image, truth, outline, file))
         return shown
+
+    def _written(self, save: Callable[..., None], *arguments: Any) -> bool:
+        """Write a picture; return whether that went well."""
+        try:
+            save(*arguments)
+        except UserError as error:
+            self._failures.append(str(error))
+            return False
+        return True
 
 
 def _score_again(batch: Batch, pl_module: Any) -> np.ndarray | None:

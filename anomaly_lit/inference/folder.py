@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +19,7 @@ from anomaly_lit.data.images import Pixels, read_header, read_image
 from anomaly_lit.data.opening import MAX_PIXELS
 from anomaly_lit.drawing.heat import overlay
 from anomaly_lit.drawing.png import save_image
-from anomaly_lit.files import printable
+from anomaly_lit.files import marked_name, printable, short_name
 from anomaly_lit.folders import passed_over, told, walk_images
 from anomaly_lit.inference.detector import Detector, Finding
 from anomaly_lit.inference.film import Film, is_film
@@ -31,7 +29,6 @@ VERDICTS = "predictions.csv"
 OVERLAYS, MAPS = "overlays", "maps"
 COLUMNS = ("path", "category", "score", "threshold", "verdict", "error")
 MOST_PIXELS = 64_000_000  # of the images held in memory at once
-ROOM = 255 - len(".12345678.png") - 8  # bytes of a name that also leave room for that of a draft
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what starts a formula in a spreadsheet
 
 
@@ -255,7 +252,8 @@ def names_of(paths: Sequence[Path], root: Path) -> dict[Path, Path]:
         bare = path.with_suffix("")
         alone = path.suffix == ".png" or stems[_key(bare)] == 1
         choices = [own for own in ([bare] if alone else []) + [path] if _fits(own)]
-        name = next((own for own in choices if _key(own) not in taken), _marked(path))
+        marked = path.with_name(marked_name(path.name))
+        name = next((own for own in choices if _key(own) not in taken), marked)
         taken.add(_key(name))
         names[path] = name.relative_to(root)
     return names
@@ -267,13 +265,7 @@ def _key(path: Path) -> str:
 
 
 def _fits(path: Path) -> bool:
-    return len(os.fsencode(path.name)) <= ROOM
-
-
-def _marked(path: Path) -> Path:
-    name = os.fsencode(path.name)
-    mark = hashlib.sha256(name).hexdigest()[:12]
-    return path.with_name(name[: ROOM - 13].decode("utf-8", "ignore") + f"-{mark}")
+    return path.name == short_name(path.name)
 
 
 def cell(text: str) -> str:

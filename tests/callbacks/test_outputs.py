@@ -56,12 +56,13 @@ class FinishedRun:
         return {"image": image, "gt_mask": gt_mask}
 
 
-def test_a_method_that_does_not_localise_gets_panels_of_image_and_verdict(tmp_path: Path) -> None:
+def evaluated(category: str = "bolt", path: str = "{}.png") -> Evaluation:
+    """The evaluation of six images."""
     evaluation = Evaluation()
     evaluation.rows = [
         {
-            "path": f"{i}.png",
-            "category": "bolt",
+            "path": path.format(i),
+            "category": category,
             "defect_type": "scratch" if i % 2 else "good",
             "label": bool(i % 2),
             "score": float(i),
@@ -70,7 +71,12 @@ def test_a_method_that_does_not_localise_gets_panels_of_image_and_verdict(tmp_pa
         }
         for i in range(6)
     ]
-    evaluation.calibration = {"categories": {"bolt": {"threshold": 2.5}}, "all": {}}
+    evaluation.calibration = {"categories": {category: {"threshold": 2.5}}, "all": {}}
+    return evaluation
+
+
+def test_a_method_that_does_not_localise_gets_panels_of_image_and_verdict(tmp_path: Path) -> None:
+    evaluation = evaluated()
     outputs: Any = Outputs(str(tmp_path))
     outputs.on_test_end(FinishedRun(evaluation), ScoresOnly())
     files = sorted(file.name for file in (tmp_path / "images").iterdir())
@@ -79,4 +85,33 @@ def test_a_method_that_does_not_localise_gets_panels_of_image_and_verdict(tmp_pa
     assert all(finding.outline is None for finding in outputs.findings)
     with Image.open(tmp_path / "images" / files[0]) as shown:
         assert shown.width < 2 * 192  # one tile
+    assert (tmp_path / "overview.png").is_file()
+
+
+def test_panels_have_names_that_every_file_system_takes(tmp_path: Path) -> None:
+    long = "in/" + "ä" * 120 + "{}.png"
+    outputs: Any = Outputs(str(tmp_path))
+    for category, path in (("a/b:c", long), ("bolt", "in/caf\udce9{}.png")):
+        outputs.on_test_end(FinishedRun(evaluated(category, path)), ScoresOnly())
+        assert len({finding.file for finding in outputs.findings}) == 6
+        for finding in outputs.findings:
+            assert finding.file.parent == tmp_path / "images"
+            assert finding.file.is_file()
+            assert len(finding.file.name.encode()) <= 255
+            assert not set(finding.file.name) & set('/\\:*?"<>|')
+    assert outputs.findings[0].file.name == "000_missed_bolt_scratch_caf_xe91.png"
+
+
+def test_panels_that_cannot_be_written_cost_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").write_text("a file where the folder should be")
+    outputs: Any = Outputs(str(tmp_path))
+    outputs.on_test_end(FinishedRun(evaluated()), ScoresOnly())
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1
+    assert "images/000_missed_bolt_scratch_1.png" in said
+    assert "5 more were not written" in said
+    assert outputs.findings == []
+    assert (tmp_path / "predictions.csv").is_file()
     assert (tmp_path / "overview.png").is_file()

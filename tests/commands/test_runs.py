@@ -139,6 +139,25 @@ def test_the_log_tells_why_a_run_failed(
     assert "[ERROR] - the drive is gone" in (tmp_path / "run" / "train.log").read_text()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows names files in Unicode")
+def test_files_of_any_name_are_trained_and_tested_on(
+    run_here: Run, settings: tuple[str, ...], new_category: Callable[..., None], tmp_path: Path
+) -> None:
+    bolt, folder = tmp_path / "data" / "bolt", tmp_path / "run"
+    new_category(bolt)
+    for place in ("train", "test"):
+        good = bolt / place / "good"
+        (good / "000.png").rename(good / os.fsdecode(b"caf\xe9.png"))
+        (good / "001.png").rename(good / f"{'x' * 240}.png")
+    root = f"dataset.root={bolt.parent}"
+    outcome = run_here("train", *settings, root, f"output_dir={folder}", "logger=tensorboard")
+    assert outcome.code == 0, outcome.err
+    assert "warning: cannot" not in outcome.err
+    rows = read_rows(folder / "predictions.csv")
+    assert any(row["path"].endswith("caf\\xe9.png") for row in rows)
+    assert len(list((folder / "images").iterdir())) == len(rows)
+
+
 def test_predictions_have_a_row_and_a_verdict_per_image(finished: Path, mvtec_folder: Path) -> None:
     rows = read_rows(finished / "predictions.csv")
     columns = ["path", "category", "defect_type", "label", "score", "threshold", "verdict"]
