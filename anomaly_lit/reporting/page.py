@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from anomaly_lit.reporting import plots
 from anomaly_lit.reporting.read import print_warning
 from anomaly_lit.reporting.rows import Row, categories_of
-from anomaly_lit.reporting.tables import METRICS, cost_table, differences, notes, table
+from anomaly_lit.reporting.tables import METRICS, cost_table, differences, notes, result_tables
 
 KINDS = "missed|false_alarm|found|passed"
 PANEL = re.compile(rf"\d+_({KINDS})_(?P<image>.+)\.png")  # as runs name their panels
@@ -57,7 +57,7 @@ def as_page(rows: Sequence[Row], folder: Path, pictures: int, warn: Warn = print
     return _template().render(
         title=f"{folder.resolve().name}: {len(rows)} rows",
         notes=notes(rows),
-        results=[table(rows, metric) for metric in METRICS],
+        results=[(lines, lines[0][0] in METRICS.values()) for lines in result_tables(rows)],
         costs=cost_table(rows),
         scatters=[
             plots.scatter(found, title, "image AUROC, mean")

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Sequence
 
-from anomaly_lit.reporting.read import COSTS
+from anomaly_lit.reporting.read import COSTS, Run
 from anomaly_lit.reporting.rows import MARK, NOT_TOLD, Row, categories_of
-from anomaly_lit.reporting.terminal import COLUMNS
+from anomaly_lit.reporting.terminal import COLUMNS, was_tested
 
 METRICS = {key: title for key, title in COLUMNS.items() if "rate" not in key}
+FALSE_ALARMS = "false_positive_rate"  # all that a test on normal images alone can tell
 
 
 def cell(values: Sequence[float], scale: float = 100.0, digits: int = 1) -> str:
@@ -39,13 +41,34 @@ def cost(values: Sequence[float]) -> str:
 def table(rows: Sequence[Row], metric: str) -> list[list[str]]:
     """Return names, a column for each category, and the mean; the first line is the head."""
     categories = categories_of(rows)
-    head = [METRICS[metric], *categories, "mean", "seeds"]
+    head = [COLUMNS[metric], *categories, "mean", "seeds"]
     lines = [head]
     for row in rows:
         cells = [cell(row.values(metric, category)) for category in categories]
         seeds = len({run.settings.get("seed") for run in row.runs})
         lines.append([row.name, *cells, cell(row.mean(metric, categories)), str(seeds)])
     return lines
+
+
+def result_tables(rows: Sequence[Row]) -> list[list[list[str]]]:
+    """Return a table for each metric that any run has a value of.
+
+    That of false alarms is added if some run has no other value.
+    """
+    known = [known_metrics(run) for row in rows for run in row.runs]
+    shown = [metric for metric in METRICS if any(metric in own for own in known)]
+    if any(FALSE_ALARMS in own and own.isdisjoint(METRICS) for own in known):
+        shown.append(FALSE_ALARMS)
+    return [table(rows, metric) for metric in shown]
+
+
+def known_metrics(run: Run) -> set[str]:
+    """Return the metrics that a run has a value of, in at least one category."""
+    return {
+        key.rpartition("/")[2]
+        for key, value in run.metrics.items()
+        if key.startswith("test/") and value is not None and math.isfinite(value)
+    }
 
 
 def cost_table(rows: Sequence[Row]) -> list[list[str]]:
@@ -65,13 +88,13 @@ def as_csv(rows: Sequence[Row]) -> str:
     """Return a line for each run and category, with its command: for a spreadsheet or pandas."""
     text = io.StringIO()
     facts = ("seed", "selection", "setting", *COSTS, "commit", "hardware", "command")
-    keys = ("row", "folder", "category", *METRICS, *facts)
+    keys = ("row", "folder", "category", *COLUMNS, *facts)
     writer = csv.DictWriter(text, keys, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         for run in row.runs:
             for category in (run.categories or [""]) if run.metrics else []:
-                scores = {key: run.metrics.get(f"test/{category}/{key}") for key in METRICS}
+                scores = {key: run.metrics.get(f"test/{category}/{key}") for key in COLUMNS}
                 told = {key: run.metrics.get(key) for key in facts}
                 place = {"row": row.name, "folder": str(run.folder), "category": category}
                 writer.writerow(place | scores | told)
@@ -79,18 +102,18 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """Return all tables, for an issue or a README."""
+    """Return the tables, for an issue or a README."""
     parts = []
-    for lines in (*(table(rows, metric) for metric in METRICS), cost_table(rows)):
+    for lines in (*result_tables(rows), cost_table(rows)):
         rule = ["---", *("--:" for _ in lines[0][1:])]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])))
     return "\n\n".join([*parts, notes(rows)]) + "\n"
 
 
 def as_latex(rows: Sequence[Row]) -> str:
-    """Return all tables, for a paper; they need the package booktabs."""
+    """Return the tables, for a paper; they need the package booktabs."""
     parts = []
-    for lines in (*(table(rows, metric) for metric in METRICS), cost_table(rows)):
+    for lines in (*result_tables(rows), cost_table(rows)):
         body = [" & ".join(latex(text) for text in line) + r" \\" for line in lines]
         columns = "l" + "r" * (len(lines[0]) - 1)
         inner = [r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule"]
@@ -116,10 +139,18 @@ def notes(rows: Sequence[Row]) -> str:
         for key in ("selection", "commit", "hardware")
     }
     rest = len(runs) - len(done)
-    lines = [
-        "Per cent; mean over seeds ± standard deviation; - is missing or undefined.",
-        f"Weights: {told['selection'] or '-'}. Commit {told['commit'] or '-'}; {told['hardware']}.",
-    ]
+    lines = ["Per cent; mean over seeds ± standard deviation; - is missing or undefined."]
+    if done:
+        lines.append(f"Weights: {told['selection']}. Commit {told['commit']}; {told['hardware']}.")
+    untested = [run for run in done if not was_tested(run.metrics)]
+    if untested:
+        lines.append(f"{len(untested)} runs had no test images.")
+    blank = [run for run in done if was_tested(run.metrics) and not known_metrics(run)]
+    if blank:
+        lines.append(
+            f"{len(blank)} runs were tested without any metric: most need normal and anomalous "
+            "test images, and false alarms need a threshold."
+        )
     oracle = [run for run in done if "ORACLE" in str(run.metrics.get("selection"))]
     if oracle:
         lines.append(f"{len(oracle)} runs took something from the test set: no fair comparison.")

@@ -189,6 +189,51 @@ def test_without_such_runs_there_is_no_mark(tmp_path: Path) -> None:
     assert "†" not in as_markdown(rows_of(read_runs(tmp_path)))
 
 
+def texts_of(folder: Path) -> dict[str, str]:
+    main([str(folder)])
+    return {p.suffix: p.read_text(encoding="utf-8") for p in (folder / "report").iterdir()}
+
+
+def keep_metrics(run: Path, *kept: str, **added: Any) -> None:
+    """Rewrite a run's results with some of their test metrics alone, and others."""
+    file = run / "metrics.json"
+    metrics = {k: v for k, v in json.loads(file.read_text()).items() if k[:5] != "test/"}
+    file.write_text(json.dumps(metrics | dict.fromkeys(kept, 0.25) | added))
+
+
+def test_without_test_images_there_is_no_table_of_dashes(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", dataset={"category": "product"}, tested=[])
+    texts = texts_of(tmp_path)
+    for suffix in (".md", ".tex", ".html"):
+        assert "AUROC" not in texts[suffix]
+        assert "1 runs had no test images." in texts[suffix]
+    assert texts[".csv"].splitlines()[1].startswith(f"UniAD,{tmp_path / 'a'},product,")
+
+
+def test_a_test_on_normal_images_shows_its_false_alarms(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    keep_metrics(tmp_path / "a", "test/bolt/false_positive_rate", **{"test/bolt/image_ap": None})
+    texts = texts_of(tmp_path)
+    [shown, _] = [block for block in texts[".md"].split("\n\n") if block.startswith("|")]
+    assert shown.splitlines()[0] == "| false alarms | bolt | mean | seeds |"
+    assert shown.splitlines()[2] == "| UniAD | 25.0 | 25.0 | 1 |"
+    assert "had no test images" not in texts[".md"]
+    write_run(tmp_path / "b", tested=["bolt"], dataset={"categories": ["bolt"], "masks": "none"})
+    keep_metrics(tmp_path / "b", "test/bolt/false_positive_rate", "test/bolt/image_auroc")
+    blocks = texts_of(tmp_path)[".md"].split("\n\n")
+    assert [block.split(" | ")[0] for block in blocks[:2]] == ["| image AUROC", "| false alarms"]
+    shutil.rmtree(tmp_path / "a")
+    assert "false alarms" not in texts_of(tmp_path)[".md"]  # no run has only these
+
+
+def test_a_test_without_any_value_is_told(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    keep_metrics(tmp_path / "a", **{"test/bolt/image_auroc": None})
+    text = texts_of(tmp_path)[".md"]
+    assert "1 runs were tested without any metric" in text
+    assert "image AUROC" not in text
+
+
 def test_page_is_one_file_that_asks_for_nothing(sweep: Path) -> None:
     main([str(sweep)])
     text = (sweep / "report" / "report.html").read_text()
