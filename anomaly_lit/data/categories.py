@@ -77,10 +77,8 @@ def no_training_images(layout: Layout, root: Path | None, categories: Sequence[s
         str((root or Path()) / layout.train_hint.replace("<category>", category))
         for category in categories
     ]
-    return [
-        f"no normal training images in {', '.join(places)}; put images there or set "
-        "dataset.categories to others"
-    ]
+    other = "" if layout.train_key is None else f" or change {layout.train_key}"
+    return [f"no normal training images in {', '.join(places)}; put images there{other}"]
 
 
 def _encoded(names: list[str], root: Path) -> list[str]:

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 
 from anomaly_lit.data import AnomalyDataModule
+from anomaly_lit.data.categories import no_training_images
+from anomaly_lit.data.layouts.base import Layout
 from anomaly_lit.data.layouts.btad import BTADLayout
 from anomaly_lit.data.layouts.clips import ClipsLayout
 from anomaly_lit.data.layouts.folder import FolderLayout
 from anomaly_lit.data.layouts.ksdd2 import KolektorSDD2Layout
 from anomaly_lit.data.layouts.mvtec_ad import MVTecADLayout
+from anomaly_lit.data.layouts.ped2 import Ped2Layout
 from anomaly_lit.data.layouts.real_iad import RealIADLayout
 from anomaly_lit.data.layouts.visa import VisALayout, read_split
 from anomaly_lit.folders import list_images
@@ -153,3 +156,21 @@ def test_a_category_is_one_name(name: str) -> None:
         FolderLayout(category=name)
     with pytest.raises(UserError, match=r"dataset\.layout\.category=.*without / and"):
         ClipsLayout(category=name)
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (FolderLayout(), "r/good; put images there or change dataset.normal_dir"),
+        (ClipsLayout(), "r/training/frames; put images there or change dataset.layout.train_dir"),
+        (Ped2Layout(), "r/Train; put images there"),
+        (KolektorSDD2Layout(), "r/train; put images there"),
+        (BTADLayout(), "r/01/train/ok; put images there or change dataset.categories"),
+    ],
+)
+def test_where_training_images_are_missing_the_advice_names_a_key_of_the_set(
+    layout: Layout, words: str
+) -> None:
+    assert no_training_images(layout, Path("r"), ["01"]) == [
+        f"no normal training images in {words}"
+    ]

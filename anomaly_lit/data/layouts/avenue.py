@@ -21,6 +21,7 @@ class AvenueLayout(ClipsLayout):
     """
 
     licence = "CUHK Avenue is for academic research only"
+    train_key = None  # there is one place only
 
     def __init__(self, frames: int = 4) -> None:
         labels = "ground_truth_demo/testing_label_mask"

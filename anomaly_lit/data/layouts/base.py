@@ -28,6 +28,8 @@ class Layout:
         mask_hint: Where masks are expected, for messages; may contain `ROOT` and `<category>`.
         train_hint: Where normal training images are expected, relative to the root, for messages;
             may contain `<category>`.
+        train_key: The setting that chooses among places of training images, for messages; None if
+            none does.
         frames: How many earlier frames of a clip stand beside each image; 0: there are no clips.
             Where there are, the samples of a clip have its name as `group`, in order of time.
         test_share: Share of the listed training images to keep for testing, in [0, 1); for sets
@@ -42,6 +44,7 @@ class Layout:
     licence: str | None = None
     mask_hint = "ROOT/<category>/ground_truth/<type>/<stem>_mask.png"
     train_hint = "<category>/train/good"
+    train_key: str | None = "dataset.categories"
     frames = 0
     test_share = 0.0
     names_defects = True

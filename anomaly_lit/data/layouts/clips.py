@@ -38,6 +38,7 @@ class ClipsLayout(Layout):
     """
 
     names_defects = False
+    train_key: str | None = "dataset.layout.train_dir"
 
     def __init__(
         self,

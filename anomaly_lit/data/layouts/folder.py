@@ -46,6 +46,8 @@ class FolderLayout(Layout):
         UserError: `test_share` is out of range, or `category` is no name.
     """
 
+    train_key = "dataset.normal_dir"
+
     def __init__(
         self,
         normal_dir: str = "good",

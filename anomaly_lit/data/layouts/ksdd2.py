@@ -23,6 +23,7 @@ class KolektorSDD2Layout(Layout):
     licence = "KolektorSDD2 is CC BY-NC-SA 4.0 (non-commercial)"
     mask_hint = "ROOT/test/<stem>_GT.png"
     train_hint = "train"
+    train_key = None  # there is one place only
     names_defects = False
 
     def __init__(self) -> None:

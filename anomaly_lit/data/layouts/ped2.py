@@ -23,6 +23,7 @@ class Ped2Layout(ClipsLayout):
     """
 
     licence = "UCSD Ped2 is for research; see its page"
+    train_key = None  # there is one place only
     mask_hint = "ROOT/Test/<clip>_gt/<stem>.bmp"
 
     def __init__(self, frames: int = 4) -> None:

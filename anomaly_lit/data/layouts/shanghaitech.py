@@ -16,6 +16,7 @@ class ShanghaiTechLayout(ClipsLayout):
     """
 
     licence = "ShanghaiTech Campus: see its page"
+    train_key = None  # there is one place only
 
     def __init__(self, frames: int = 4) -> None:
         super().__init__(frames, labels_dir="testing/test_frame_mask", category="shanghaitech")
