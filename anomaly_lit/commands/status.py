@@ -73,7 +73,8 @@ def read_sweep(folder: Path) -> tuple[list[JobStatus], int]:
         if not is_plan or not isinstance(at_a_time, int) or at_a_time < 1:
             raise UserError(f"{plan} has no list of jobs; start the sweep again to write it anew")
     else:
-        places = {str(run.relative_to(folder)): [] for run in runs_below(folder)}
+        begun = {*runs_below(folder), *runs_below(folder, "job.json")}
+        places = {str(place.relative_to(folder)): [] for place in sorted(begun)}
         at_a_time = 1
     if not places:
         raise UserError(f"{folder} holds no run; give the output_dir of a sweep")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import DictConfig
 
 from anomaly_lit.commands.entry import run_command
-from anomaly_lit.config.hydra import output_folder, plain
+from anomaly_lit.config.hydra import in_sweep, output_folder, plain
 from anomaly_lit.config.validate import validate
 from anomaly_lit.reporting.terminal import print_results
 from anomaly_lit.runs.build import find_all_weights
 from anomaly_lit.runs.claim import claimed
+from anomaly_lit.runs.failures import noted
 from anomaly_lit.runs.folder import (
     check_holds_no_data,
     is_current,
@@ -36,6 +38,12 @@ def train(cfg: DictConfig) -> float | None:
         The metric that `optimized_metric` names, for a sweeper; None without one.
     """
     directory = output_folder()
+    with noted(directory) if in_sweep() else nullcontext():
+        return train_in(directory, cfg)
+
+
+def train_in(directory: Path, cfg: DictConfig) -> float | None:
+    """Check the configuration, then train in a folder or go on there."""
     cfg.output_dir = str(directory)  # and with it what refers to it, also in a job of a sweep
     config = plain(cfg)
     with told_once():

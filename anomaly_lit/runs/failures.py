@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anomaly_lit.config.hydra import message_of
+from anomaly_lit.files import write_json
+from anomaly_lit.runs.ranks import is_first_process
 from anomaly_lit.types import RUN_AGAIN, Stopped, UserError
 
 if TYPE_CHECKING:
@@ -60,6 +65,30 @@ def report_failures() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+
+
+@contextmanager
+def noted(folder: Path) -> Iterator[None]:
+    """Have a job of a sweep that fails write why to `job.json`, for status and report.
+
+    What an earlier try noted is removed first. A launcher that writes this file itself has the last
+    word.
+
+    Args:
+        folder: Of the job.
+    """
+    file, begun = folder / "job.json", time.time()
+    with suppress(OSError, ValueError, AttributeError):
+        if is_first_process() and json.loads(file.read_text(encoding="utf-8")).get("exit_code"):
+            file.unlink()
+    try:
+        yield
+    except Exception as error:
+        facts = {"started": begun, "ended": time.time(), "exit_code": 1, "error": message_of(error)}
+        if is_first_process():
+            with suppress(OSError):  # the error itself is what counts
+                write_json(file, facts)
+        raise
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -24,6 +24,7 @@ from pytorch_lightning.loggers.logger import DummyLogger
 
 import anomaly_lit
 from anomaly_lit import loggers
+from anomaly_lit.commands.status import read_sweep
 from anomaly_lit.data import batches, workers
 from anomaly_lit.nn.weights import check_archive
 from anomaly_lit.types import UserError
@@ -614,6 +615,7 @@ def test_a_job_that_fails_does_not_stop_the_others(
     assert "method.heads=3" in outcome.err
     assert "Traceback" not in outcome.err
     assert len(list(tmp_path.rglob("metrics.json"))) == 1
+    assert sorted(job.state for job in read_sweep(tmp_path)[0]) == ["done", "failed"]
 
 
 def test_sweeper_gets_the_metric_it_names(

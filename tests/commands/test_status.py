@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from anomaly_lit import files
-from anomaly_lit.commands.status import is_held, is_running, main, read_sweep
+from anomaly_lit.commands.report import main as report_main
+from anomaly_lit.commands.status import is_held, is_running, main, read_sweep, report
+from anomaly_lit.runs.failures import noted
 
 
 @pytest.fixture
@@ -68,3 +72,38 @@ def test_no_log_is_held_where_files_have_no_locks(
     monkeypatch.setattr(files, "HAS_LOCKS", False)
     assert not is_held(sweep / "sweep.json")
     assert [job.state for job in read_sweep(sweep)[0]] == ["done", "done"]
+
+
+def test_a_job_that_failed_is_counted_and_named_without_a_launcher(
+    tmp_path: Path, run_here: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, sweep = tmp_path / "data", tmp_path / "sweep"
+    (root / "good").mkdir(parents=True)
+    done = sweep / "done"
+    done.mkdir(parents=True)
+    (done / "config.yaml").write_text("seed: 0\n")
+    (done / "metrics.json").write_text('{"seed": 0}')
+    arguments = f"-m dataset=folder dataset.root={root} logger=none output_dir={sweep}"
+    assert run_here("train", *arguments.split()).code == 1
+    why = f"no normal training images in {root / 'good'}; put images there"
+    jobs, _ = read_sweep(sweep)
+    assert report(jobs, 1).startswith("2 jobs: 1 done, 1 failed\nfailed: ")
+    assert [why in job.line for job in jobs if job.state == "failed"] == [True]
+    report_main([str(sweep)])
+    assert f"failed before it began: {why}" in capsys.readouterr().err
+
+
+def test_a_failure_is_forgotten_when_its_job_is_tried_again(tmp_path: Path) -> None:
+    file = tmp_path / "job.json"
+    with pytest.raises(ValueError, match="why"), noted(tmp_path):
+        raise ValueError("why")
+    assert read_sweep(tmp_path)[0][0][1::2] == ("failed", "why")
+    with noted(tmp_path):
+        assert not file.exists()
+    with pytest.raises(KeyboardInterrupt), noted(tmp_path):
+        raise KeyboardInterrupt  # no failure: the same command goes on
+    assert not file.exists()
+    of_launcher = '{"exit_code": null, "error": ""}'
+    file.write_text(of_launcher)
+    with noted(tmp_path):
+        assert file.read_text() == of_launcher
