@@ -4,7 +4,8 @@ A picture is a file with a suffix in `suffixes()`. These are passed over: hidden
 (macOS writes `._000.png` beside `000.png`, Jupyter writes `.ipynb_checkpoints`), files with other
 suffixes, and special files such as pipes. A folder called `x.png` is a folder. Links to files and
 folders are followed, and each folder is read once, so that a loop of links ends. A link that leads
-nowhere counts as a picture: reading it then gives an error, and no picture is lost silently.
+nowhere counts as a picture: reading it then gives an error, and no picture is lost silently. What
+the commands have written is passed over as well, in the folders that `RESULTS` recognises.
 """
 
 from __future__ import annotations
@@ -15,12 +16,31 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
 from anomaly_lit.types import UserError
 
+VERDICTS, CONFIG = "predictions.csv", "config.yaml"
+OF_RUNS = frozenset(
+    {
+        "checkpoints", "clips.csv", CONFIG, "curves.png", "frames.csv", "images", "logs",
+        "loss.png", "metrics.json", "mlflow", "mlruns", "overview.png", VERDICTS, "profile.png",
+        "profile.txt", "run_ids.json", "timeline.png", "training.png", "wandb",
+    }
+)  # fmt: skip
+RESULTS = (  # entries by which a folder with results is known, and all entries that are results
+    (frozenset({VERDICTS, "overlays"}), frozenset({VERDICTS, "overlays", "maps", "timeline.png"})),
+    (frozenset({CONFIG, "checkpoints"}), OF_RUNS),
+    (frozenset({VERDICTS, "metrics.json"}), OF_RUNS),
+    (frozenset({"report.json", "sample_grid.png"}), frozenset({"report.json", "sample_grid.png"})),
+)
+
+OUR_WORDS = {VERDICTS: ",score,threshold,verdict", CONFIG: "_target_: anomaly_lit."}
+
 NOUNS = (
+    "earlier result",
     "hidden folder",
     "repeated link",
     "special file",
@@ -69,7 +89,7 @@ def list_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         return []
-    return sorted(Path(entry.path) for entry in _entries(folder) if _kind(entry) == "picture")
+    return sorted(Path(entry.path) for entry in _entries(folder)[0] if _kind(entry) == "picture")
 
 
 def list_folders(folder: Path) -> list[Path]:
@@ -80,7 +100,7 @@ def list_folders(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         return []
-    return sorted(Path(entry.path) for entry in _entries(folder) if _kind(entry) == "folder")
+    return sorted(Path(entry.path) for entry in _entries(folder)[0] if _kind(entry) == "folder")
 
 
 def in_time(paths: Iterable[Path]) -> list[Path]:
@@ -99,7 +119,7 @@ def walk_images(folder: Path) -> list[Path]:
     Raises:
         UserError: A folder may not be read.
     """
-    return _walk([folder])[0]
+    return walk([folder]).pictures
 
 
 def passed_over(folders: Iterable[Path], used: Collection[str] = ()) -> dict[str, int]:
@@ -112,11 +132,9 @@ def passed_over(folders: Iterable[Path], used: Collection[str] = ()) -> dict[str
     Raises:
         UserError: A folder may not be read.
     """
-    pictures, counts = _walk(folders)
+    pictures, counts, _ = walk(folders)
     unused = sum(str(path) not in used for path in pictures) if used else 0
-    if unused:
-        counts["unused picture"] = unused
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    return _in_order({**counts, "unused picture": unused})
 
 
 def told(counts: dict[str, int]) -> str:
@@ -134,9 +152,24 @@ def told(counts: dict[str, int]) -> str:
     return f"{total} {'file was' if total == 1 else 'files were'} passed over: {parts}"
 
 
-def _walk(folders: Iterable[Path]) -> tuple[list[Path], Counter[str]]:
-    """Find pictures; read folders before links to them, so that a picture keeps its real path."""
+class Walk(NamedTuple):
+    """What was found below some folders."""
+
+    pictures: list[Path]  # sorted
+    others: dict[str, int]  # what was passed over by kind, the most frequent first
+    results: list[Path]  # folders with earlier results, which were passed over
+
+
+def walk(folders: Iterable[Path]) -> Walk:
+    """Find pictures at any depth; folders are read before links to them.
+
+    A picture therefore keeps its real path.
+
+    Raises:
+        UserError: A folder may not be read.
+    """
     pictures: list[Path] = []
+    results: list[Path] = []
     counts: Counter[str] = Counter()
     seen: set[tuple[int, int]] = set()
     real = deque(folder for folder in folders if folder.is_dir())
@@ -149,7 +182,11 @@ def _walk(folders: Iterable[Path]) -> tuple[list[Path], Counter[str]]:
             counts["repeated link"] += is_link  # else one of `folders` lies in another
             continue
         seen.add((status.st_dev, status.st_ino))
-        for entry in sorted(_entries(folder), key=lambda entry: entry.name):
+        entries, has_results = _entries(folder)
+        if has_results:
+            results.append(folder)
+            counts["earlier result"] += 1
+        for entry in sorted(entries, key=lambda entry: entry.name):
             kind = _kind(entry)
             if kind == "picture":
                 pictures.append(Path(entry.path))
@@ -157,15 +194,37 @@ def _walk(folders: Iterable[Path]) -> tuple[list[Path], Counter[str]]:
                 (linked if entry.is_symlink() else real).append(Path(entry.path))
             else:
                 counts[kind] += 1
-    return sorted(pictures), +counts
+    return Walk(sorted(pictures), _in_order(counts), sorted(results))
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _in_order(counts: dict[str, int]) -> dict[str, int]:
+    found = [(kind, count) for kind, count in counts.items() if count]
+    return dict(sorted(found, key=lambda item: (-item[1], item[0])))
+
+
+def _entries(folder: Path) -> tuple[list[os.DirEntry[str]], bool]:
+    """Return what a folder holds besides earlier results, and whether it holds any."""
     try:
-        with os.scandir(folder) as entries:
-            return list(entries)
+        with os.scandir(folder) as found:
+            entries = list(found)
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror}); mend or remove it") from error
+    names = {entry.name for entry in entries}
+    written = [own for marks, own in RESULTS if marks <= names and _is_ours(folder, marks)]
+    ours = frozenset[str]().union(*written)
+    return [entry for entry in entries if entry.name not in ours], bool(ours)
+
+
+def _is_ours(folder: Path, marks: Collection[str]) -> bool:
+    """Return whether the files among some marks say that we wrote them, where they can."""
+    for name in OUR_WORDS.keys() & marks:
+        try:
+            with open(folder / name, encoding="utf-8", errors="replace") as file:
+                if OUR_WORDS[name] not in file.read(50_000):
+                    return False
+        except OSError:
+            return False
+    return True
 
 
 def _kind(entry: os.DirEntry[str]) -> str:

@@ -18,6 +18,7 @@ from anomaly_lit.folders import (
     passed_over,
     suffixes,
     told,
+    walk,
     walk_images,
 )
 from anomaly_lit.types import UserError
@@ -110,6 +111,54 @@ def test_a_folder_that_may_not_be_read_is_an_error(
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)"):
         walk_images(tmp_path)
+
+
+HEADER = "path,category,score,threshold,verdict,error\n"
+TARGET = "callbacks:\n  outputs:\n    _target_: anomaly_lit.callbacks.Outputs\n"
+
+
+def write_results(folder: Path, command: str) -> None:
+    """Write what a command leaves in a folder, with pictures of no content."""
+    pictures = {
+        "predict": ("overlays/a.png", "overlays/good/b.png"),
+        "train": ("images/000_missed_a.png", "overview.png", "loss.png", "wandb/media/a.png"),
+        "test": ("images/000_missed_a.png", "overview.png", "curves.png"),
+        "data": ("sample_grid.png",),
+    }
+    touch(folder, *pictures[command])
+    if command == "train":
+        (folder / "config.yaml").write_text(TARGET)
+        (folder / "checkpoints").mkdir()
+    if command in ("predict", "test"):
+        (folder / "predictions.csv").write_text(HEADER)
+    if command in ("test", "data"):
+        touch(folder, "metrics.json" if command == "test" else "report.json")
+
+
+@pytest.mark.parametrize("place", ["", "run"])
+@pytest.mark.parametrize("command", ["predict", "train", "test", "data"])
+def test_earlier_results_are_passed_over_and_counted(
+    tmp_path: Path, command: str, place: str
+) -> None:
+    touch(tmp_path, "part.png", "more/part.png", f"{place}/mine/other.png".lstrip("/"))
+    write_results(tmp_path / place, command)
+    mine = sorted(["part.png", "more/part.png", f"{place}/mine/other.png".lstrip("/")])
+    found = walk([tmp_path])
+    assert sorted(names(tmp_path, found.pictures)) == mine
+    assert found.others == {"earlier result": 1}
+    assert found.results == [tmp_path / place]
+    assert names(tmp_path, list_images(tmp_path)) == ["part.png"]
+    expected = ["mine", "more"] if not place else ["more", "run"]
+    assert names(tmp_path, list_folders(tmp_path)) == expected
+
+
+def test_folders_that_only_have_the_names_of_results_are_read(tmp_path: Path) -> None:
+    touch(tmp_path, "overlays/a.png", "maps/b.png", "images/c.png", "checkpoints/d.png")
+    assert len(walk_images(tmp_path)) == 4
+    (tmp_path / "predictions.csv").write_text("image,score\na.png,0.5\n")
+    (tmp_path / "config.yaml").write_text("model: resnet\n")
+    assert len(walk_images(tmp_path)) == 4
+    assert "earlier result" not in passed_over([tmp_path])
 
 
 FOLDERS = ("", "a", "b", "b/c")

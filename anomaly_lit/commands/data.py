@@ -41,6 +41,7 @@ def run(config: DictConfig) -> None:
     datamodule = instantiate(config.dataset)
     datamodule.prepare_data()
     folder = Path(config.output_dir)
+    datamodule.check_apart(folder)
     report = check_data(datamodule, folder, columns=config.columns)
     show(report, folder)
     if not report.ok:

@@ -55,7 +55,7 @@ def predict(cfg: DictConfig) -> int:
     if found.others:
         print(found.others)
     for folder in found.results:
-        print(f"skipped: results of an earlier anomaly-predict in {printable(folder)}")
+        print(f"skipped: earlier results in {printable(folder)}")
     detector = load(config["ckpt_path"], config["device"], config["trust"], config["engine"])
     note_origin()
     if not detector.calibration:

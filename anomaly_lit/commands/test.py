@@ -65,6 +65,7 @@ def test(cfg: DictConfig) -> None:
     datamodule = instantiate({**dataset, "needs": needs}, "dataset")
     if trust or config["dataset"]["root"] is not None:  # may write, so only if the user allows it
         datamodule.prepare_data()
+    datamodule.check_apart(directory)
     datamodule.setup("test")
     calibration = checkpoint["anomaly_lit"].get("calibration", {})
     build = instantiate({**scoring, "_partial_": True}, "evaluation")

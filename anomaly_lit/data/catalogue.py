@@ -24,7 +24,7 @@ from anomaly_lit.data.opening import checked_pixels
 from anomaly_lit.data.progress import warn_once
 from anomaly_lit.data.splits import Draw, draw_seen, name_below, split_category
 from anomaly_lit.folders import passed_over, told
-from anomaly_lit.types import Sample
+from anomaly_lit.types import Sample, UserError
 
 
 class Catalogue:
@@ -274,12 +274,29 @@ class Catalogue:
             if category not in held and train[category]
         ]
 
+    def check_apart(self, output_dir: str | Path) -> None:
+        """Refuse a folder for results within those that are searched for images.
+
+        Raises:
+            UserError: Pictures of results would be read as images, or there is no data set.
+        """
+        categories = choose_categories(self.layout, existing_root(self.root), self.requested)
+        pool = [] if self.outlier_dir is None else [Path(self.outlier_dir).expanduser()]
+        for folder in self._sources(categories) + pool:
+            if Path(output_dir).resolve().is_relative_to(folder.resolve()):
+                raise UserError(
+                    f"output_dir={output_dir} lies in {folder}, where the data set's images are "
+                    "read from, and results would be taken for images: choose another output_dir"
+                )
+
     def passed_over(self) -> list[str]:
         """Say how many files beside the images were not read, and of which kinds."""
-        root = self.root or Path()
-        folders = [p for name in self.categories for p in self.layout.sources(root, name)]
-        text = told(passed_over(folders, self.used))
+        text = told(passed_over(self._sources(self.categories), self.used))
         return [f"{text}; docs/datasets.md says what is read"] if text else []
+
+    def _sources(self, categories: Sequence[str]) -> list[Path]:
+        root = self.root or Path()
+        return [path for name in categories for path in self.layout.sources(root, name)]
 
     def name_of(self, path: str) -> str:
         """Return a file's path below the root, the same on every machine."""

@@ -20,12 +20,11 @@ from anomaly_lit.data.opening import MAX_PIXELS
 from anomaly_lit.drawing.heat import overlay
 from anomaly_lit.drawing.png import save_image
 from anomaly_lit.files import marked_name, printable, short_name
-from anomaly_lit.folders import passed_over, told, walk_images
+from anomaly_lit.folders import VERDICTS, told, walk
 from anomaly_lit.inference.detector import Detector, Finding
 from anomaly_lit.inference.film import Film, is_film
 from anomaly_lit.types import UserError
 
-VERDICTS = "predictions.csv"
 OVERLAYS, MAPS = "overlays", "maps"
 COLUMNS = ("path", "category", "score", "threshold", "verdict", "error")
 MOST_PIXELS = 64_000_000  # of the images held in memory at once
@@ -49,12 +48,14 @@ def find_pictures(source: Path, output: Path, max_pixels: int | None = MAX_PIXEL
 
     Args:
         source: An image, a video or a folder.
-        output: Where results will go; it may be inside the folder.
+        output: Where results will go; it may be inside the folder, or be the folder.
         max_pixels: Pixels of the largest frame of a video; None sets no limit.
 
     Raises:
-        UserError: There is no such file, no image in the folder, or the video cannot be read.
+        UserError: There is no such file, no image in the folder, or the video cannot be read; or
+            results would replace files that are none.
     """
+    check_replaces_nothing(output)
     if is_film(source):
         film = Film(source, max_pixels)
         return Found(film.paths, source.parent, [], film=film)
@@ -65,20 +66,28 @@ def find_pictures(source: Path, output: Path, max_pixels: int | None = MAX_PIXEL
             f"input={printable(source)} does not exist; give an image, a video or a folder of "
             "images"
         )
-    every = walk_images(source)
-    places = {place for path in every for place in path.parents if place.is_relative_to(source)}
-    results = sorted(
-        place for place in places if (place / VERDICTS).is_file() and (place / OVERLAYS).is_dir()
-    )
-    own = [place / part for place in (*results, output) for part in (OVERLAYS, MAPS)]
-    found = [path for path in every if not any(path.is_relative_to(place) for place in own)]
-    others = printable(told(passed_over([source])))
+    found, counts, results = walk([source])
+    others = printable(told(counts))
     if not found:
         raise UserError(
             f"input={printable(source)} holds no picture ({others or 'no file at all'}); "
             "docs/datasets.md says what is read"
         )
     return Found(found, source, results, others)
+
+
+def check_replaces_nothing(output: Path) -> None:
+    """Refuse a folder whose overlays or maps are not known to be results.
+
+    Raises:
+        UserError: There are such files, and no verdicts beside them.
+    """
+    for place in (output / OVERLAYS, output / MAPS):
+        if not (output / VERDICTS).is_file() and any(path.is_file() for path in place.rglob("*")):
+            raise UserError(
+                f"output_dir={printable(output)}: {printable(place)} holds files, and no "
+                f"{VERDICTS} beside it says that they are results; choose another output_dir"
+            )
 
 
 def batches_of(paths: list[Path], most: int, film: Film | None = None) -> Iterator[list[Path]]:

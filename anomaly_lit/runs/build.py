@@ -53,6 +53,7 @@ def build(config: dict[str, Any], new: bool = True) -> tuple[AnomalyDataModule, 
         method.check()
     if is_first_process():
         datamodule.prepare_data()
+    datamodule.check_apart(config["output_dir"])
     datamodule.setup("fit")
     selection = config["selection"]
     if not datamodule.holdout_samples and selection in ("best", "synthetic"):

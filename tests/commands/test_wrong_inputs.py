@@ -211,3 +211,17 @@ def test_a_log_that_cannot_be_opened_is_told_in_a_sentence(run_here: Run, tmp_pa
     (tmp_path / "predict.log").mkdir()
     outcome = run_here("predict", f"output_dir={tmp_path}")
     assert_refused(outcome, tmp_path / "predict.log", "choose another output_dir", code=3)
+
+
+def test_results_among_the_images_are_refused(
+    run_here: Run, settings: tuple[str, ...], spoilt: Path
+) -> None:
+    place = spoilt / "bolt" / "train" / "good" / "run"
+    run = spoilt.parent / "run"
+    line = ("train", *settings, f"dataset.root={spoilt}", "logger=none")
+    assert run_here(*line, f"output_dir={run}").code == 0
+    data = ("data", "dataset=mvtec_ad", f"dataset.root={spoilt}", "image_size=64")
+    test = ("test", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}")
+    for command in (line, data, test):
+        assert_refused(run_here(*command, f"output_dir={place}"), place, "another output_dir")
+        assert not place.exists()

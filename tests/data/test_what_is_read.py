@@ -240,3 +240,30 @@ def test_training_questions_masks_in_words(
     assert text in caplog.text
     assert f"{place / name} (" in caplog.text
     assert name in said_by_the_check(MVTecAD(str(mvtec), image_size=32))
+
+
+def test_results_are_not_written_among_the_images(plain: Path, mvtec: Path, outliers: Path) -> None:
+    options = {"abnormal_dir": "bad", "mask_dir": "masks", "outlier_dir": str(outliers)}
+    own = folder(plain, **options)
+    for place in (plain / "good", plain / "bad" / "run", plain / "masks", outliers / "more"):
+        with pytest.raises(UserError, match=r"output_dir=.* lies in .*choose another output_dir"):
+            own.check_apart(place)
+    own.check_apart(plain / "run")
+    fixed = MVTecAD(str(mvtec), categories=["bolt"], image_size=32)
+    with pytest.raises(UserError, match="lies in"):
+        fixed.check_apart(mvtec / "bolt" / "test" / "run")
+    for place in (mvtec / "bolt" / "run", mvtec / "cloth" / "test", mvtec.parent):
+        fixed.check_apart(place)
+
+
+def test_earlier_results_among_the_images_are_no_images(
+    plain: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = folder(plain)
+    before.setup()
+    shutil.copy(plain / "good" / "a0.png", plain / "good" / "sample_grid.png")
+    (plain / "good" / "report.json").write_text("{}")
+    after = folder(plain)
+    after.setup()
+    assert after.digest == before.digest
+    assert "1 file was passed over: 1 earlier result" in caplog.text

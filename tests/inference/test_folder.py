@@ -127,6 +127,35 @@ def test_results_are_not_judged_again(tmp_path: Path) -> None:
     assert found.results == [source / "first"]
 
 
+def test_a_folder_of_pictures_may_be_that_of_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "in" / "part.png")
+    monkeypatch.chdir(tmp_path)
+    judging = judge(Path("in"), tmp_path / "in")
+    assert judging.counts == {"good": 1}
+    for source in (Path("in"), tmp_path / "in"):
+        assert [path.name for path in find_pictures(source, tmp_path / "out").paths] == ["part.png"]
+
+
+@pytest.mark.parametrize("place", ["overlays", "maps/inner"])
+@pytest.mark.parametrize("output", [".", "in"])
+def test_pictures_in_folders_named_like_results_are_judged_and_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, output: str
+) -> None:
+    write(tmp_path / "in" / "part.png")
+    own = write(tmp_path / "in" / place / "part.png")
+    content = own.read_bytes()
+    monkeypatch.chdir(tmp_path / "in")
+    target = {".": Path("."), "in": tmp_path / "in"}[output]
+    with pytest.raises(UserError, match=f"{place[:4]}.* holds files.*choose another output_dir"):
+        judge(tmp_path / "in", target)
+    assert own.read_bytes() == content
+    judging = judge(tmp_path / "in", tmp_path / "in" / "results")
+    assert judging.counts == {"good": 2}
+    assert own.read_bytes() == content
+
+
 def test_what_was_judged_survives_a_later_fault(tmp_path: Path) -> None:
     for number in range(6):
         write(tmp_path / "in" / f"{number}.png")
