@@ -35,8 +35,6 @@ def state_of(directory: Path, config: dict[str, Any]) -> str:
     Raises:
         UserError: The folder holds a run of another configuration, or one without its config.
     """
-    import yaml
-
     check_holds_no_data(directory, config)
     noted, folder = directory / "config.yaml", directory / "checkpoints"
     begun = any((folder / name).is_file() for name in ("last.ckpt", "last.earlier.ckpt"))
@@ -47,7 +45,7 @@ def state_of(directory: Path, config: dict[str, Any]) -> str:
                 "choose another output_dir"
             )
         return "new"
-    before = moved(yaml.safe_load(noted.read_text("utf-8")), str(directory))
+    before = moved(read_configuration(directory), str(directory))
     step = before.pop("step", None)  # it affects speed only, so a run may resume with another
     told = without_secrets({k: v for k, v in config.items() if k != "step"})
     changes = differences(before, told) and differences(with_later_keys(before, told), told)
@@ -166,6 +164,40 @@ def check_same_data(datamodule: AnomalyDataModule, start: Start) -> None:
         )
 
 
+def read_configuration(directory: Path) -> dict[str, Any]:
+    """Return the configuration that a run noted in its folder.
+
+    Raises:
+        UserError: The file is empty or damaged.
+    """
+    import yaml
+
+    file = directory / "config.yaml"
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, yaml.YAMLError):
+        config = None
+    if not isinstance(config, dict) or not isinstance(config.get("output_dir"), str):
+        raise UserError(
+            f"{file} is empty or damaged, so nothing tells what run this is: choose another "
+            "output_dir, or put back a copy of the file"
+        )
+    return config
+
+
 def read_metrics(directory: Path) -> dict[str, Any]:
-    """Return the results of a finished run."""
-    return json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
+    """Return the results of a finished run.
+
+    Raises:
+        UserError: The file is empty or damaged.
+    """
+    file = directory / "metrics.json"
+    try:
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        metrics = None
+    if not isinstance(metrics, dict):
+        raise UserError(
+            f"{file} is empty or damaged: delete it, and the same command writes it again"
+        )
+    return metrics

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from anomaly_lit.runs.folder import put_aside, state_of
+from anomaly_lit.runs.folder import is_current, put_aside, state_of
 from anomaly_lit.types import UserError
 
 
@@ -120,3 +120,24 @@ def test_a_part_that_a_run_was_without_makes_another_run(
 def test_a_folder_without_a_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="output_dir is empty"):
         state_of(tmp_path, config_of(""))
+
+
+@pytest.mark.parametrize("content", [b"", b"[1", b"- 1", b"seed: 0", b"output_dir: 3", b"\xff\xfe"])
+def test_a_damaged_configuration_is_named(
+    tmp_path: Path, begun: dict[str, Any], content: bytes
+) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.yaml is empty or damaged.*another output_dir"):
+        state_of(tmp_path, begun)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"seed": 0', b"[1]", b"\xff\xfe"])
+def test_damaged_results_are_named_and_can_be_written_again(
+    tmp_path: Path, begun: dict[str, Any], content: bytes
+) -> None:
+    (tmp_path / "metrics.json").write_bytes(content)
+    assert state_of(tmp_path, begun) == "finished"
+    with pytest.raises(UserError, match=r"metrics\.json is empty or damaged: delete it"):
+        is_current(tmp_path, begun)
+    (tmp_path / "metrics.json").unlink()
+    assert state_of(tmp_path, begun) == "unfinished"
