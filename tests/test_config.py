@@ -354,6 +354,22 @@ def test_a_renamed_folder_changes_what_refers_to_it() -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/a/run/logs", "/b\\1/logs"),
+        ("sqlite:////a/run/mlflow.db", "sqlite:///" + "/b\\1/mlflow.db"),
+        ("/a/run_data", "/a/run_data"),
+        ("/a/run2/x", "/a/run2/x"),
+        ("/more/a/run", "/more/a/run"),
+        ("./a/run", "./a/run"),
+    ],
+)
+def test_only_whole_paths_move_with_a_folder(value: str, expected: str) -> None:
+    config = {"output_dir": "/a/run", "dataset": {"root": value}}
+    assert moved(config, "/b\\1")["dataset"]["root"] == expected
+
+
+@pytest.mark.parametrize(
     ("command", "config", "words"),
     [
         ("train", {"ckpt_path": "x"}, "ckpt_path: anomaly-train has no such key"),

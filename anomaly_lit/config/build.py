@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -91,15 +92,19 @@ def nodes(config: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def moved(config: Any, folder: str) -> Any:
-    """Return a run's configuration as if its output_dir had been `folder`."""
-    old = config["output_dir"]
+    """Return a run's configuration as if its output_dir had been `folder`.
+
+    What refers to output_dir moves with it, also within an address. A longer name, such as
+    `/a/run_data` for `/a/run`, is another path and stays.
+    """
+    whole = re.compile(rf"(?<![\w.~-]){re.escape(config['output_dir'])}(?=[/\\]|$)")
 
     def move(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: move(item) for key, item in value.items()}
         if isinstance(value, list):
             return [move(item) for item in value]
-        return value.replace(old, folder) if isinstance(value, str) else value
+        return whole.sub(lambda _: folder, value) if isinstance(value, str) else value
 
     return move(config)
 
