@@ -34,6 +34,7 @@ from anomaly_lit.data.sampler import (
     WithSteps,
     batch_seed,
     equal_weights,
+    fitting_batch,
 )
 from anomaly_lit.data.workers import loader_of
 from anomaly_lit.types import Batch, Sample, UserError
@@ -192,7 +193,7 @@ class AnomalyDataModule(Catalogue, pl.LightningDataModule):
         If the split is smaller than a batch, the batch shrinks to its size.
         """
         count, (rank, world_size) = len(self.train_samples), self._world()
-        batch_size = max(1, min(self.batch_size, count // world_size))
+        batch_size = fitting_batch(self.batch_size, count, world_size)
         if batch_size < self.batch_size and not self._shrunk:
             self._shrunk = True
             warn_once(

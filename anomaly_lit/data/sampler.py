@@ -77,6 +77,11 @@ class TrainBatches(Sampler[list[int]]):
         return torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
 
 
+def fitting_batch(batch_size: int, count: int, world_size: int) -> int:
+    """Return the batch size of each rank, smaller than asked where there are too few images."""
+    return max(1, min(batch_size, count // world_size))
+
+
 def equal_weights(samples: Sequence[Sample]) -> Tensor:
     """Return a weight for each image, (n,), with which every category is drawn equally often."""
     counts = Counter(sample.category for sample in samples)

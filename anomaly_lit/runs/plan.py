@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from anomaly_lit.data.companions import FEATURES
+from anomaly_lit.data.sampler import fitting_batch
 from anomaly_lit.files import tell
 from anomaly_lit.types import Batch, UserError
 
@@ -35,10 +36,11 @@ def plan_of(trainer: pl.Trainer, method: Method, datamodule: AnomalyDataModule) 
     if steps is None:
         return
     device = trainer.strategy.root_device.type
-    seen = steps * trainer.accumulate_grad_batches * datamodule.batch_size * trainer.world_size
-    passes = seen / max(len(datamodule.train_samples), 1)
+    count = len(datamodule.train_samples)
+    size = fitting_batch(datamodule.batch_size, count, trainer.world_size)
+    passes = steps * trainer.accumulate_grad_batches * size * trainer.world_size / max(count, 1)
     text = (
-        f"{steps} steps of {datamodule.batch_size} images ({passes:.3g} passes over the training "
+        f"{steps} steps of {size} image{'s'[: size > 1]} ({passes:.3g} passes over the training "
         f"images), {trainer.precision}, on {device}"
     )
     per_step = seconds_per_step(trainer, method, datamodule) if device == "cpu" else None
