@@ -124,6 +124,7 @@ def quiet() -> None:
         ".*in eval mode at the start of training.*",
         ".*You're resuming from a checkpoint that ended before the epoch ended.*",
         ".*sync_dist=True.*",  # all ranks compute the metrics of all images
+        ".*across ranks is zero. Please make sure.*",  # no held-out or test images, told in words
         ".*`srun` command is available.*",  # check_tasks refuses what would be wrong without it
     ):
         warnings.filterwarnings("ignore", text)
