@@ -48,7 +48,13 @@ def predict(cfg: DictConfig) -> int:
     from anomaly_lit.data.opening import checked_pixels
     from anomaly_lit.inference.clips import frames_before, save_scores
     from anomaly_lit.inference.detector import load
-    from anomaly_lit.inference.folder import Judge, batches_of, find_pictures, names_of
+    from anomaly_lit.inference.folder import (
+        Judge,
+        batches_of,
+        find_pictures,
+        headers_of,
+        names_of,
+    )
 
     max_pixels = checked_pixels(config["max_pixels"], "max_pixels")
     found = find_pictures(Path(config["input"]).expanduser(), directory, max_pixels)
@@ -74,7 +80,8 @@ def predict(cfg: DictConfig) -> int:
             f"{len(found.paths) - len(paths)} frames are not judged: the first {detector.frames} "
             "of each folder, which have too few before them"
         )
-    batches = list(batches_of(paths, config["batch_size"], found.film))
+    headers = {} if found.film else headers_of(paths)
+    batches = list(batches_of(paths, config["batch_size"], found.film, headers))
     quiet = len(batches) < 2 or not sys.stdout.isatty()
     start = told = time.perf_counter()
     judge = Judge(
@@ -86,6 +93,7 @@ def predict(cfg: DictConfig) -> int:
         max_pixels,
         before,
         found.film,
+        headers,
     )
     with judge:
         for batch in track(batches, "Judging", disable=quiet):
@@ -111,7 +119,8 @@ def show(judge: Any, directory: Path, seconds: float) -> None:
         print(error, file=sys.stderr)
         note(error, logging.WARNING)
     order = ("good", "defect", "unknown", "unreadable")
-    tell(", ".join(f"{judge.counts[name]} {name}" for name in order if judge.counts.get(name)))
+    counts = ", ".join(f"{judge.counts[name]} {name}" for name in order if judge.counts.get(name))
+    tell(f"{counts}; {judge.in_part} in part, by their first page" if judge.in_part else counts)
     tell(f"{seconds:.3g} s per image")
     tell(f"Overlays: {directory / 'overlays'}\nVerdicts: {directory / 'predictions.csv'}")
 

@@ -161,7 +161,10 @@ class Catalogue:
         raise_all(self.find_gaps(stage))
         for note in [*self.notes(), *(self.without_holdout() if stage in (None, "fit") else ())]:
             warn_once(note)
-        raise_all(check_headers(self.listed(), self.max_pixels))
+        problems, remarks = check_headers(self.listed(), self.max_pixels)
+        raise_all(problems)
+        for note in remarks:
+            warn_once(note)
         for note in mask_notes([*self.test_samples, *self.seen_samples]):
             warn_once(note)
 

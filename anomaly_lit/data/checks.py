@@ -9,6 +9,8 @@ from anomaly_lit.data.progress import in_threads
 from anomaly_lit.data.truth import look_at_mask
 from anomaly_lit.types import Sample, UserError
 
+SEVERAL_PAGES = "have several pages or frames, of which only the first is read"
+
 
 def raise_all(problems: Sequence[str], limit: int = 10) -> None:
     """Raise one UserError that lists the first problems and counts all of them."""
@@ -29,8 +31,8 @@ def too_small(settings: Mapping[str, tuple[int, int]]) -> list[str]:
     ]
 
 
-def check_headers(samples: Sequence[Sample], max_pixels: int | None) -> list[str]:
-    """Open all files without decoding them: one line for each that is unreadable or does not fit.
+def check_headers(samples: Sequence[Sample], max_pixels: int | None) -> tuple[list[str], list[str]]:
+    """Open all files without decoding them.
 
     A mask must have its image's size and, where the picture does not show which way up it was
     drawn, its orientation. Pixel data that breaks off is found only on decoding.
@@ -38,19 +40,32 @@ def check_headers(samples: Sequence[Sample], max_pixels: int | None) -> list[str
     Args:
         samples: Images with their masks.
         max_pixels: Larger pictures do not fit; None sets no limit.
+
+    Returns:
+        One line for each file that is unreadable or does not fit, and what a user should know.
     """
 
-    def check(sample: Sample) -> str | None:
+    def check(sample: Sample) -> tuple[str, list[str]]:
         try:
             header = read_header(sample.path, max_pixels)
+            several = several_pages(sample.path, header)
             if sample.mask_path is not None:
-                check_headers_agree(sample, header, read_header(sample.mask_path, max_pixels))
+                mask = read_header(sample.mask_path, max_pixels)
+                several += several_pages(sample.mask_path, mask)
+                check_headers_agree(sample, header, mask)
         except UserError as error:
-            return str(error)
-        return None
+            return str(error), []
+        return "", several
 
     outcomes = in_threads(check, samples, "Checking files")
-    return sorted(outcome for outcome in outcomes if outcome is not None)
+    several = sorted({line for _, lines in outcomes for line in lines})
+    text = f"{len(several)} files {SEVERAL_PAGES}: {_first(several, limit=1)}"
+    return sorted(problem for problem, _ in outcomes if problem), [text] if several else []
+
+
+def several_pages(path: str, header: Header) -> list[str]:
+    """Return a line on a file with several pages or frames; none for other files."""
+    return [f"{path} has {header.pages} pages"] if header.pages > 1 else []
 
 
 def check_headers_agree(sample: Sample, image: Header, mask: Header) -> None:

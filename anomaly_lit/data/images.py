@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
-from anomaly_lit.data.opening import MAX_PIXELS, ORIENTATION, open_picture, upright
+from anomaly_lit.data.opening import MAX_PIXELS, ORIENTATION, open_picture, pages_of, upright
 from anomaly_lit.data.truth import Region, read_mask
 from anomaly_lit.types import Sample, UserError, check_choice
 
@@ -59,6 +59,7 @@ class Header(NamedTuple):
     size: tuple[int, int]  # (H, W) after EXIF orientation
     mode: str  # Pillow's name
     orientation: int  # of EXIF: 1 is upright, 5 to 8 exchange height and width
+    pages: int = 1  # pages or frames in the file, of which the first is read
 
 
 def read_header(path: str | Path, max_pixels: int | None = None) -> Header:
@@ -79,7 +80,7 @@ def read_header(path: str | Path, max_pixels: int | None = None) -> Header:
         orientation = file.getexif().get(ORIENTATION, 1) if known else 1
         if orientation in (5, 6, 7, 8) and file.format != "TIFF":
             width, height = height, width
-        return Header((height, width), file.mode, orientation)
+        return Header((height, width), file.mode, orientation, pages_of(file))
 
 
 def read_sample(

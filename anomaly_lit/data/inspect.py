@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from anomaly_lit.data.checks import check_headers_agree
+from anomaly_lit.data.checks import SEVERAL_PAGES, check_headers_agree, several_pages
 from anomaly_lit.data.datamodule import AnomalyDataModule
 from anomaly_lit.data.images import Header, Pixels, read_header, read_image, read_sample
 from anomaly_lit.data.progress import in_threads
@@ -116,6 +116,7 @@ def _inspect(sample: Sample, split: str, max_pixels: int | None) -> Picture:
     except UserError as error:
         return Picture(sample, split, problem=str(error))
     remarks = [*_mode_remarks(sample.path, header.mode)]
+    remarks += [("pages", line) for line in several_pages(sample.path, header)]
     size = (pixels.shape[0], pixels.shape[1])
     if sample.mask_path is not None:
         remarks += _mask_remarks(sample, header, max_pixels)
@@ -139,11 +140,12 @@ def _mode_remarks(path: str, mode: str) -> list[tuple[str, str]]:
 def _mask_remarks(sample: Sample, image: Header, max_pixels: int | None) -> list[tuple[str, str]]:
     path = str(sample.mask_path)
     try:
-        mask = look_at_mask(path, max_pixels)
-        check_headers_agree(sample, image, read_header(path))
+        mask, header = look_at_mask(path, max_pixels), read_header(path)
+        check_headers_agree(sample, image, header)
     except UserError as error:
         return [("mask", str(error))]
-    return [(kind, f"{path}: {text}") for kind, text in mask.doubts().items()]
+    doubts = [(kind, f"{path}: {text}") for kind, text in mask.doubts().items()]
+    return doubts + [("pages", line) for line in several_pages(path, header)]
 
 
 def _describe(report: Report, pictures: list[Picture]) -> None:
@@ -192,6 +194,7 @@ def _gather_problems(report: Report, pictures: list[Picture]) -> None:
         "dark": ("warning", "16-bit images use less than 12 bits and will be nearly black"),
         "float": ("warning", "images hold floating-point values"),
         "alpha": ("warning", "images have an alpha channel, which is dropped"),
+        "pages": ("warning", f"files {SEVERAL_PAGES}"),
     }
     for kind, (level, text) in kinds.items():
         lines = [line for picture in pictures for name, line in picture.remarks if name == kind]

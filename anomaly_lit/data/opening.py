@@ -16,6 +16,8 @@ from anomaly_lit.types import UserError
 
 MAX_PIXELS = 200_000_000  # of a picture, unless a setting says otherwise; about 0.6 GB as RGB
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange width and height
+OF_ONE_PICTURE = ("MPO", "PSD")  # their further frames are a camera's previews, or layers
+SUBFILE_TYPE = 0x00FE  # the TIFF tag; its lowest bit marks a smaller copy of another page
 
 
 @contextmanager
@@ -75,6 +77,38 @@ def upright(picture: Image.Image) -> Image.Image:
     if picture.getexif().get(ORIENTATION, 1) == 1:
         return picture
     return ImageOps.exif_transpose(picture)
+
+
+def pages_of(picture: Image.Image) -> int:
+    """Return how many pages or frames an opened file has; the first of them is open afterwards.
+
+    Previews of a picture and its layers do not count.
+    """
+    if picture.format in OF_ONE_PICTURE:
+        return 1
+    if picture.format == "TIFF":
+        return _tiff_pages(picture)
+    try:
+        return int(getattr(picture, "n_frames", 1))
+    except Exception:  # damaged after the first frame, which can be read
+        return 2
+
+
+def _tiff_pages(picture: Image.Image) -> int:
+    pages, number = 1, 1
+    while True:
+        try:
+            picture.seek(number)
+        except EOFError:
+            break
+        except Exception:  # a page of a kind that Pillow does not open; none after it is found
+            pages += 1
+            break
+        tags = getattr(picture, "tag_v2", {})
+        pages += not tags.get(SUBFILE_TYPE, 0) & 1
+        number += 1
+    picture.seek(0)
+    return pages
 
 
 class _Guard:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from anomaly_lit.calibration import colour_range, limits_of, outline_of
-from anomaly_lit.data.images import Pixels, read_header, read_image
+from anomaly_lit.data.images import Header, Pixels, read_header, read_image
 from anomaly_lit.data.opening import MAX_PIXELS
 from anomaly_lit.drawing.heat import overlay
 from anomaly_lit.drawing.png import save_image
@@ -90,18 +91,37 @@ def check_replaces_nothing(output: Path) -> None:
             )
 
 
-def batches_of(paths: list[Path], most: int, film: Film | None = None) -> Iterator[list[Path]]:
+def headers_of(paths: Iterable[Path]) -> dict[Path, Header]:
+    """Read the headers of pictures; one that cannot be read is left out, and told when judged."""
+    headers = {}
+    for path in paths:
+        with suppress(UserError):
+            headers[path] = read_header(path)
+    return headers
+
+
+def batches_of(
+    paths: list[Path],
+    most: int,
+    film: Film | None = None,
+    headers: Mapping[Path, Header] | None = None,
+) -> Iterator[list[Path]]:
     """Yield at most `most` paths at a time, fewer if images are large, but at least one.
 
     Args:
         paths: Paths of the images.
         most: Most images in a batch.
-        film: The video whose frames the images are; None reads the header of each picture.
+        film: The video whose frames the images are; None takes the headers.
+        headers: Of the pictures; None reads them.
     """
+    if headers is None:
+        headers = headers_of(paths) if film is None else {}
     batch: list[Path] = []
     pixels = 0
     for path in paths:
-        own = header_pixels(path) if film is None else film.pixels
+        own = film.pixels if film else 0
+        if path in headers:
+            own = math.prod(headers[path].size)
         if batch and (len(batch) >= most or pixels + own > MOST_PIXELS):
             yield batch
             batch, pixels = [], 0
@@ -109,14 +129,6 @@ def batches_of(paths: list[Path], most: int, film: Film | None = None) -> Iterat
         pixels += own
     if batch:
         yield batch
-
-
-def header_pixels(path: Path) -> int:
-    """Return height times width of a picture by its header; 0 if it cannot be read."""
-    try:
-        return math.prod(read_header(path).size)
-    except UserError:  # reported when it is judged
-        return 0
 
 
 class Judge:
@@ -132,9 +144,11 @@ class Judge:
         max_pixels: Pixels of the largest picture that is read; None sets no limit.
         before: Earlier frames of the images, in order of time, for a method that reads clips.
         film: The video whose frames the images are; None reads pictures.
+        headers: Of the pictures; they tell of which files only the first page is judged.
 
     Attributes:
         scores: Scores of the judged images by path, in the order in which they were judged.
+        in_part: How many of the judged files have further pages.
     """
 
     def __init__(
@@ -147,6 +161,7 @@ class Judge:
         max_pixels: int | None = MAX_PIXELS,
         before: Mapping[Path, Sequence[Path]] | None = None,
         film: Film | None = None,
+        headers: Mapping[Path, Header] | None = None,
     ) -> None:
         self.detector = detector
         self.names = names
@@ -162,6 +177,8 @@ class Judge:
         self._read = lru_cache(1 + longest)(read)
         self.counts: dict[str, int] = {}
         self.errors: list[str] = []
+        self.headers = headers or {}
+        self.in_part = 0
 
     def __enter__(self) -> Judge:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -206,8 +223,8 @@ class Judge:
 
     @property
     def all_judged(self) -> bool:
-        """Return whether every image got a verdict of good or defect."""
-        return not (self.counts.get("unknown") or self.counts.get("unreadable"))
+        """Return whether every image got a verdict of good or defect, and has one page only."""
+        return not (self.counts.get("unknown") or self.counts.get("unreadable") or self.in_part)
 
     def _save(self, path: Path, finding: Finding) -> None:
         name = self.names[path]
@@ -228,6 +245,9 @@ class Judge:
         self.counts[verdict] = self.counts.get(verdict, 0) + 1
         if finding is not None and not math.isfinite(finding.score):
             error = f"the score is {finding.score}"
+        elif finding is not None and path in self.headers and self.headers[path].pages > 1:
+            error = f"1 of {self.headers[path].pages} pages judged"
+            self.in_part += 1
         if error:
             self.errors.append(f"{verdict}: {printable(path)}: {error}" if finding else error)
         threshold = None if finding is None or math.isnan(finding.threshold) else finding.threshold

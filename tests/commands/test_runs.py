@@ -823,6 +823,12 @@ def test_all_good_exits_with_zero(
     command = [f"ckpt_path={tmp_path / 'lenient.ckpt'}", f"input={pictures}", "category=bolt"]
     outcome = run_here("predict", *command, f"output_dir={tmp_path / 'out'}", "exit_code=true")
     assert outcome.code == 0, outcome.err
+    with Image.open(pictures / "good" / "000.png") as page:
+        page.save(pictures / "pages.tif", save_all=True, append_images=[page.copy()])
+    outcome = run_here("predict", *command, f"output_dir={tmp_path / 'again'}", "exit_code=true")
+    assert outcome.code == 2
+    assert "pages.tif: 1 of 2 pages judged" in outcome.err
+    assert "; 1 in part, by their first page" in outcome.out
 
 
 def test_an_unreadable_picture_does_not_stop_the_others(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from anomaly_lit.data.images import Resize, read_header, read_image
+from anomaly_lit.data.images import Header, Resize, read_header, read_image
 from anomaly_lit.data.truth import read_mask
 from anomaly_lit.types import UserError
 
@@ -80,7 +80,7 @@ def test_exif_orientation_is_applied_to_pixels_and_header(tmp_path: Path, name: 
     exif[0x0112] = 6
     path = saved(tmp_path, Image.new("RGB", (6, 4), COLOUR), name, exif=exif)
     assert read_image(path).shape == (6, 4, 3)
-    assert read_header(path) == ((6, 4), "RGB", 6)
+    assert read_header(path) == Header((6, 4), "RGB", 6)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
@@ -88,7 +88,7 @@ def test_a_header_is_read_without_the_pixels(tmp_path: Path, suffix: str) -> Non
     noise = np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)
     path = saved(tmp_path, Image.fromarray(noise), f"cut.{suffix}")
     path.write_bytes(path.read_bytes()[:2000])
-    assert read_header(path) == ((64, 48), "RGB", 1)
+    assert read_header(path) == Header((64, 48), "RGB", 1)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp"])

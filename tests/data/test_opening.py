@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from anomaly_lit.data import MVTecAD
 from anomaly_lit.data.images import read_header, read_image
@@ -105,3 +105,47 @@ def test_the_data_modules_limit_counts(mvtec: Path) -> None:
     for wrong in (0, -1, 1.5, True):
         with pytest.raises(UserError, match=r"dataset\.max_pixels=.*positive whole number"):
             MVTecAD(str(mvtec), image_size=32, max_pixels=wrong)  # type: ignore[arg-type]
+
+
+def pages(count: int) -> list[Image.Image]:
+    return [Image.new("RGB", (12, 8), (50 * number, 0, 0)) for number in range(count)]
+
+
+@pytest.mark.parametrize("suffix", ["tif", "gif", "png", "webp"])
+def test_pages_are_counted_and_the_first_is_read(tmp_path: Path, suffix: str) -> None:
+    first, *others = pages(3)
+    first.save(tmp_path / f"one.{suffix}")
+    first.save(tmp_path / f"three.{suffix}", save_all=True, append_images=others)
+    counts = [read_header(tmp_path / f"{name}.{suffix}").pages for name in ("one", "three")]
+    assert counts == [1, 3]
+    assert read_image(tmp_path / f"three.{suffix}")[..., 0].max() < 10
+
+
+def test_previews_are_no_pages(tmp_path: Path) -> None:
+    first, second = pages(2)
+    first.save(tmp_path / "a.mpo", save_all=True, append_images=[second])  # as cameras do
+    (tmp_path / "a.mpo").rename(tmp_path / "a.jpg")
+    first, second = pages(2)
+    small = TiffImagePlugin.ImageFileDirectory_v2()
+    small[0x00FE] = 1
+    second.encoderinfo = {"tiffinfo": small}
+    first.save(tmp_path / "a.tif", save_all=True, append_images=[second])
+    with Image.open(tmp_path / "a.tif") as file:
+        assert file.n_frames == 2
+    assert [read_header(tmp_path / name).pages for name in ("a.jpg", "a.tif")] == [1, 1]
+
+
+def test_a_page_that_cannot_be_opened_is_counted_and_spoils_no_other(tmp_path: Path) -> None:
+    first, *others = pages(2)
+    path = tmp_path / "a.tif"
+    first.save(path, save_all=True, append_images=others)
+    with Image.open(path) as file:
+        file.seek(1)
+        start = file._frame_pos[1]  # type: ignore[attr-defined]
+    content = bytearray(path.read_bytes())
+    entries = range(start + 2, start + 2 + 12 * content[start], 12)
+    place = next(at for at in entries if content[at : at + 2] == (262).to_bytes(2, "little"))
+    content[place + 8] = 77  # an unknown photometric interpretation
+    path.write_bytes(content)
+    assert read_header(path).pages == 2
+    assert read_image(path).shape == (8, 12, 3)

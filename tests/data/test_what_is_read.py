@@ -267,3 +267,19 @@ def test_earlier_results_among_the_images_are_no_images(
     after.setup()
     assert after.digest == before.digest
     assert "1 file was passed over: 1 earlier result" in caplog.text
+
+
+def test_files_with_several_pages_are_told_once_in_training_and_in_the_check(
+    plain: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, *others = [Image.new("RGB", (64, 64), (number, 9, 9)) for number in range(3)]
+    for name in ("m0.tif", "m1.tif"):
+        first.save(plain / "bad" / "chip" / name, save_all=True, append_images=others)
+    folder(plain, abnormal_dir="bad").setup()
+    told = [line for line in caplog.messages if "pages" in line]
+    assert len(told) == 1
+    assert told[0].startswith("2 files have several pages or frames, of which only the first is")
+    assert "m0.tif has 3 pages and 1 more" in told[0]
+    said = said_by_the_check(folder(plain, abnormal_dir="bad"))
+    assert "2 files have several pages" in said
+    assert "m1.tif has 3 pages" in said

@@ -13,7 +13,14 @@ from PIL import Image
 
 from anomaly_lit.inference import folder as module
 from anomaly_lit.inference.detector import Finding
-from anomaly_lit.inference.folder import Judge, batches_of, cell, find_pictures, names_of
+from anomaly_lit.inference.folder import (
+    Judge,
+    batches_of,
+    cell,
+    find_pictures,
+    headers_of,
+    names_of,
+)
 from anomaly_lit.types import UserError
 
 PIXELS = np.full((8, 12, 3), 90, np.uint8)
@@ -56,9 +63,9 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 def judge(source: Path, output: Path, detector: Any = None, **options: Any) -> Judge:
     found = find_pictures(source, output)
-    names = names_of(found.paths, found.root)
-    with Judge(detector or Fake(), names, output, **options) as judging:
-        for batch in batches_of(found.paths, 2):
+    names, headers = names_of(found.paths, found.root), headers_of(found.paths)
+    with Judge(detector or Fake(), names, output, headers=headers, **options) as judging:
+        for batch in batches_of(found.paths, 2, headers=headers):
             judging.judge(batch)
     return judging
 
@@ -192,6 +199,19 @@ def test_an_unreadable_picture_is_told_in_its_place(tmp_path: Path) -> None:
     assert [row["verdict"] for row in rows_of(tmp_path / "out")] == ["good", "unreadable", "good"]
     assert not judging.all_judged
     assert "b.png" in judging.errors[0]
+
+
+@pytest.mark.parametrize("suffix", ["tif", "gif"])
+def test_a_file_of_several_pages_is_judged_in_part(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path / "in" / "a.png")
+    first, *others = [Image.fromarray(PIXELS + number) for number in range(3)]
+    path = tmp_path / "in" / f"b.{suffix}"
+    first.save(path, save_all=True, append_images=others)
+    judging = judge(tmp_path / "in", tmp_path / "out")
+    assert judging.counts == {"good": 2}
+    assert [row["error"] for row in rows_of(tmp_path / "out")] == ["", "1 of 3 pages judged"]
+    assert judging.errors == [f"good: {path}: 1 of 3 pages judged"]
+    assert (judging.in_part, judging.all_judged) == (1, False)
 
 
 def test_a_method_without_maps_gives_pictures_without_heat(tmp_path: Path) -> None:
