@@ -65,7 +65,7 @@ def check_headers(samples: Sequence[Sample], max_pixels: int | None) -> tuple[li
 
 def several_pages(path: str, header: Header) -> list[str]:
     """Return a line on a file with several pages or frames; none for other files."""
-    return [f"{path} has {header.pages} pages"] if header.pages > 1 else []
+    return [f"{path} ({header.pages} pages)"] if header.pages > 1 else []
 
 
 def check_headers_agree(sample: Sample, image: Header, mask: Header) -> None:

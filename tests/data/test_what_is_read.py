@@ -279,7 +279,7 @@ def test_files_with_several_pages_are_told_once_in_training_and_in_the_check(
     told = [line for line in caplog.messages if "pages" in line]
     assert len(told) == 1
     assert told[0].startswith("2 files have several pages or frames, of which only the first is")
-    assert "m0.tif has 3 pages and 1 more" in told[0]
+    assert "m0.tif (3 pages) and 1 more" in told[0]
     said = said_by_the_check(folder(plain, abnormal_dir="bad"))
     assert "2 files have several pages" in said
-    assert "m1.tif has 3 pages" in said
+    assert "m1.tif (3 pages)" in said
