@@ -2,6 +2,7 @@
 
     python benchmarks/step.py --output experiments/benchmarks/step.json
     python benchmarks/step.py --methods onenip_small --switches channels_last+bf16 compile+bf16
+    python benchmarks/step.py --methods dinomaly_small,image_size=336 --switches bf16 --threads 2
     python benchmarks/step.py --table experiments/benchmarks/step.json >> table.md
 
 Methods train as in training.py, with the caches that are on by default (`cache=host`), so a switch
@@ -100,7 +101,8 @@ def measure(
 def all_rows(root: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for method in arguments.methods:
-        config = compose(method, root, [arguments.cache], arguments.batch)
+        name, *more = method.split(",")
+        config = compose(name, root, [arguments.cache], arguments.batch, more)
         rows += measure(method, config, arguments.switches, arguments, arguments.steps)
     if arguments.loading:
         config = compose(arguments.loading, root, LOADING, arguments.images // 2)
@@ -126,7 +128,9 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="*", default=DEFAULTS, help="options of conf/method")
+    parser.add_argument("--methods", nargs="*", default=DEFAULTS,
+                        help="options of conf/method, each with more settings after commas: "
+                        "dinomaly_small,image_size=224")  # fmt: skip
     parser.add_argument("--switches", nargs="+", default=SWITCHES, help="joined by + for several")
     parser.add_argument("--loading", default="uniad_small", help="method for workers; '' for none")
     parser.add_argument("--cache", default="cache=host", help="an override of anomaly-train")
