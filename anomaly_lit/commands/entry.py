@@ -71,6 +71,8 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
     existed = bool(named) and Path(named[-1].strip("'\"")).exists()
     sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
     register_plugins()
+    loud, logging.raiseExceptions = logging.raiseExceptions, full
+    # a log that cannot be written, as on a full disk, must not bury the error that says why
     main = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)
     try:
         check_own_options(sys.argv[1:])
@@ -97,6 +99,7 @@ def run_command(task: Callable[[DictConfig], Any], config_name: str, error_code:
         traceback.print_exc()
         sys.exit(error_code)
     finally:
+        logging.raiseExceptions = loud
         if not full:
             os.environ.pop("HYDRA_FULL_ERROR", None)
 
