@@ -73,10 +73,13 @@ def measure(
     name: str, root: Path, folder: Path, batch: int, rounds: int, arguments: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return rows of the stages and of the variants of one method, in batches of one size."""
-    name, *settings = name.split(",")
-    checkpoint = folder / f"{name}.ckpt"
+    option, *settings = name.split(",")
+    name = " ".join([option, *(text for text in settings if "/" not in text)])  # without folders
+    own = folder / "_".join(name.split())
+    checkpoint = own / f"{option}.ckpt"
     if not checkpoint.exists():
-        trained(name, root, folder, arguments.size, settings)
+        own.mkdir()
+        trained(option, root, own, arguments.size, settings)
     detector = load(checkpoint, arguments.device)
     engines = Engines(checkpoint, folder, arguments.device, arguments.threads)
     paths = sorted(root.glob("part/train/good/*.png"))[:batch]

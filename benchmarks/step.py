@@ -48,6 +48,7 @@ def seconds(config: dict[str, Any], switch: str, steps: int, device: str) -> tup
     """Return seconds of a step, and until the first one's end, with a switch's options."""
     names = set() if switch == PLAIN else set(switch.split("+"))
     options = {name: name in names for name in FastStep().options}
+    config = {**config, "step": {**config["step"], **options}}  # the data module reads it, too
     precision = "bf16-mixed" if "bf16" in names else "32-true"
     clock = train(config, steps, device, precision, False, [FastStep(**options)])
     if config["dataset"]["num_workers"]:
