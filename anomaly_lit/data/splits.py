@@ -137,7 +137,7 @@ def draw_seen(test: Sequence[Sample], draw: Draw, count: int) -> tuple[list[Samp
         category = test[0].category if test else "a category"
         raise UserError(
             f"dataset.seen={count} draws as many test images of each type of defect, and "
-            f"{category} {found}: lower it, or set it to 0"
+            f"{category} {found}: lower it, set it to 0, or take other categories"
         )
     seen = [sample for own in kinds.values() for sample in draw(own, count, "seen")[0]]
     taken = {draw.key(sample) for sample in seen}
