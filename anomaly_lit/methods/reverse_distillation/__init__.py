@@ -21,7 +21,9 @@ Batch normalisation in bottleneck and decoder takes statistics per device unless
 
 Paper: Deng, Li: Anomaly Detection via Reverse Distillation from One-Class Embedding. CVPR 2022,
 arXiv:2201.10703.
-Status: works; measured small (experiments/small), not yet at the paper's size.
+Status: works; measured small (experiments/small): steps chosen by drawn defects gave mean image
+AUROC 90.8, pixel AP 40.9 and AUPRO 72.5 on four categories, level with PatchCore (91.0, 41.8,
+73.2). Not yet at the paper's size.
 Note: the authors' code is MIT; written anew from its description. `width` and other teachers than
 ResNets are ours.
 """
