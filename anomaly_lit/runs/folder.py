@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -173,16 +174,24 @@ def read_configuration(directory: Path) -> dict[str, Any]:
     import yaml
 
     file = directory / "config.yaml"
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, yaml.YAMLError):
-        config = None
-    if not isinstance(config, dict) or not isinstance(config.get("output_dir"), str):
+    config = _mapping_in(file, yaml.safe_load)
+    if config is None or not isinstance(config.get("output_dir"), str):
         raise UserError(
             f"{file} is empty or damaged, so nothing tells what run this is: choose another "
             "output_dir, or put back a copy of the file"
         )
     return config
+
+
+def _mapping_in(file: Path, parse: Callable[[str], Any]) -> dict[str, Any] | None:
+    """Return the keys and values in a file; None if it is damaged or holds something else."""
+    import yaml
+
+    try:
+        found = parse(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def read_metrics(directory: Path) -> dict[str, Any]:
@@ -192,11 +201,8 @@ def read_metrics(directory: Path) -> dict[str, Any]:
         UserError: The file is empty or damaged.
     """
     file = directory / "metrics.json"
-    try:
-        metrics = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        metrics = None
-    if not isinstance(metrics, dict):
+    metrics = _mapping_in(file, json.loads)
+    if metrics is None:
         raise UserError(
             f"{file} is empty or damaged: delete it, and the same command writes it again"
         )
