@@ -110,6 +110,8 @@ def _job_status(name: str, folder: Path) -> JobStatus:
         return JobStatus(name, "pruned", seconds, "")
     if facts.get("error") or (facts and facts.get("exit_code") is not None):
         return JobStatus(name, "failed", seconds, facts.get("error") or last_line(log))
+    if not facts and log is not None and ends_in_error(log):  # it ran without a launcher
+        return JobStatus(name, "failed", seconds, last_line(log))
     if facts:  # its launcher was killed
         return JobStatus(name, "waiting", None, "interrupted; the same command goes on with it")
     return JobStatus(name, "waiting", None, "")

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from anomaly_lit.calibration import limits_of, verdict
-from anomaly_lit.data.images import Resize, as_rgb, read_image
-from anomaly_lit.data.opening import MAX_PIXELS
+from anomaly_lit.data.images import Resize, as_rgb
+from anomaly_lit.data.opening import MAX_PIXELS, open_picture, pages_of
 from anomaly_lit.inference.checkpoint import geometry_of, method_of, read_checkpoint
 from anomaly_lit.inference.openvino import OpenVINO, check_installed
 from anomaly_lit.methods.base import Method
@@ -111,7 +111,8 @@ class Detector:
 
         Args:
             images: A list, or a single one, of these: paths, bytes or open files of images, Pillow
-                images, (H, W, 3) uint8 arrays with channels red, green, blue.
+                images, (H, W, 3) uint8 arrays with channels red, green, blue. Of a file with
+                several pages the first is judged, and a warning says so.
             category: Category whose threshold to use; None takes the only one, or else that of all
                 together.
             batch_size: Images scored at once.
@@ -229,11 +230,27 @@ def load(
     return detector.to(device)
 
 
+def _first_page(file: str | Path | IO[bytes], max_pixels: int | None) -> np.ndarray:
+    """Read a file's picture; warn if it has further pages, which nothing judges."""
+    with open_picture(file, max_pixels) as opened:
+        pages = pages_of(opened)
+        opened.load()
+        pixels = as_rgb(opened)
+    if pages > 1:
+        name = file if isinstance(file, str | Path) else "an image"
+        warnings.warn(
+            f"{name} has {pages} pages, and only the first is judged: give each page as a picture "
+            "of its own",
+            stacklevel=4,
+        )
+    return pixels
+
+
 def _pixels(picture: Picture, max_pixels: int | None) -> np.ndarray:
     if isinstance(picture, bytes):
         picture = io.BytesIO(picture)
     if isinstance(picture, str | Path | io.IOBase):
-        return read_image(picture, max_pixels)
+        return _first_page(picture, max_pixels)
     if isinstance(picture, Image.Image):
         return as_rgb(picture)
     if not isinstance(picture, np.ndarray):

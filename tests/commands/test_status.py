@@ -107,3 +107,12 @@ def test_a_failure_is_forgotten_when_its_job_is_tried_again(tmp_path: Path) -> N
     file.write_text(of_launcher)
     with noted(tmp_path):
         assert file.read_text() == of_launcher
+
+
+def test_a_single_run_that_failed_is_not_waiting(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    entry = "[2025-01-01 10:00:09,000][anomaly_lit][ERROR] - the loss is NaN\n"
+    (tmp_path / "train.log").write_text(entry)
+    (job,), _ = read_sweep(tmp_path)
+    assert job.state == "failed"
+    assert "the loss is NaN" in job.line

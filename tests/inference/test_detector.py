@@ -92,3 +92,15 @@ def test_a_file_over_the_limit_is_refused(
         detector.predict(given, max_pixels=959)
     assert len(detector.predict(given, max_pixels=960)) == 1
     assert len(detector.predict(given, max_pixels=None)) == 1
+
+
+@pytest.mark.parametrize("given", [str, Path.read_bytes, lambda file: file.open("rb")])
+def test_a_file_with_several_pages_is_judged_by_its_first_with_a_warning(
+    detector: Detector, tmp_path: Path, given: Any
+) -> None:
+    pages = [Image.new("RGB", (20, 16), colour) for colour in ("red", "green", "blue")]
+    file = tmp_path / "scan.tif"
+    pages[0].save(file, save_all=True, append_images=pages[1:])
+    with pytest.warns(UserWarning, match="has 3 pages, and only the first is judged"):
+        (finding,) = detector.predict(given(file))
+    assert np.array_equal(finding.image, np.asarray(pages[0]))
