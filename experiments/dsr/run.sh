@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # DSR's small preset on small images: one latent model for four categories, trained once, and then
-# each category with it. Finished runs are skipped, interrupted ones go on.
+# each category with it. Finished runs are skipped, interrupted ones go on. ball_screw, which the
+# latent model has not seen, may be named as well.
 #
 #   ANOMALY_LIT_DATA=DIR experiments/dsr/run.sh [OUTPUT_DIR [SIDE [CATEGORY ...]]]
 set -euo pipefail
@@ -12,7 +13,9 @@ all=(toothbrush magnetic_tile hazelnut_toy ksdd)
 categories=("${@:-${all[@]}}")
 
 run() {  # name, categories, steps, further settings
-  anomaly-train method=dsr_small dataset=mvtec_ad 'dataset.root=${oc.env:ANOMALY_LIT_DATA}/industrial' \
+  local root=industrial
+  if [ "$2" = ball_screw ]; then root=surface; fi
+  anomaly-train method=dsr_small dataset=mvtec_ad "dataset.root=\${oc.env:ANOMALY_LIT_DATA}/$root" \
     "image_size=$side" "dataset.categories=[$2]" "trainer.max_steps=$3" "trainer.val_check_interval=$3" \
     seed=0 "output_dir=$out/$1" "${@:4}"
 }
