@@ -202,10 +202,11 @@ class CMAAE(Method):
         """Mark what exceeds mean + 3 standard deviations; open it by 3 x 3, drop small regions."""
         high = (anomaly_map > self.map_mean + 3 * self.map_std).float()
         opened = F.max_pool2d(1 - F.max_pool2d(1 - high, 3, 1, 1), 3, 1, 1) > 0
-        for mask in opened[:, 0].cpu().numpy() if self.least_region > 1 else []:
+        kept = opened.cpu()
+        for mask in kept[:, 0].numpy() if self.least_region > 1 else []:  # views
             regions, _ = ndimage.label(mask)
             mask &= ndimage.sum_labels(mask, regions, regions) >= self.least_region
-        return opened
+        return kept.to(opened.device)
 
     def on_test_start(self) -> None:
         """Calibrate, and find out once whether there is a threshold."""

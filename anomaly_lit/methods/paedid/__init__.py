@@ -262,10 +262,11 @@ class PAEDID(Method):
         """Mark where (B, 3, H, W) is not 0, after a 3 x 3 opening, without small regions."""
         high = (defect.norm(dim=1, keepdim=True) > 0).float()
         opened = F.max_pool2d(1 - F.max_pool2d(1 - high, 3, 1, 1), 3, 1, 1) > 0
-        for mask in opened[:, 0].cpu().numpy():  # views: nothing is copied back
+        kept = opened.cpu()
+        for mask in kept[:, 0].numpy():  # views
             regions, _ = ndimage.label(mask)
             mask &= ndimage.sum_labels(mask, regions, regions) >= self.least_region
-        return opened
+        return kept.to(opened.device)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Prediction:  # type: ignore[override]
         """Predict; count pixels of the defect region, and iterations as `test/iterations`."""

@@ -17,7 +17,7 @@ Follows the authors' code. Differs from it:
 - `width` makes the inner layers narrower, for CPUs.
 
 Batch normalisation in bottleneck and decoder takes statistics per device unless
-`trainer.sync_batchnorm=true`.
+`+trainer.sync_batchnorm=true`.
 
 Paper: Deng, Li: Anomaly Detection via Reverse Distillation from One-Class Embedding. CVPR 2022,
 arXiv:2201.10703.
