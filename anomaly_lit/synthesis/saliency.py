@@ -28,7 +28,8 @@ class SaliencyPerlin(Perlin):
     Args:
         saliency: `foreground`: 1 where the image differs in colour from its border, for objects.
             `spectral`: what is rare in the image's spectrum. `none`: the whole image, for textures.
-        threshold: The noise must exceed threshold + slope * (mean saliency); the authors take 0.4.
+        threshold: The noise must exceed threshold + slope * (mean saliency), without saliency the
+            threshold alone; the authors take 0.4.
         slope: See `threshold`; the authors take 0.2.
         area: Smallest and largest share of the salient region to cover, drawn on a log scale,
             instead of the threshold.
@@ -121,7 +122,8 @@ class SaliencyMask(PerlinMask):
             low, high = self.area
             share = low * (high / low) ** uniform(image, generator)
             return highest(salient * (noise[0] + 1) / 2, salient >= mean, share.view(-1, 1))
-        return first_filled(salient * noise > self.threshold + self.slope * mean)
+        rise = 0.0 if self.saliency is None else self.slope * mean
+        return first_filled(salient * noise > self.threshold + rise)
 
 
 def highest(values: Tensor, region: Tensor, share: Tensor) -> Tensor:

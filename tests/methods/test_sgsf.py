@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
+from anomaly_lit.config.hydra import config_dir
 from anomaly_lit.losses import HybridLoss, total
 from anomaly_lit.metrics.functional import auroc
 from anomaly_lit.synthesis import SaliencyPerlin
@@ -163,3 +165,10 @@ def test_impossible_values_are_refused(
 def test_an_image_that_cannot_be_halved_is_refused(method: Any) -> None:
     with pytest.raises(UserError, match="images of 30 x 32: 30 is no multiple of"):
         method(torch.rand(1, 3, 30, 32))
+
+
+@pytest.mark.parametrize("method", ["sgsf", "sgsf_small", "pmb"])
+def test_pixels_and_structure_weigh_the_same_in_the_presets(method: str) -> None:
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        cfg = compose("train", [f"method={method}"])
+    assert cfg.method.loss.structure_weight == 1

@@ -378,7 +378,7 @@ def test_a_salient_mask_is_noise_times_saliency_above_a_threshold_that_rises() -
 
 def test_without_saliency_it_is_the_noise_alone() -> None:
     image = images(5)
-    recipe = SaliencyPerlin("none", threshold=0.3, slope=0.2, probability=1.0)
+    recipe = SaliencyPerlin("none", threshold=0.5, slope=0.2, probability=1.0)
     plain = PerlinMask(threshold=0.5)
     assert torch.equal(recipe.mask(image, seeded()), plain(image, seeded()))
 

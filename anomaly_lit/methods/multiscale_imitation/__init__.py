@@ -15,7 +15,8 @@ gradient descent with one weight per block. Everything else is ours:
   it begins with a bottleneck of 16 channels.
 - Scaled images have sides that are multiples of the teacher's largest stride; otherwise maps of
   different levels would not align.
-- The synthetic defects are those of `synthesis=general`, on half of the images (`defects`).
+- The synthetic defects are those of `synthesis=general`, on half of the images (`defects`),
+  less the fifth of them that this recipe leaves as they are.
 - The search is the last stage of training (`shares`), so that an interrupted one goes on where it
   was. For the same reason checkpoints keep the students that were left out; they are not run.
 - The module with the largest weight is always kept. While students learn, all count alike.
@@ -91,7 +92,7 @@ class MultiscaleImitation(Method):
             the inverse variances of the maps on normal images. `none`: all modules count alike.
         shares: Shares of training of the students and of the search; the second counts only for
             `search=synthetic`.
-        defects: Share of the images that get synthetic defects in the search.
+        defects: Share of the images that the search takes with what the recipe has drawn on them.
         entropy_weight: Weight of the entropy of the modules' weights, which favours few modules.
         search_rate: Learning rate of the search.
         keep: A module is kept if its weight exceeds this share of the weight that it would have if
