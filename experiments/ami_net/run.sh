@@ -11,7 +11,7 @@ out=${1:-outputs/ami_net}
 mkdir -p "$out"
 
 run() {  # backbone, name of the data, categories, seed
-  echo "method=ami_net_small backbone=$1 dataset=mvtec_ad" \
+  echo "method=ami_net_small backbone=$1 dataset=mvtec_ad trainer.max_steps=500 trainer.val_check_interval=500" \
     "'dataset.root=\${oc.env:ANOMALY_LIT_DATA}/industrial'" \
     "dataset.categories=[$3] seed=$4 output_dir=$out/$1_$2_seed$4"
 }
