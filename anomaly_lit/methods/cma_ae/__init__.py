@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
@@ -37,6 +36,7 @@ from anomaly_lit.methods.cma_ae.network import ClearMemory, Recall, cover
 from anomaly_lit.nn.aggregate import smooth
 from anomaly_lit.nn.autoencoder import Decoder, Encoder
 from anomaly_lit.nn.backbone import Backbone
+from anomaly_lit.nn.regions import opened
 from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 START_IMAGES = 16  # whose encodings the memories start from
@@ -200,13 +200,7 @@ class CMAAE(Method):
 
     def segment(self, anomaly_map: Tensor) -> Tensor:
         """Mark what exceeds mean + 3 standard deviations; open it by 3 x 3, drop small regions."""
-        high = (anomaly_map > self.map_mean + 3 * self.map_std).float()
-        opened = F.max_pool2d(1 - F.max_pool2d(1 - high, 3, 1, 1), 3, 1, 1) > 0
-        kept = opened.cpu()
-        for mask in kept[:, 0].numpy() if self.least_region > 1 else []:  # views
-            regions, _ = ndimage.label(mask)
-            mask &= ndimage.sum_labels(mask, regions, regions) >= self.least_region
-        return kept.to(opened.device)
+        return opened(anomaly_map > self.map_mean + 3 * self.map_std, self.least_region)
 
     def on_test_start(self) -> None:
         """Calibrate, and find out once whether there is a threshold."""

@@ -43,7 +43,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
@@ -58,6 +57,7 @@ from anomaly_lit.losses import ssim_map
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
 from anomaly_lit.methods.paedid.network import PatchAutoencoder
 from anomaly_lit.methods.paedid.solver import Decomposition, decompose, defect_in
+from anomaly_lit.nn.regions import opened
 from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
 TIE_BREAKER = 1e-3  # weight of the residual in the map: the defect alone is 0 at most pixels
@@ -260,13 +260,7 @@ class PAEDID(Method):
 
     def segment(self, defect: Tensor) -> Tensor:
         """Mark where (B, 3, H, W) is not 0, after a 3 x 3 opening, without small regions."""
-        high = (defect.norm(dim=1, keepdim=True) > 0).float()
-        opened = F.max_pool2d(1 - F.max_pool2d(1 - high, 3, 1, 1), 3, 1, 1) > 0
-        kept = opened.cpu()
-        for mask in kept[:, 0].numpy():  # views
-            regions, _ = ndimage.label(mask)
-            mask &= ndimage.sum_labels(mask, regions, regions) >= self.least_region
-        return kept.to(opened.device)
+        return opened(defect.norm(dim=1, keepdim=True) > 0, self.least_region)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Prediction:  # type: ignore[override]
         """Predict; count pixels of the defect region, and iterations as `test/iterations`."""
