@@ -11,7 +11,9 @@ reconstruction together and pushes those of anomalies apart (`anomalies`).
 No code was published, and we had reading notes of the paper. Where they are silent, we chose:
 
 - post-norm layers with ReLU, dropout 0.1 and Xavier weights, gradients clipped to a norm of 0.1,
-  and the largest mean over 16 x 16 pixels as the score, all as in UniAD by the same first author;
+  and the largest mean over 16 x 16 pixels as the score, all as in UniAD by the same first author,
+  but for its projections to queries, keys and values, which start smaller and equal in all layers;
+- timm's padding of EfficientNet-B4 (UniAD's own is `backbone=efficientnet_b4_uniad`);
 - the weight of the push (0.1 with masks, 1 with labels), and that 5 % of the positions make the
   score of an image with a label only;
 - a position counts as anomalous if any of its pixels is;

@@ -105,6 +105,7 @@ class PDNTeacher(Method):
         self.grey = grey
         self.statistics = statistics
         self.teacher_file = teacher_file
+        self.steps = 0
         self.teacher = PDN(pdn, width, channels, padding=True)
         self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("std", torch.ones(1, channels, 1, 1))
@@ -173,6 +174,19 @@ class PDNTeacher(Method):
                 "a constant answer has 1"
             )
 
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        """Count the steps of these weights, which are those of the file."""
+        self.steps = self.trainer.global_step
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return which hooks have run, and the steps of these weights."""
+        return super().get_extra_state() | {"steps": self.steps}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what `get_extra_state` returned."""
+        super().set_extra_state(state)
+        self.steps = state.get("steps", self.steps)
+
     def facts(self, error: float) -> dict[str, str]:
         """Say where the small network comes from.
 
@@ -187,7 +201,7 @@ class PDNTeacher(Method):
             "images": len(data.train_samples),
             "images_digest": data.digest,
             "image_size": list(data.resize.size),
-            "steps": self.trainer.global_step,
+            "steps": self.steps,
             "held_out_error": error,
             "held_out_images": len(data.holdout_samples),
             "commit": code_commit(),

@@ -18,6 +18,9 @@ induction token. Do not report results as those of the published SIVT. Our own c
   makes of them: `mask=none` is a plain transformer, `mask=block` hides blocks in training only;
 - adding a category to a trained model, which PSA-VT also describes, is not part of it.
 
+PSA-VT takes its maps after blocks 1, 5, 9 and 21 of EfficientNet-B4, as UniAD's code does. We take
+it that the network is UniAD's, whose padding is its own (`backbone=efficientnet_b4_uniad`).
+
 With EfficientNet-B4 there are 14.47 million trainable parameters; with the fixed position codes of
 encoder and decoder these are the 14.59 million of PSA-VT.
 

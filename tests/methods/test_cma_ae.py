@@ -203,6 +203,21 @@ def test_items_start_from_encodings_and_carry_signal() -> None:
     assert memory("none")(z).share() == 0
 
 
+def test_memories_start_from_all_batches(
+    small_method: Build, fit: Build, make_batch: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from the same images in one batch."""
+    batch, found = make_batch(4), []
+    for parts in (1, 4):
+        method = small_method("cma_ae")
+        halves = [{"image": part} for part in batch["image"].chunk(parts)]
+        monkeypatch.setattr(method, "normal_batches", lambda *_, halves=halves: halves)
+        method.learn()
+        found.append([part.items.clone() for part in method.memories])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_learning_starts_every_memory(small_method: Build, fit: Build, make_batch: Build) -> None:
     method = small_method("cma_ae")
     before = [part.items.clone() for part in method.memories]

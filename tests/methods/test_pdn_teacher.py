@@ -145,3 +145,23 @@ def test_a_run_writes_a_teacher_that_efficient_ad_reads(
     outcome = run_here("train", *line, teacher)
     assert outcome.code == 0, outcome.err
     assert "teacher: distilled from resnet18.tv_in1k [2, 3] in 40 steps on 5 images" in outcome.out
+
+
+def test_the_file_holds_the_weights_that_the_selection_chose(
+    run_here: Build, mvtec_folder: Path, tmp_path: Path
+) -> None:
+    """A rate that is far too high, so that an early step is the best one."""
+    root = mvtec_folder / "bolt" / "train"
+    outcome = run_here(
+        "train", "experiment=pdn_teacher", "method=pdn_teacher_small", f"dataset.root={root}",
+        "method.backbone.weights=random", "method.width=4", "method.channels=8", "image_size=64",
+        "trainer=cpu", "logger=none", "trainer.precision=32-true", "dataset.batch_size=2",
+        "trainer.max_steps=12", "trainer.val_check_interval=2", "selection=best",
+        "method.optimizer.lr=3.0", "method.gradient_clip=null", f"output_dir={tmp_path}",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    chosen = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=False)["state_dict"]
+    with safe_open(tmp_path / "teacher.safetensors", framework="pt") as opened:
+        assert int(opened.metadata()["steps"]) < 12
+        for key in opened.keys():  # noqa: SIM118 (not a dictionary)
+            torch.testing.assert_close(opened.get_tensor(key), chosen[f"teacher.{key}"])

@@ -104,6 +104,10 @@ def test_a_map_that_cannot_be_cut_is_named() -> None:
         memory()(torch.randn(1, 4, 8, 6))
 
 
+def test_a_size_that_does_not_fit_is_refused_before_training(published_method: Build) -> None:
+    assert published_method("pmb", 256).multiple == 64
+
+
 # -------------------------------------------------------------------------------- the network
 
 

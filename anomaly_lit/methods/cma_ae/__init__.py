@@ -180,11 +180,10 @@ class CMAAE(Method):
         generator = self.generator()
         memories: list[Any] = list(self.memories)
         self.encoder.train()  # its running statistics are still empty
-        for batch in self.normal_batches("train", START_IMAGES):
-            stages = self.encoder(batch["image"])
-            for memory, z in zip(memories, reversed(stages), strict=False):
-                memory.start(z, generator)
-            break
+        batches = self.normal_batches("train", START_IMAGES)
+        stages = self.encoder(torch.cat([batch["image"] for batch in batches]))
+        for memory, z in zip(memories, reversed(stages), strict=False):
+            memory.start(z, generator)
 
     # ------------------------------------------------------------------------- segmentation
 

@@ -303,12 +303,10 @@ class DSR(Method):
         if self.latent_weights:
             load_latent(self.latent, self.latent_weights)
             return
-        for batch in self.normal_batches("train", 16):
-            features, z_low = self.latent.encode(batch["image"])
-            self.latent.low.start(z_low)
-            low = self.latent.low(z_low)
-            self.latent.high.start(self.latent.encoding_high(features, low))
-            break
+        images = torch.cat([batch["image"] for batch in self.normal_batches("train", 16)])
+        features, z_low = self.latent.encode(images)
+        self.latent.low.start(z_low)
+        self.latent.high.start(self.latent.encoding_high(features, self.latent.low(z_low)))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """Return the loss as in the base class; in the first stage also update the codebooks."""

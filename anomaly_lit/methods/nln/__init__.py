@@ -18,6 +18,10 @@ Differs from the published code:
   the grid, without their crops and rotations.
 - Random crops are drawn anew in every step, anywhere in the image.
 - Images have three channels, also where they are grey.
+- The variational auto-encoder of the small network reads its 32 values from the code, the
+  published one from the map before it.
+- The consistent one compares codes by their squared difference; the published cross entropy is
+  meant for values in [0, 1], which codes are not.
 - Transposed 2 x 2 convolutions of the small network pad on the other side, which moves what they
   see by a pixel.
 - Neighbours within a radius, an option of the code, are left out.

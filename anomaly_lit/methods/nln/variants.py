@@ -59,27 +59,31 @@ class Plain(nn.Module):
 
 
 class Variational(Plain):
-    """A variational auto-encoder; its codes are the means."""
+    """A variational auto-encoder; its codes are the means.
+
+    As published, mean and variance are read from 32 values, and the cross entropy counts 32 x 32
+    times whatever the patch.
+    """
 
     def __init__(self, autoencoder: LatentAutoencoder) -> None:
         super().__init__(autoencoder)
-        self.mean = nn.Linear(autoencoder.latent, autoencoder.latent)
-        self.log_variance = nn.Linear(autoencoder.latent, autoencoder.latent)
+        self.narrow = nn.Sequential(nn.Linear(autoencoder.latent, 32), nn.ReLU())
+        self.mean = nn.Linear(32, autoencoder.latent)
+        self.log_variance = nn.Linear(32, autoencoder.latent)
 
     def encode(self, patches: Tensor) -> Tensor:
         """Return the means."""
-        return self.mean(self.autoencoder.encoder(patches)).float()
+        return self.mean(self.narrow(self.autoencoder.encoder(patches))).float()
 
     def losses(self, phase: str, patches: Tensor) -> dict[str, Tensor]:
-        """Return the cross entropy times the number of positions, and the divergence."""
-        found = self.autoencoder.encoder(patches)
+        """Return the weighted cross entropy and the divergence."""
+        found = self.narrow(self.autoencoder.encoder(patches))
         mean, log_variance = self.mean(found).float(), self.log_variance(found).float()
         code = mean + torch.randn_like(mean) * (log_variance / 2).exp()
         logits = self.autoencoder.decoder(code).float()
         wrong = F.binary_cross_entropy_with_logits(logits, patches)
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1) / 2
-        positions = patches.shape[-1] * patches.shape[-2]
-        return {"reconstruction": wrong * positions, "divergence": divergence.mean()}
+        return {"reconstruction": 32 * 32 * wrong, "divergence": divergence.mean()}
 
 
 class Adversarial(Plain):
@@ -154,7 +158,7 @@ class Consistent(Residual):
     def phases(self) -> dict[str, Phase]:
         """Return the phases: rebuild patches, encode them again, tell them from images."""
         return {
-            "reconstruct": Phase([self.autoencoder], None),
+            "reconstruct": Phase([self.autoencoder], 1e-4),
             "encode": Phase([self.second], 1e-4),
             "discriminate": Phase([self.describe, self.judge], 1e-4),
         }

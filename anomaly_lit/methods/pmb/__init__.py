@@ -24,6 +24,7 @@ histogram are ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,6 +123,9 @@ class PMB(Method):
             }
         )
         self.decoder = Decoder(channels, [kind != "none" for kind in laterals])
+        units = [2 ** (int(number) + 1) * block * self.memories[number].parts
+                 for number in self.memories]  # fmt: skip
+        self.multiple = math.lcm(2 ** len(channels), *units)
         self.register_buffer("guard", torch.full((), torch.inf))
 
     def rebuild(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
