@@ -15,10 +15,10 @@ restores the forged image itself, without the normal images that it retrieves:
 - losses and their weights, learning rate and its drops, the smoothed map's maximum as the score.
 
 Our own choices: the widths of both networks; guidance takes no gradient of the segmentation loss
-(`detach_guidance`); guidance features of the forged and the clean image are pulled together
+(`detach_guidance`); guidance features of the forged image are pulled to those of the clean one
 (`consistency_weight`); what is salient is the image's foreground, where the authors run a network
-trained for saliency. Do not report results as those of the published SGSF. There are 52.65 million
-trainable parameters.
+trained for saliency; normal images of textures are not turned. Do not report results as those of
+the published SGSF. There are 52.65 million trainable parameters.
 
 Paper: Xing, Sun, Li: Self-Supervised Guided Segmentation Framework for Unsupervised Anomaly
 Detection. arXiv:2209.12440.

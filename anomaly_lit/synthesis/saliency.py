@@ -23,7 +23,8 @@ class SaliencyPerlin(Perlin):
     """Lay a texture over the image where Perlin noise, weighted by saliency, is high.
 
     The authors name this the saliency augmentation module. Their saliency is that of a trained
-    network (CPD); here it is computed from the image.
+    network (CPD); here it is computed from the image. They weigh the random grid from which the
+    noise is made, here the noise is weighed.
 
     Args:
         saliency: `foreground`: 1 where the image differs in colour from its border, for objects.

@@ -31,8 +31,8 @@ Latencies. WACV 2024, arXiv:2303.14535.
 Status: works; measured small (experiments/small): `efficient_ad_small` with its penalty at
 128 x 128, 1000 steps of 4, upon a teacher of 648 textures and solar cells, gave mean image AUROC
 87.2, pixel AP 32.0 and AUPRO 58.1 on four categories, behind PaDiM (89.7, 37.0, 76.7). Not yet at
-the paper's size. One image takes 0.94 s on a thread of a CPU at the paper's size, and 0.02 s in the
-small preset.
+the paper's size. One image takes 0.94 s on one thread of a CPU at the paper's size, and 0.02 s on
+two in the small preset.
 Note: needs a teacher, a run of `method=pdn_teacher`; written from a description of the published
 re-implementation (Apache-2.0). **Patents** of MVTec (JP394418688, EP 4145401 A1) may cover the
 method: have this checked before commercial use.

@@ -18,7 +18,8 @@ are our own choice, and so are the answers to the questions that they leave open
 - pixel and structural maps are added, each divided by its spread on held-out images
   (`combine="sum"`), or multiplied (`"product"`);
 - values are clipped to [0, 1] for both maps of the score; otherwise the unbounded squared error of
-  a few channels would decide it;
+  a few channels would decide it. The losses see them unclipped, so that a restored value outside
+  still has a gradient;
 - the structural loss has a weight of 0.1 (`loss=hybrid`): with a weight of 1 the norms of the two
   losses' gradients differed by a factor of 5 to 16. With 0.1, the pixel loss's norm was 3.6, 2.0
   and 0.6 times the structural one's at steps 10, 20 and 30 (toothbrush). `train/gradient_pixel` and

@@ -88,7 +88,8 @@ class PNI(Method):
         depth: Number of its linear layers.
         dropout: Share of its hidden values that is dropped.
         neighbour_dim: Length to which neighbours are projected for the network; None: not at all.
-        include_center: Let the network see the patch itself, as the published code does.
+        include_center: Let the network see the patch itself, as the published code does, which
+            leaves out another vector of the window instead.
         patches: Patches in a training step, those of all devices together; rounded so that each
             image gives equally many.
         temperature: Divides the network's logits when scoring.
