@@ -99,6 +99,30 @@ def test_one_model_for_all_is_told_from_one_for_each():
     assert tables.mark([{**row, "setting": "one-class"}]) == ""
 
 
+def test_candidates_are_the_best_of_the_first_pass_in_their_longest_runs():
+    tables = load_tables("small")
+    row = {**tables.read(tables.RESULTS)[0], "setting": "one-class", "selection": "last step"}
+
+    def runs(method, steps, seconds, auroc, categories=tables.FIRST):
+        facts = {"method": method, "steps": steps, "training_cpu_seconds": seconds}
+        return [{**row, **facts, "image_auroc": auroc, "category": name} for name in categories]
+
+    rows = [
+        *runs("a", "10", "100", "0.9"),
+        *runs("a", "20", "200", "0.8"),  # the longest of the first pass
+        *runs("a", "90", "700", "0.7"),
+        *runs("a", "99", "900", "0.7"),  # too long
+        *runs("b", "10", "230", "0.6"),
+        *runs("c", "10", "250", "0.9"),  # too long for the first pass
+        *runs("d", "10", "50", "0.9", tables.FIRST[:2]),  # not on all categories
+        *(row for n in range(4) for row in runs(f"e{n}", "10", "9", "0.7")),
+    ]
+    first = tables.first_pass(rows)
+    assert {row["method"] for row in first} == {"a", "b", "e0", "e1", "e2", "e3"}
+    found = {(row["method"], row["steps"]) for row in tables.candidates(rows, first)}
+    assert found == {("a", "20"), ("a", "90"), ("e0", "10"), ("e1", "10"), ("e2", "10")}
+
+
 def test_every_small_run_carries_its_commit_seed_hardware_and_command():
     tables = load_tables("small")
     for row in tables.read(tables.RESULTS):
