@@ -33,7 +33,7 @@ class Teacher(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.channels, self.prefix_tokens = [dim, dim], 1
+        self.channels, self.strides, self.prefix_tokens = [dim, dim], [14, 14], 1
 
 
 def wave(step: float, of: Callable[[Tensor], Tensor], *shape: int) -> Tensor:
@@ -135,6 +135,7 @@ def test_a_patch_counts_at_its_corner_or_at_its_centre(
 
 
 def test_the_schedule_is_the_authors() -> None:
+    """Theirs reaches the full rate at step 99, a step earlier: at step 50 it is 50/99 of it."""
     schedule = Cosine(warmup=0.01, end=0.1)
     steps = (0, 50, 100, 5050)
     found = [2e-3 * schedule(step / 10_000) for step in steps]
@@ -232,3 +233,9 @@ def test_recentering_without_a_class_token_is_refused() -> None:
     teacher.prefix_tokens = 0
     with pytest.raises(UserError, match=r"recentering=target needs the class token.*prefix=true"):
         Dinomaly(teacher, StableAdamW, recentering="target")  # type: ignore[arg-type]
+
+
+def test_a_size_that_the_patch_does_not_divide_is_refused_before_training(
+    published_method: Build,
+) -> None:
+    assert published_method("dinomaly", 392).multiple == 14

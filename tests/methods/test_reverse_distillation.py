@@ -167,6 +167,21 @@ def test_signed_teachers_are_rebuilt_before_the_last_relu() -> None:
     assert all(torch.equal(a, F.relu(b)) for a, b in zip(plain, signed, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("name", "negative"), [("resnet18.tv_in1k", False), ("tf_efficientnet_lite0.in1k", True)]
+)
+def test_the_decoder_ends_in_relu_where_the_teacher_does(
+    small_method: Build, name: str, negative: bool
+) -> None:
+    teacher = Backbone(name, [1, 2, 3], weights="random")
+    state = torch.get_rng_state()
+    assert teacher.signed() == negative
+    assert torch.equal(torch.get_rng_state(), state)
+    config = {"name": name, "out_indices": [1, 2, 3], "weights": "random"}
+    backbone = {"_target_": "anomaly_lit.nn.backbone.Backbone", **config}
+    assert small_method("reverse_distillation", backbone=backbone).decoder.signed == negative
+
+
 def test_the_score_may_be_the_mean_of_the_top_pixels(
     small_method: Build, make_batch: Build
 ) -> None:

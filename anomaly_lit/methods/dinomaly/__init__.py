@@ -129,6 +129,7 @@ class Dinomaly(Method):
         dim, self.groups = backbone.channels[0], len(backbone.channels)
         check_depth(depth, self.groups)
         self.backbone = backbone
+        self.multiple = backbone.strides[0]
         self.recentering = recentering
         self.easy = Ramp(easy_ramp, last=easy_share)
         self.easy_weight = easy_weight

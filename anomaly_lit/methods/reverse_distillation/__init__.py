@@ -11,9 +11,9 @@ Follows the authors' code. Differs from it:
 - The weights that the code creates but never uses are left out: 83.8 million are trained with
   WideResNet-50.
 - Any convolutional backbone with three stages, each half the size of the one before, can teach:
-  the channels of bottleneck and decoder are those of its stages. `final_activation=none` is for
-  teachers whose features may be negative (MobileNet, EfficientNet), which a decoder that ends in
-  ReLU cannot reach.
+  the channels of bottleneck and decoder are those of its stages. Features of some (MobileNet,
+  EfficientNet) may be negative, which a decoder that ends in ReLU cannot reach; there it does not
+  (`final_activation=auto`).
 - `width` makes the inner layers narrower, for CPUs.
 
 Batch normalisation in bottleneck and decoder takes statistics per device unless
@@ -65,8 +65,9 @@ class ReverseDistillation(Method):
         decoder_depths: Residual blocks of the decoder's stages, the coarsest first; (2, 2, 2) for
             ResNet-18, else (3, 4, 6).
         width: Factor of the channels within bottleneck and decoder, above 0.
-        final_activation: `relu`: each stage of the decoder ends in ReLU, as the teacher's do;
-            `none`: rebuilt features may be negative.
+        final_activation: `relu`: each stage of the decoder ends in ReLU, as the published
+            teacher's do; `none`: rebuilt features may be negative; `auto`: none if the teacher's
+            may be, else ReLU.
         distance: Distance in training: `flat` compares whole maps as one vector, as the code does;
             `position` compares each position, as the paper's formula does; it is reported to be
             clearly worse.
@@ -92,7 +93,7 @@ class ReverseDistillation(Method):
         squeeze_depth: int = 3,
         decoder_depths: Sequence[int] = (3, 4, 6),
         width: float = 1.0,
-        final_activation: Literal["relu", "none"] = "relu",
+        final_activation: Literal["auto", "relu", "none"] = "auto",
         distance: Literal["flat", "position"] = "flat",
         combine: Literal["sum", "product"] = "sum",
         align_corners: bool = True,
@@ -106,7 +107,7 @@ class ReverseDistillation(Method):
         check_range("method", "(0, inf)", width=width)
         check_range("method", "[0, inf)", smoothing=smoothing)
         check_choice("method", ("basic", "bottleneck"), blocks=blocks)
-        check_choice("method", ("relu", "none"), final_activation=final_activation)
+        check_choice("method", ("auto", "relu", "none"), final_activation=final_activation)
         check_choice("method", ("flat", "position"), distance=distance)
         check_choice("method", ("sum", "product"), combine=combine)
         check_choice("method", ("max", "top"), score=score)
@@ -124,7 +125,7 @@ class ReverseDistillation(Method):
         self.distance = FlatCosineLoss() if distance == "flat" else CosineLoss()
         channels = backbone.channels
         self.bottleneck = Bottleneck(channels, blocks, squeeze_depth, base_width, width)
-        signed = final_activation == "none"
+        signed = backbone.signed() if final_activation == "auto" else final_activation == "none"
         self.decoder = Decoder(channels, blocks, decoder_depths, base_width, width, signed)
         self.bottleneck.apply(init_convolutions)
         self.decoder.apply(init_convolutions)
