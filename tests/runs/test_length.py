@@ -6,9 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 
 from anomaly_lit.runs import length
 from anomaly_lit.runs.checks import check_validates
+from anomaly_lit.runs.fit import falling_words
 from anomaly_lit.runs.length import given_length, steps_follow_data, steps_for
 from anomaly_lit.types import UserError
 
@@ -59,3 +61,15 @@ def test_a_run_without_a_number_of_steps_says_how_long_it_is(
     assert outcome.code == 0, outcome.err
     images = len(list((mvtec_folder / "bolt" / "train" / "good").iterdir()))
     assert f"{-(-2 * images // 4)} steps of 4 images" in outcome.out
+
+
+def test_a_loss_that_still_falls_is_said_with_twice_the_length() -> None:
+    trainer = pl.Trainer(max_steps=300, logger=False, enable_checkpointing=False)
+    words = falling_words(trainer, 0.07)
+    assert words is not None
+    assert words.startswith("The training loss was still falling: 7% of its fall came in the last")
+    assert words.endswith("trainer.max_steps=600 in another output_dir")
+    assert falling_words(trainer, 0.049) is None
+    assert falling_words(trainer, None) is None
+    epochs = pl.Trainer(max_epochs=40, logger=False, enable_checkpointing=False)
+    assert str(falling_words(epochs, 0.5)).endswith("trainer.max_epochs=80 in another output_dir")
