@@ -28,7 +28,7 @@ def first_value(word: str) -> str:
     if word.startswith("-"):
         return ""
     key, _, value = word.partition("=")
-    return f"{key}={re.split(r',(?![^[]*])', value)[0]}"
+    return f"{key}={re.split(r',(?![^[]*]|[^{]*})', value)[0]}"
 
 
 COMMANDS = [
@@ -57,3 +57,21 @@ def test_a_method_s_experiment_is_of_that_method_at_the_paper_s_size(name: str) 
         paper = plain(compose("train", ["output_dir=unused", f"method={name}"]))
     assert config["method"].keys() == paper["method"].keys()
     assert files()[config["method"]["_target_"].rpartition(".")[2]] == name
+
+
+@pytest.mark.parametrize("name", ["dinomaly", "inp_former", "reverse_distillation", "efficient_ad"])
+def test_what_an_experiment_takes_and_gives_is_said(name: str) -> None:
+    head = (FOLDER / f"{name}.yaml").read_text().split("defaults:")[0]
+    assert "GPU hours" in head
+    assert "not measured" in head
+    for data in ("MVTec AD", "VisA", "Real-IAD"):
+        assert head.count(data) >= 2, data  # what to expect, and the hours
+
+
+@pytest.mark.parametrize("name", ["dinomaly", "inp_former"])
+def test_the_published_numbers_are_of_the_centre(name: str) -> None:
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        line = ["output_dir=unused", f"experiment={name}", "dataset.root=unused"]
+        config = plain(compose("train", line))
+    assert (config["image_size"], config["dataset"]["center_crop"]) == (448, 392)
+    assert config["dataset"]["mask_resize"] == "any"

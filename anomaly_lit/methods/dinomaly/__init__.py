@@ -7,12 +7,14 @@ two groups of four, not one by one, and positions that are already rebuilt well 
 gradient. The map is one minus the cosine at each position. One model serves all categories.
 
 The switches of Dinomaly2 are arguments: `bottleneck=narrow`, `recentering=target`,
-`first_rate=0.1`, `attention`, and `method.backbone.groups` for the number of groups.
+`first_rate=0.1`, `attention`, and `method.backbone.groups` for the number of groups (its `lc` of 0,
+1, 2 and 4 is 8, 1, 2 and 4); three groups and its sparse choices of blocks are left out.
 
 Follows the authors' code. Differs from it:
 
-- Images are resized to the full image size; the code resizes to 448 and keeps the central 392, so
-  that the borders (23 % of the area) are neither trained on nor scored.
+- The code resizes images to 448 and keeps the central 392, so that the borders (23 % of the area)
+  are neither trained on nor scored. `experiment=dinomaly` does so, too; `method=dinomaly` alone
+  sees whole images.
 - Share and weight of easy positions follow the share of training: full after 10 % of it.
 - The map is smoothed with reflected borders, where the code pads with zeros, which lowers the map
   in the corners to 0.37 of its value; it has the image's size.
