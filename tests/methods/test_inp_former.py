@@ -43,7 +43,7 @@ class Teacher(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.channels, self.prefix_tokens = [dim, dim], 0
+        self.channels, self.strides, self.prefix_tokens = [dim, dim], [14, 14], 0
 
 
 def wave(step: float, of: Callable[[Tensor], Tensor], *shape: int) -> Tensor:

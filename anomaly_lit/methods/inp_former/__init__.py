@@ -8,8 +8,8 @@ cosine of given and rebuilt features at each position. Encoder, groups and scori
 
 Follows the authors' code. Differs from it:
 
-- Images are resized to the full image size, and the map is smoothed with reflected borders, as in
-  our Dinomaly.
+- As in our Dinomaly, `method=inp_former` sees whole images, where the code (and the experiment) cuts
+  out the centre, and the map is smoothed with reflected borders.
 - With several processes errors are compared with the mean of all.
 - INP-Former++ (arXiv:2506.03660) has no public code, and its parts here follow others'
   descriptions. All agree on `coherence=soft` and on what the residual head (`head=residual`) sees
@@ -135,6 +135,7 @@ class INPFormer(Method):
         count = heads_of(dim, heads)
         self.needs = frozenset({"corrupted"} if head == "residual" else ())
         self.backbone = backbone
+        self.multiple = backbone.strides[0]
         self.gamma = gamma
         self.coherence = soft_coherence if coherence == "soft" else hard_coherence
         self.coherence_weight = coherence_weight
