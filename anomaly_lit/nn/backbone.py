@@ -17,8 +17,6 @@ from anomaly_lit.nn.aggregate import check_multiple
 from anomaly_lit.nn.weights import find_weights
 from anomaly_lit.types import UserError, check_range
 
-TRIED = 2  # positions along a side of the coarsest map, of the image that `signed` tries
-
 
 class Backbone(nn.Module):
     """Describes an image by the maps of some stages of a frozen, pretrained network.
@@ -284,20 +282,6 @@ class Backbone(nn.Module):
         )
         prefixes = [tokens.transpose(1, 2).unsqueeze(2) for _, tokens in pairs]
         return self._grouped([maps for maps, _ in pairs]) + self._grouped(prefixes)
-
-    def signed(self) -> bool:
-        """Return whether maps can be negative: those of networks whose stages end without ReLU.
-
-        It follows from the network, whatever its weights, so one random image tells it. On the meta
-        device, where nothing is computed, it is false.
-        """
-        side = TRIED * max(self.strides)
-        device = self.mean.device
-        if device.type == "meta":
-            return False
-        image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            return any(bool((map_ < 0).any()) for map_ in self(image.to(device)))
 
     def _grouped(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Return the mean of each group of maps, or the maps if there are no groups."""

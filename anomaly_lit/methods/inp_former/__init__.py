@@ -8,8 +8,8 @@ cosine of given and rebuilt features at each position. Encoder, groups and scori
 
 Follows the authors' code. Differs from it:
 
-- As in our Dinomaly, `method=inp_former` sees whole images, where the code (and the experiment) cuts
-  out the centre, and the map is smoothed with reflected borders.
+- As in our Dinomaly, `method=inp_former` sees whole images, where the code (and the experiment)
+  cuts out the centre, and the map is smoothed with reflected borders.
 - With several processes errors are compared with the mean of all.
 - INP-Former++ (arXiv:2506.03660) has no public code, and its parts here follow others'
   descriptions. All agree on `coherence=soft` and on what the residual head (`head=residual`) sees

@@ -125,7 +125,8 @@ class ReverseDistillation(Method):
         self.distance = FlatCosineLoss() if distance == "flat" else CosineLoss()
         channels = backbone.channels
         self.bottleneck = Bottleneck(channels, blocks, squeeze_depth, base_width, width)
-        signed = backbone.signed() if final_activation == "auto" else final_activation == "none"
+        auto = final_activation == "auto"
+        signed = gives_negative(backbone) if auto else final_activation == "none"
         self.decoder = Decoder(channels, blocks, decoder_depths, base_width, width, signed)
         self.bottleneck.apply(init_convolutions)
         self.decoder.apply(init_convolutions)
@@ -177,3 +178,17 @@ def check_pyramid(backbone: Backbone) -> None:
             "Distillation needs three, each twice the one before, such as 4, 8, 16: choose a "
             "convolutional backbone with out_indices=[1, 2, 3]"
         )
+
+
+def gives_negative(backbone: Backbone) -> bool:
+    """Return whether maps can be negative: those of networks whose stages end without ReLU.
+
+    It follows from the network, whatever its weights, so one random image tells it. On the meta
+    device, where nothing is computed, it is false.
+    """
+    device, side = backbone.mean.device, 2 * backbone.strides[-1]
+    if device.type == "meta":
+        return False
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return any(bool((map_ < 0).any()) for map_ in backbone(image.to(device)))
