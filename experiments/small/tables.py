@@ -35,6 +35,7 @@ METRICS = {
     "pixel_aupro": "AUPRO",
 }
 OTHER = {  # than the preset: the end of an option's name, and what tables say
+    "head": "residual head",
     "lite0": "Lite0",
     "masks": "masks",
     "no_search": "no search",
