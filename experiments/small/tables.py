@@ -250,18 +250,18 @@ def candidates(rows: list[Row], first: list[Row]) -> list[Row]:
 def longest_within(
     seconds: float, rows: list[Row], categories: Iterable[str]
 ) -> dict[str, list[Row]]:
-    """Return each method's longest one-class runs that fit a budget, on all of the categories."""
+    """Return each method's one-class runs of most steps that fit a budget, on all categories."""
     own = [row for row in rows if row["setting"] == "one-class" and not mark([row])]
-    found: dict[str, tuple[float, list[Row]]] = {}
+    found: dict[str, list[Row]] = {}
     for group in grouped(over_seeds(own)):
         by_name = {row["category"]: float(row["training_cpu_seconds"]) for row in group}
         if not all(category in by_name for category in categories):
             continue
         took = statistics.fmean(by_name[category] for category in categories)
-        name = group[0]["method"]
-        if took <= seconds and took > found.get(name, (0.0, []))[0]:
-            found[name] = (took, group)
-    return {name: group for name, (_, group) in found.items()}
+        name, steps = group[0]["method"], int(group[0]["steps"])
+        if took <= seconds and (name not in found or steps > int(found[name][0]["steps"])):
+            found[name] = group
+    return found
 
 
 def is_longer(row: Row) -> bool:
