@@ -174,6 +174,11 @@ class PDNTeacher(Method):
                 "a constant answer has 1"
             )
 
+    def on_validation_start(self) -> None:
+        """Calibrate, which writes the file anew: weights may have come from a checkpoint."""
+        self.calibrated = False
+        super().on_validation_start()
+
     def on_train_batch_end(self, *arguments: Any) -> None:
         """Count the steps of these weights, which are those of the file."""
         self.steps = self.trainer.global_step

@@ -230,7 +230,6 @@ class Run:
         if self.chosen != self.last:
             self.trainer.save_checkpoint(self.last)
             self.method.load_state_dict(read_checkpoint(self.chosen)["state_dict"])
-            self.method.calibrated = False  # what calibration writes is that of later weights
         validation: dict[str, float] = {}
         if self.datamodule.holdout_samples:
             self.trainer.validate(self.method, datamodule=self.datamodule, verbose=False)

@@ -238,8 +238,7 @@ def first_pass(rows: list[Row]) -> list[Row]:
 
 def candidates(rows: list[Row], first: list[Row]) -> list[Row]:
     """Return the runs of those methods that the first pass picks, the longest of each budget."""
-    ranked_ = ranked(first, [], list(FIRST))
-    picked = [own[0]["method"] for _, own in ranked_][:CANDIDATES]
+    picked = [own[0]["method"] for _, own in ranked(first, [], list(FIRST))[:CANDIDATES]]
     found: list[Row] = []
     for seconds in BUDGETS.values():
         longest = longest_within(seconds, rows, FIRST)

@@ -123,8 +123,7 @@ class PMB(Method):
             }
         )
         self.decoder = Decoder(channels, [kind != "none" for kind in laterals])
-        units = [2 ** (int(number) + 1) * block * self.memories[number].parts
-                 for number in self.memories]  # fmt: skip
+        units = [2 ** (int(n) + 1) * block * memory.parts for n, memory in self.memories.items()]
         self.multiple = math.lcm(2 ** len(channels), *units)
         self.register_buffer("guard", torch.full((), torch.inf))
 
